@@ -1,0 +1,106 @@
+"""What `train` and `eval` share: text for a run, its perplexity at many lengths, the cost of each length, the table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from ctxlab.cli.console import progress_bar
+from ctxlab.data.corpora.base import Corpus
+from ctxlab.data.prepare import TextDataset, prepare
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths, evaluate_perplexity
+from ctxlab.model.transformer import Transformer
+from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
+from ctxlab.records.sinks import Sink
+from ctxlab.records.store import Run
+from ctxlab.train.memory import peak_memory_bytes
+from ctxlab.train.precision import Precision
+
+if TYPE_CHECKING:
+    from ctxlab.config.schema import Evaluations
+
+
+def prepare_text(
+    data: Corpus.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console
+) -> TextDataset:
+    """Text and tokens, from the cache or made now with a bar on `console`."""
+    with progress_bar(console) as start:
+        return prepare(data, tokenizer, cache=None if cache == "auto" else Path(cache).expanduser(), progress=start)
+
+
+def score(
+    model: Transformer,
+    dataset: TextDataset,
+    evaluations: Evaluations,
+    *,
+    context: int,
+    device: torch.device,
+    precision: Precision,
+    run: Run,
+    sink: Sink,
+    console: Console,
+) -> None:
+    """Every evaluation of the config, into the record."""
+    if isinstance(evaluations.perplexity, PerplexityConfig):
+        with progress_bar(console) as start:
+            measurements, documents = evaluate_perplexity(
+                model, dataset, evaluations.perplexity,
+                trained_context=context, device=device, precision=precision, progress=start,
+            )  # fmt: skip
+        sink.measure(measurements)
+        run.write_documents(documents)
+
+
+def measure_cost(
+    config: MeasureConfig,
+    point: Point,
+    evaluations: Evaluations | None,
+    *,
+    sink: Sink,
+    console: Console,
+) -> None:
+    """Memory and time of one training step at each context, each in processes of its own, into the record."""
+    contexts = cost_contexts(config, point.context, evaluations)
+    if not contexts:
+        return
+    limited = replace(point, memory_limit=None if config.memory == "none" else config.memory)
+    with progress_bar(console) as start:
+        advance = start("measuring memory and time of a step", 2 * len(contexts))
+        rows = measure_step(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
+    sink.measure(rows)
+
+
+def cost_contexts(config: MeasureConfig, context: int, evaluations: Evaluations | None) -> tuple[int, ...]:
+    """The contexts whose cost is measured: those given, or the lengths of the evaluation."""
+    if config.contexts == "none":
+        return ()
+    if config.contexts != "auto":
+        return tuple(sorted(set(config.contexts)))
+    perplexity = evaluations.perplexity if evaluations is not None else "none"
+    if isinstance(perplexity, PerplexityConfig) and perplexity.lengths != "auto":
+        return tuple(sorted(set(perplexity.lengths)))
+    return auto_lengths(context)
+
+
+def step_point(config: Any, *, vocab_size: int, precision: Precision, device: torch.device) -> Point:
+    """The training step that a config describes."""
+    return Point(
+        model=config.model.model_dump(mode="json"),
+        position=config.position.model_dump(mode="json"),
+        attention=config.attention.model_dump(mode="json"),
+        optim=config.optim.model_dump(mode="json"),
+        vocab_size=vocab_size,
+        context=config.context,
+        precision=precision,
+        device=device.type,
+        recompute=config.trainer.recompute,
+    )
+
+
+def memory_source(device: torch.device) -> str:
+    return peak_memory_bytes(device)[1]

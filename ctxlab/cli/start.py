@@ -1,0 +1,133 @@
+"""The composed commands from their line to their end: print the config, run once, run a sweep, or go on with a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctxlab.cli import console
+from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.invocation import Invocation
+from ctxlab.config.overrides import Line, key_of, split
+from ctxlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ctxlab.config.prepare import Cell, Prepared
+
+_RECORDED = ("train", "eval", "profile")
+
+
+def start(command: str, argv: list[str]) -> int:
+    """Runs a composed command and returns its exit code."""
+    line = split(command, argv)
+    if line.multirun and command not in _RECORDED:
+        raise ConfigError(f"-m: ctxlab {command} makes no record, so there is nothing to sweep over")
+    set_thread_defaults()
+    from ctxlab.config.prepare import prepare
+
+    if line.selectors.get("resume", ("none",)) != ("none",):
+        return _resume(line)
+    with console.progress_bar(console.stderr()) as bar:
+        prepared = prepare(line, validate=not line.print_config, each=lambda rows: _counted(rows, bar))
+    if line.print_config:
+        _print_configs(prepared)
+        return 0
+    going_on = getattr(getattr(prepared.cells[0].typed, "sweep", None), "resume", "none") != "none"
+    if prepared.is_sweep or going_on:
+        from ctxlab.cli.sweep import run_sweep
+
+        return run_sweep(prepared)
+    return _run_once(prepared)
+
+
+def _run_once(prepared: Prepared) -> int:
+    cell = prepared.cells[0]
+    command = prepared.line.command
+    if cell.skipped:
+        raise ConfigError(cell.skipped)
+    invocation = Invocation(
+        command=command,
+        line=prepared.line.text,
+        runs=prepared.runs,
+        overrides=prepared.line.overrides,
+        plugins=prepared.plugins,
+    )
+    if command not in _RECORDED:
+        from ctxlab.cli.commands import generate
+
+        return int(generate.run(cell.typed, invocation))
+    from ctxlab.cli.execute import execute
+
+    run = invocation.store.create(command, stem(command, cell.typed), **record_fields(cell, prepared))
+    return execute(command, cell.typed, run, invocation)
+
+
+def _resume(line: Line) -> int:
+    from ctxlab.cli.execute import execute
+    from ctxlab.config.prepare import prepare_resume
+
+    if line.command != "train" or line.multirun:
+        raise ConfigError("resume: goes on with one training run; a sweep goes on with sweep.resume=ID")
+    runs = Path(line.free_text.get("paths.runs") or os.environ.get("CTXLAB_RUNS") or "runs").expanduser()
+    cell = prepare_resume(line, runs)
+    invocation = Invocation(command=line.command, line=line.text, runs=runs, overrides=line.overrides)
+    run = invocation.store.open(cell.typed.resume)
+    if run.record.status == "running":
+        raise ConfigError(f"resume: {run.id} is running")
+    run.restart()
+    return execute(line.command, cell.typed, run, invocation)
+
+
+def stem(command: str, config: Any) -> str:
+    """What a run's id begins with: its name, or what it is."""
+    if config.name != "auto":
+        return str(config.name)
+    if command == "eval":
+        return f"eval-{config.run[0].rpartition('-')[0]}"
+    parts = f"{config.model.name}-{config.position.name}"
+    return f"profile-{parts}" if command == "profile" else f"{parts}-{config.context}"
+
+
+def record_fields(cell: Cell, prepared: Prepared) -> dict[str, Any]:
+    """What every record says about how it came to be."""
+    config = cell.typed
+    parent = None
+    if prepared.line.command == "eval":
+        parent = config.run[0] if len(config.run) == 1 else None
+    elif getattr(config, "init", "none") != "none":
+        parent = config.init
+    return {
+        "config": cell.config,
+        "line": cell.line,
+        "parent": parent,
+        "experiment": None if config.experiment == "none" else config.experiment,
+        "tags": list(config.tags),
+        "note": config.note,
+        "plugins": [(str(plugin.path), plugin.sha256) for plugin in prepared.plugins],
+    }
+
+
+def _print_configs(prepared: Prepared) -> None:
+    import yaml  # type: ignore[import-untyped]
+
+    for number, cell in enumerate(prepared.cells):
+        if prepared.is_sweep:
+            swept = " ".join(o for o in cell.overrides if key_of(o) in prepared.swept)
+            print(f"# cell {number}{f': {swept}' if swept else ''}")
+        print(yaml.safe_dump(json.loads(json.dumps(cell.config)), allow_unicode=True, sort_keys=False), end="")
+        if prepared.is_sweep and number + 1 < len(prepared.cells):
+            print("---")
+
+
+def _counted(rows: Iterable[list[str]], bar: Any) -> Iterator[list[str]]:
+    listed = list(rows)
+    if len(listed) < 20:
+        yield from listed
+        return
+    advance = bar(f"checking {len(listed)} cells", len(listed))
+    for row in listed:
+        yield row
+        advance(1)

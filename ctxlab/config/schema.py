@@ -1,0 +1,245 @@
+"""What a resolved config may be: one typed, frozen model a command, put together from the components' own `Config`s.
+
+Hydra's output goes through JSON, strictly: `true` is no number and "3" is no 3, a list is a tuple and a string a path.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, create_model
+
+from ctxlab.config.explain import explain_invalid
+from ctxlab.data.corpora.base import CORPORA, Corpus
+from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
+from ctxlab.errors import ConfigError
+from ctxlab.evaluation.perplexity import PerplexityConfig
+from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
+from ctxlab.model.attention.base import ATTENTIONS, Attention
+from ctxlab.model.config import ModelConfig
+from ctxlab.model.generation import DecodingConfig
+from ctxlab.model.position.base import POSITIONS, Position
+from ctxlab.profiling.measure import MeasureConfig
+from ctxlab.records.sinks import LoggerConfig
+from ctxlab.registry import ComponentConfig, Registry, nearest
+from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
+from ctxlab.train.settings import TrainerConfig
+
+MISSING = "???"  # OmegaConf's word for a value that is still to be given
+
+# Left out of a cell's identity: what changes where or how a run is kept, not what it computes.
+_NOT_IDENTITY: dict[str, Any] = {"identity": False}
+
+# Groups whose `name` picks a class; everything else in a config has one type.
+REGISTRIES: dict[str, Registry[Any]] = {
+    "position": POSITIONS,
+    "attention": ATTENTIONS,
+    "data": CORPORA,
+    "tokenizer": TOKENIZERS,
+    "optim": OPTIMIZERS,
+}
+
+
+def _one_line(value: str) -> str:
+    if not 0 < len(value) <= _LONGEST_NAME or "/" in value or not value.isprintable():
+        raise ValueError(f"expected 1 to {_LONGEST_NAME} characters on one line without '/', got {value!r}")
+    return value
+
+
+_LONGEST_NAME = 80
+Name = Annotated[str, AfterValidator(_one_line)]
+Checkpoint = Literal["last", "best"]
+# A seed feeds torch and a keyed permutation: 63 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def _no_repeats(value: tuple[str, ...]) -> tuple[str, ...]:
+    repeated = {entry for entry in value if value.count(entry) > 1}
+    if repeated:
+        raise ValueError(f"'{min(repeated)}' is given twice")
+    return value
+
+
+def _one_or_several(value: Any) -> Any:
+    # Past a validator of ours pydantic reads Python, no longer JSON, and strictly: a tuple is a tuple.
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Paths(ComponentConfig):
+    """Where runs and downloaded text are kept."""
+
+    runs: str = Field("runs", min_length=1, description="folder of the run records; CTXLAB_RUNS sets it too")
+    cache: OrAuto | str = Field("auto", description="folder of corpora and tokens; auto: the user's cache folder")
+
+
+class SweepConfig(ComponentConfig):
+    """How the cells of a sweep are run."""
+
+    jobs: int = Field(1, ge=1, description="cells that run side by side")
+    memory: OrNone | Bytes = Field("none", description="limit of one cell, all its processes together")
+    timeout: OrNone | Seconds = Field("none", description="limit of one cell")
+    resume: str = Field("none", description="id of a sweep to go on with")
+    metric: str = Field("bits_per_byte", description="the measurement that the comparison is about")
+
+
+class Evaluations(ComponentConfig):
+    """The evaluations of a command: `eval=perplexity` brings `eval.perplexity.*`."""
+
+    perplexity: OrNone | PerplexityConfig = "none"
+
+
+class CommandConfig(ComponentConfig):
+    """What every command's config has."""
+
+    seed: Seed = 1
+    paths: Paths = Field(Paths(), json_schema_extra=_NOT_IDENTITY)
+
+
+class RecordedConfig(CommandConfig):
+    """What every command that writes a record has."""
+
+    name: OrAuto | Name = Field("auto", json_schema_extra=_NOT_IDENTITY)
+    tags: Annotated[tuple[Name, ...], AfterValidator(_no_repeats)] = Field((), json_schema_extra=_NOT_IDENTITY)
+    note: str = Field("", json_schema_extra=_NOT_IDENTITY)
+    experiment: OrNone | str = Field("none", json_schema_extra=_NOT_IDENTITY)
+    logger: LoggerConfig = Field(LoggerConfig(), json_schema_extra=_NOT_IDENTITY)
+    sweep: SweepConfig = Field(SweepConfig(), json_schema_extra=_NOT_IDENTITY)
+
+
+class TrainConfig(RecordedConfig):
+    """`ctxlab train`: a model, a context, text, an optimizer and a budget, then the evaluation of the result."""
+
+    context: Length
+    model: ModelConfig
+    position: SerializeAsAny[Position.Config]
+    attention: SerializeAsAny[Attention.Config]
+    data: SerializeAsAny[Corpus.Config]
+    tokenizer: SerializeAsAny[Tokenizer.Config]
+    optim: SerializeAsAny[Optimizer.Config]
+    trainer: TrainerConfig
+    eval: Evaluations = Evaluations()
+    profile: MeasureConfig = MeasureConfig()
+    init: str = Field("none", description="id of a run whose weights to start from")
+    resume: str = Field("none", description="id of the run that goes on", json_schema_extra=_NOT_IDENTITY)
+
+
+class EvaluationTrainer(ComponentConfig):
+    """The machine of an evaluation."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+
+
+class EvalConfig(RecordedConfig):
+    """`ctxlab eval`: recorded runs, evaluated again. What is `none` is as in the run."""
+
+    run: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_no_repeats), Field(min_length=1)]
+    checkpoint: Checkpoint = "last"
+    attention: OrNone | SerializeAsAny[Attention.Config] = "none"
+    data: OrNone | SerializeAsAny[Corpus.Config] = "none"
+    trainer: EvaluationTrainer = EvaluationTrainer()
+    eval: Evaluations = Evaluations()
+    profile: MeasureConfig = MeasureConfig()
+
+
+class GenerateConfig(CommandConfig):
+    """`ctxlab generate`: text that goes on from a prompt."""
+
+    run: str
+    checkpoint: Checkpoint = "last"
+    prompt: str = ""
+    prompt_file: OrNone | str = "none"
+    decoding: DecodingConfig = DecodingConfig()
+    trainer: EvaluationTrainer = EvaluationTrainer()
+
+
+class ProfileConfig(RecordedConfig):
+    """`ctxlab profile`: memory and time of a training step at many contexts, without text."""
+
+    context: Length
+    vocab_size: int = Field(2048, ge=2)
+    model: ModelConfig
+    position: SerializeAsAny[Position.Config]
+    attention: SerializeAsAny[Attention.Config]
+    optim: SerializeAsAny[Optimizer.Config]
+    trainer: TrainerConfig
+    profile: MeasureConfig = MeasureConfig()
+
+
+COMMANDS: dict[str, type[CommandConfig]] = {
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "generate": GenerateConfig,
+    "profile": ProfileConfig,
+}
+
+
+def parse(command: str, config: dict[str, Any]) -> Any:
+    """The typed config of a command.
+
+    Raises ConfigError whose message has one line for each wrong value.
+    """
+    base = COMMANDS[command]
+    lines = list(_not_values(config))
+    if lines:
+        raise ConfigError("\n".join(lines))
+    typed = _with_components(base, config)
+    try:
+        return typed.model_validate_json(json.dumps(config))
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain_invalid(error, config, _fields(typed)))) from error
+
+
+def _with_components(base: type[CommandConfig], config: dict[str, Any]) -> type[CommandConfig]:
+    """`base` with each component's field narrowed to the Config of the class that its `name` picks."""
+    chosen: dict[str, type[ComponentConfig]] = {}
+    for group, registry in REGISTRIES.items():
+        if group not in base.model_fields or not isinstance(config.get(group), dict):
+            continue
+        name = config[group].get("name", "???")
+        if not isinstance(name, str) or name not in registry.names():
+            raise ConfigError(f"{group}.name: no {group} is called '{name}'{nearest(str(name), registry.names())}")
+        chosen[group] = registry.get(name).Config
+    return _narrowed(base, tuple(chosen.items()))
+
+
+@functools.cache
+def _narrowed(base: type[CommandConfig], chosen: tuple[tuple[str, type[ComponentConfig]], ...]) -> type[CommandConfig]:
+    """One class for one choice of components, so that equal configs are equal."""
+    fields: dict[str, Any] = {group: (config, base.model_fields[group]) for group, config in chosen}
+    return create_model(base.__name__, __base__=base, __module__=base.__module__, **fields)
+
+
+def _not_values(node: Any, path: str = "") -> Iterator[str]:
+    """What no field takes, whatever its type: a value that is still to be given, infinities and NaN."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _not_values(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _not_values(value, f"{path}.{index}")
+    elif isinstance(node, float) and not math.isfinite(node):
+        yield f"{path}: expected a finite number, got {node}"
+    elif node == MISSING:
+        yield f"{path}: a value is needed here"
+
+
+def _fields(model: type[BaseModel], path: str = "") -> dict[str, list[str]]:
+    """Dotted path -> names of the fields there (`*` for the entries of a list), for the nearest valid name."""
+    found = {path: list(model.model_fields)}
+    for name, field in model.model_fields.items():
+        here = f"{path}.{name}" if path else name
+        for candidate, suffix in _models_in(field.annotation):
+            found |= _fields(candidate, here + suffix)
+    return found
+
+
+def _models_in(annotation: Any, suffix: str = "") -> Iterator[tuple[type[BaseModel], str]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, suffix
+    for argument in get_args(annotation):
+        yield from _models_in(argument, ".*" if get_origin(annotation) is tuple else suffix)

@@ -1,0 +1,164 @@
+"""Perplexity at many lengths over the same target tokens: sums of nats, every target scored exactly once.
+
+The test documents are cut into segments of one length (the longest asked for that enough documents fill). At length c a
+segment is scored in windows of c inputs t[i:i+c] and c targets t[i+1:i+c+1] that follow one another without overlap. So
+every length scores every target of every segment once, and a difference between lengths is due to context alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ctxlab.data.prepare import TextDataset
+from ctxlab.data.windows import EvalSegments, longest_length
+from ctxlab.errors import UndefinedBeyondTraining
+from ctxlab.evaluation.intervals import ratio_interval
+from ctxlab.fields import Length, OrAuto
+from ctxlab.model.transformer import Transformer
+from ctxlab.records.schema import Measurement
+from ctxlab.registry import ComponentConfig
+from ctxlab.train.precision import Precision
+from ctxlab.train.scoring import score_windows
+
+PROTOCOL = "non-overlapping"
+AUTO_MULTIPLES = (0.5, 1, 2, 4, 8)
+
+
+class PerplexityConfig(ComponentConfig):
+    """Which lengths are scored, on what cut of the split."""
+
+    lengths: OrAuto | tuple[Length, ...] = Field("auto", description="auto: 1/2, 1, 2, 4 and 8 times the trained context")
+    segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
+    min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
+    batch_tokens: int = Field(16_384, ge=1, json_schema_extra={"identity": False})
+
+
+@dataclass
+class DocumentScores:
+    """Sums per document, in document order: nats, scored targets, UTF-8 bytes of the targets' text."""
+
+    names: list[str] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    n_bytes: list[int] = field(default_factory=list)
+
+
+def auto_lengths(context: int) -> tuple[int, ...]:
+    """1/2, 1, 2, 4 and 8 times the trained context."""
+    return tuple(sorted({max(1, int(context * multiple)) for multiple in AUTO_MULTIPLES}))
+
+
+def document_scores(segments: EvalSegments, nats: np.ndarray, token_bytes: np.ndarray) -> DocumentScores:
+    """Segment sums gathered by document."""
+    scores = DocumentScores()
+    for index in range(segments.n):
+        document, tokens = segments.segment(index)
+        name = segments.split.names[document]
+        if not scores.names or scores.names[-1] != name:
+            scores.names.append(name)
+            scores.nats.append(0.0)
+            scores.targets.append(0)
+            scores.n_bytes.append(0)
+        scores.nats[-1] += float(nats[index])
+        scores.targets[-1] += len(tokens) - 1
+        scores.n_bytes[-1] += int(token_bytes[np.asarray(tokens[1:])].sum())
+    return scores
+
+
+def perplexity_measurements(scores: DocumentScores, *, context: int, split: str, segment: int) -> list[Measurement]:
+    """nats per token, perplexity and bits per byte of one length, each with its 95% interval over documents.
+
+    With N nats, T targets and Y bytes over all documents: nats per token N / T, perplexity exp(N / T), bits per byte
+    N / (Y ln 2). The interval of the perplexity is the exponential of that of the nats.
+    """
+    n_targets, n_docs = sum(scores.targets), len(scores.names)
+    per_token = sum(scores.nats) / n_targets
+    token_range = ratio_interval(scores.nats, scores.targets)
+    in_bits = [n / math.log(2) for n in scores.nats]
+    byte_range = ratio_interval(in_bits, scores.n_bytes)
+    common = {
+        "context": context,
+        "split": split,
+        "protocol": PROTOCOL,
+        "n_targets": n_targets,
+        "n_docs": n_docs,
+        "axes": {"segment": segment},
+    }
+
+    def row(name: str, unit: str, normaliser: str, value: float, bounds: tuple[float, float] | None) -> Measurement:
+        low, high = bounds if bounds is not None else (None, None)
+        return Measurement(name=name, value=value, unit=unit, low=low, high=high, normaliser=normaliser, **common)
+
+    return [
+        row("nats_per_token", "nats/token", "token", per_token, token_range),
+        row(
+            "perplexity", "1", "token", math.exp(per_token),
+            None if token_range is None else (math.exp(token_range[0]), math.exp(token_range[1])),
+        ),
+        row("bits_per_byte", "bits/byte", "byte", sum(in_bits) / sum(scores.n_bytes), byte_range),
+    ]  # fmt: skip
+
+
+def missing_measurements(context: int, split: str, status: str, reason: str) -> list[Measurement]:
+    """The rows of a length that has no number, and why."""
+    names = (("nats_per_token", "nats/token"), ("perplexity", "1"), ("bits_per_byte", "bits/byte"))
+    return [
+        Measurement(
+            name=name, value=None, unit=unit, context=context, split=split, protocol=PROTOCOL,
+            status=status, reason=reason,
+        )
+        for name, unit in names
+    ]  # fmt: skip
+
+
+def segment_length(config: PerplexityConfig, lengths: Sequence[int], dataset: TextDataset, split: str) -> int | None:
+    """The length of the segments: the longest of the lengths asked for that enough documents fill; None if none is."""
+    candidates = [config.segment] if config.segment != "auto" else list(lengths)
+    candidates += [length for length in lengths if length <= max(candidates)]
+    return longest_length(dataset.splits[split], sorted(set(candidates)), min_docs=config.min_documents)
+
+
+def evaluate_perplexity(
+    model: Transformer,
+    dataset: TextDataset,
+    config: PerplexityConfig,
+    *,
+    trained_context: int,
+    device: torch.device,
+    precision: Precision,
+    split: str = "test",
+    progress: Callable[[str, int], Callable[[int], None]] = lambda *_: lambda _: None,
+) -> tuple[list[Measurement], dict[int, DocumentScores]]:
+    """Perplexity of `model` at every length of the config, and the per-document sums behind it (for paired intervals)."""
+    lengths = auto_lengths(trained_context) if config.lengths == "auto" else tuple(sorted(set(config.lengths)))
+    longest = segment_length(config, lengths, dataset, split)
+    was_training = model.training
+    model.eval()
+    measurements: list[Measurement] = []
+    documents: dict[int, DocumentScores] = {}
+    segments = EvalSegments(dataset.splits[split], longest) if longest is not None else None
+    for length in lengths:
+        if segments is None or length > segments.length:
+            reason = f"fewer than {config.min_documents} {split} documents have {length + 1} tokens"
+            measurements += missing_measurements(length, split, "no_document", reason)
+            continue
+        advance = progress(f"scoring {split} at {length}", segments.n * segments.length)
+        try:
+            nats = score_windows(
+                model, segments, length, device=device, precision=precision,
+                batch_tokens=config.batch_tokens, advance=advance,
+            )  # fmt: skip
+        except UndefinedBeyondTraining as undefined:
+            measurements += missing_measurements(length, split, "undefined", str(undefined))
+            continue
+        scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
+        documents[length] = scores
+        measurements += perplexity_measurements(scores, context=length, split=split, segment=segments.length)
+    model.train(was_training)
+    return measurements, documents

@@ -1,0 +1,1 @@
+"""The model: a decoder-only Transformer with exchangeable positional schemes and attention mechanisms."""

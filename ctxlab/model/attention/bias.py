@@ -1,0 +1,227 @@
+"""Biases on attention scores, as blockwise attention asks for them: one tile of scores at a time, never a T x S matrix.
+
+A `Bias` is what a positional scheme hands over: its tensors and how to open it on one attention problem (a `Span`).
+The opened `BiasTiles` gives the bias of a tile and takes the gradient of a tile's scores. A bias with running sums
+keeps them in its `BiasTiles`: the tiles of a block of queries come nearest keys first.
+
+Symbols: i = S - T + t is the position of query row t, j that of a key, i - j their signed distance.
+B batch, H heads, T queries, S keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.0 / math.log(2.0)
+
+
+class Span(NamedTuple):
+    """One attention problem: T queries at positions S - T to S - 1, S keys, and how its tiles are cut and computed."""
+
+    T: int
+    S: int
+    causal: bool
+    rows: int  # queries in a tile, at most
+    dtype: torch.dtype  # of the scores
+    device: torch.device
+    training: bool  # gradients of the bias will be asked for
+
+
+class Tile(NamedTuple):
+    """A block of scores (b, h, m, n). Its rows run from the last query position down to the first.
+
+    Rows in this order make a bias of the distance alone a view of one vector: one row down and one key on are the same
+    step along it.
+    """
+
+    batch: slice
+    heads: slice
+    queries: range  # positions i, descending, m of them
+    keys: slice  # positions j, n of them
+
+    def distances(self, device: torch.device) -> Tensor:
+        """i - j for every score, (m, n) int64."""
+        i = torch.arange(self.queries.start, self.queries.stop, -1, device=device)
+        j = torch.arange(self.keys.start, self.keys.stop, device=device)
+        return i[:, None] - j[None, :]
+
+    @property
+    def nearest(self) -> int:
+        """The smallest signed distance of the tile; negative where it reaches into the future."""
+        return self.queries[-1] - (self.keys.stop - 1)
+
+
+class BiasTiles(Protocol):
+    """A bias opened on one span."""
+
+    constant: Tensor | None
+    """(H,) what the blocks leave out: a number per head that every visible score has in common, added to the lse."""
+
+    def block(self, tile: Tile) -> Tensor:
+        """bias / ln 2 of a tile, broadcastable to (b, h, m, n); -inf at keys in the future of a causal span."""
+        ...
+
+    def collect(self, tile: Tile, grad: Tensor) -> None:
+        """Takes the gradient (b, h, m, n) of the tile that `block` gave last; it may overwrite it."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """The gradient of every tensor of the bias, in their order, when all tiles are collected."""
+        ...
+
+
+class Bias(Protocol):
+    """A term added to the scaled scores before the softmax; every tensor in `tensors` receives its gradient."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
+        """The bias, its `tensors` as autograd hands them over. Raises ValueError where it does not cover the span."""
+        ...
+
+
+@dataclass(frozen=True)
+class Toeplitz:
+    """bias[h, i, j] = values[h, (i - j) - first]: a bias that depends on the signed distance alone.
+
+    values: (H, n), finite, one for each distance from `first` on; every visible distance must be covered, that is
+    0 to S - 1 when causal, 1 - T to S - 1 otherwise. Which keys are visible is not a bias's business: no -inf here.
+    constant_from: all distances >= constant_from share one value per head, values[:, constant_from - first] (T5 beyond
+    its last bucket); values may end there. The tiles beyond then need no bias, and the whole gradient of the shared
+    value is returned at that entry: minus the sum of the others, since the gradients of a softmax row sum to 0.
+    """
+
+    values: Tensor
+    first: int
+    constant_from: int | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+    def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
+        (values,) = tensors
+        last = self.first + values.shape[1] - 1
+        tail = self.constant_from if self.constant_from is not None and self.constant_from < span.S else None
+        lowest, highest = (0 if span.causal else 1 - span.T), (span.S - 1 if tail is None else tail)
+        if self.first > lowest or last < highest:
+            raise ValueError(f"Toeplitz: values cover distances {self.first} to {last}; needed: {lowest} to {highest}")
+        return _ToeplitzTiles(values, self.first, tail, span)
+
+
+class _ToeplitzTiles:
+    """One line per head, distances descending from S - 1: a tile is an (m, n) view of it with strides (1, 1)."""
+
+    def __init__(self, values: Tensor, first: int, tail: int | None, span: Span) -> None:
+        self.values, self.first, self.tail, self.span = values, first, tail, span
+        # A causal tile reaches less than its own height into the future.
+        reach = (min(span.rows, span.T) if span.causal else span.T) - 1
+        distances = torch.arange(span.S - 1, -reach - 1, -1, device=span.device)  # (L,)
+        self.index = (distances - first).clamp(0, values.shape[1] - 1 if tail is None else tail - first)
+        line = values.to(span.dtype)[:, self.index]  # (H, L)
+        self.constant: Tensor | None = None
+        if tail is not None:
+            self.constant = values[:, tail - first].to(span.dtype)
+            line = line - self.constant[:, None]
+        line = line * LOG2_E
+        self.line = (line.masked_fill(distances < 0, -torch.inf) if span.causal else line).contiguous()
+        self.grad = torch.zeros_like(self.line) if span.training else None
+        self.skewed = torch.empty(0)
+
+    def block(self, tile: Tile) -> Tensor:
+        if self._is_far(tile):
+            return self.line.new_zeros(1, 1, 1, 1)
+        m, n = len(tile.queries), tile.keys.stop - tile.keys.start
+        line = self.line if self.line.shape[0] == 1 else self.line[tile.heads]
+        length = line.shape[1]
+        return line.as_strided((1, line.shape[0], m, n), (0, length, 1, 1), line.storage_offset() + self._start(tile))
+
+    def collect(self, tile: Tile, grad: Tensor) -> None:
+        if self.grad is None or self._is_far(tile):
+            return
+        b, h, m, n = grad.shape
+        # Rows of m + n, read again at a stride of m + n - 1, move one to the right at each row: equal distances align.
+        if self.skewed.numel() < grad.numel() // n * (m + n) or self.skewed.dtype != grad.dtype:
+            self.skewed = grad.new_empty(grad.numel() // n * (m + n))
+        rows = self.skewed[: b * h * m * (m + n)].view(b, h, m, m + n)
+        rows[..., n:].zero_()
+        rows[..., :n].copy_(grad)
+        aligned = rows.as_strided((b, h, m, m + n - 1), (h * m * (m + n), m * (m + n), m + n - 1, 1))
+        start = self._start(tile)
+        self.grad[tile.heads, start : start + m + n - 1] += aligned.sum(2).sum(0)
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        assert self.grad is not None
+        found = torch.zeros_like(self.values, dtype=self.span.dtype)
+        if self.tail is None:
+            return (found.index_add_(1, self.index, self.grad),)
+        beyond = self.span.S - self.tail  # entries of the line at distances >= tail
+        found.index_add_(1, self.index[beyond:], self.grad[:, beyond:])
+        found[:, self.tail - self.first] = -found.sum(1)
+        return (found,)
+
+    def _start(self, tile: Tile) -> int:
+        """Where on the line the tile's first score lies: at distance queries[0] - keys.start."""
+        return self.span.S - 1 - (tile.queries[0] - tile.keys.start)
+
+    def _is_far(self, tile: Tile) -> bool:
+        return self.tail is not None and tile.nearest >= self.tail
+
+
+@dataclass(frozen=True)
+class BlockBias:
+    """A bias that a python function gives tile by tile: bias = function(tile, *tensors), by autograd differentiable.
+
+    function: (tile, *tensors) -> Tensor broadcastable to (b, h, m, n) of that tile. It runs once a tile in the forward
+    and once in the backward, where autograd takes its gradients; nothing of it is kept in between.
+    """
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+    def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
+        return _BlockTiles(self.function, tensors, span)
+
+
+class _BlockTiles:
+    constant: Tensor | None = None
+
+    def __init__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], span: Span) -> None:
+        self.function, self.span = function, span
+        self.leaves = [t.detach().requires_grad_(span.training and t.is_floating_point()) for t in tensors]
+        self.grads = [torch.zeros_like(t, dtype=span.dtype) for t in tensors] if span.training else []
+        self.future = no_bias(span)
+        self.value = torch.empty(0)
+
+    def block(self, tile: Tile) -> Tensor:
+        with torch.set_grad_enabled(self.span.training):
+            self.value = self.function(tile, *self.leaves)
+        block = self.value.detach().to(self.span.dtype) * LOG2_E
+        return block + self.future.block(tile) if self.span.causal and tile.nearest < 0 else block
+
+    def collect(self, tile: Tile, grad: Tensor) -> None:
+        if not self.value.requires_grad:
+            return
+        wanted = [n for n, leaf in enumerate(self.leaves) if leaf.requires_grad]
+        grad = grad.sum_to_size(self.value.shape).to(self.value.dtype)
+        found = torch.autograd.grad(self.value, [self.leaves[n] for n in wanted], grad, allow_unused=True)
+        for n, one in zip(wanted, found):
+            if one is not None:
+                self.grads[n] += one
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        return tuple(self.grads)
+
+
+def no_bias(span: Span) -> BiasTiles:
+    """The bias 0, which still hides the future of a causal span."""
+    zero = torch.zeros(1, 1, dtype=span.dtype, device=span.device)
+    first = 0 if span.causal else 1 - span.T
+    return _ToeplitzTiles(zero, first, first, span._replace(training=False))

@@ -1,0 +1,310 @@
+"""Attention with any bias in memory linear in the context: block by block forward, recomputed block by block backward.
+
+Symbols: B batch, H heads, Hkv key-value heads, G = H / Hkv heads to each of them, T queries, S keys, D and Dv widths.
+A tile is (b, h, m, n): some of the batch, some heads, m queries in descending order, n keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile, no_bias
+
+BLOCKS = (512, 512)
+"""Queries and keys in a tile."""
+
+TILE_SCORES = 2**20
+"""Scores in a tile over all its heads, at most: its buffers then take some 12 MiB and mostly stay in the cache."""
+
+LOWEST = -1e30
+"""Stands in for the maximum over no score: finite, so that no difference of two infinities arises."""
+
+
+def blockwise_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: Bias | None = None,
+    lengths: Tensor | None = None,
+    blocks: tuple[int, int] = BLOCKS,
+) -> tuple[Tensor, Tensor]:
+    """out = softmax(scale q k^T + bias) v and its log-sum-exp, without T x S scores; every tensor gets its gradient.
+
+        lse_i = ln sum_j exp(s_ij),    out_i = sum_j exp(s_ij - lse_i) v_j,    s_ij = scale q_i . k_j + bias_ij
+
+    The sum over the keys is taken tile by tile with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867;
+    Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4); the backward recomputes each tile's weights from the lse.
+
+    q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H, T <= S. Query row t sits at position
+    S - T + t; causal, it sees the keys up to that position. lengths (B,): keys from lengths[b] on are padding that
+    nobody sees; positions stay as they are. A query that sees no key gets out 0 and lse -inf. Tiles that nobody sees
+    are not visited.
+    Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries no gradient.
+    Scores and all sums over tiles are fp32 (fp64 for fp64); weights and their gradients are rounded to q's dtype.
+    blocks: queries and keys in a tile; any sizes give the same result. Raises ValueError on shapes that do not fit.
+    """
+    q, k, v = autocast(q, k, v)
+    check(q, k, v)
+    if lengths is not None and lengths.shape != q.shape[:1]:
+        raise ValueError(f"attention: lengths {tuple(lengths.shape)} is not one number for each of {q.shape[0]} rows")
+    tensors = () if bias is None else bias.tensors
+    counts = None if lengths is None else tuple(int(n) for n in lengths.tolist())
+    with torch.autocast(q.device.type, enabled=False):
+        return _Blockwise.apply(q, k, v, scale, causal, bias, counts, blocks, *tensors)
+
+
+def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands in the dtype that autocast gives torch's own attention; as they are outside autocast."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in operands)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError where q (B,H,T,D), k (B,Hkv,S,D) and v (B,Hkv,S,Dv) do not fit."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention: shapes do not fit: {shapes}; needed: (B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,Dv)")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"attention: more queries than keys ({q.shape[2]} > {k.shape[2]})")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q, k and v differ in dtype ({q.dtype}, {k.dtype}, {v.dtype})")
+
+
+class _Part(NamedTuple):
+    """Some of the batch and some heads whose keys end at the same place; all its tiles share their operands."""
+
+    batch: slice
+    kv: slice
+    heads: slice
+    n_keys: int
+
+
+class _Plan(NamedTuple):
+    """Which tiles are visited, in which order."""
+
+    B: int
+    Hkv: int
+    G: int
+    span: Span
+    counts: tuple[int, ...] | None
+    n_cols: int
+
+    def parts(self) -> Iterator[_Part]:
+        """As many rows of the batch, or else heads, together as fit one tile's buffers."""
+        span = self.span
+        fit = max(TILE_SCORES // (self.G * min(span.rows, span.T) * min(self.n_cols, span.S)), 1)
+        n_kv = -(-self.Hkv // -(-self.Hkv // fit))  # in equal shares, as few as fit
+        n_rows = max(fit // self.Hkv, 1) if self.counts is None else 1
+        for row in range(0, self.B, n_rows):
+            n_keys = span.S if self.counts is None else min(self.counts[row], span.S)
+            for kv in range(0, self.Hkv if n_keys else 0, n_kv):
+                stop = min(kv + n_kv, self.Hkv)
+                yield _Part(slice(row, row + n_rows), slice(kv, stop), slice(kv * self.G, stop * self.G), n_keys)
+
+    def rows(self) -> Iterator[slice]:
+        for t in range(0, self.span.T, self.span.rows):
+            yield slice(t, min(t + self.span.rows, self.span.T))
+
+    def tiles(self, part: _Part, rows: slice) -> Iterator[Tile]:
+        """The visible tiles of a block of queries, nearest keys first."""
+        before = self.span.S - self.span.T
+        queries = range(before + rows.stop - 1, before + rows.start - 1, -1)
+        stop = min(part.n_keys, queries[0] + 1) if self.span.causal else part.n_keys
+        while stop > 0:
+            start = max(stop - self.n_cols, 0)
+            yield Tile(part.batch, part.heads, queries, slice(start, stop))
+            stop = start
+
+
+def _plan(
+    q: Tensor, k: Tensor, causal: bool, counts: tuple[int, ...] | None, blocks: tuple[int, int], training: bool
+) -> _Plan:
+    B, H, T, _ = q.shape
+    Hkv, S = k.shape[1:3]
+    high = torch.promote_types(q.dtype, torch.float32)
+    return _Plan(B, Hkv, H // Hkv, Span(T, S, causal, blocks[0], high, q.device, training), counts, blocks[1])
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, scale, causal, bias, counts, blocks, *tensors):  # type: ignore[no-untyped-def]
+        plan = _plan(q, k, causal, counts, blocks, training=False)
+        tiles = no_bias(plan.span) if bias is None else bias.open(tensors, plan.span)
+        out, lse = _forward(plan, tiles, q, k, v, scale * LOG2_E)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.settings = (scale, causal, bias, counts, blocks)
+        if tiles.constant is not None:
+            lse = lse + tiles.constant[:, None]
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out, _):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        scale, causal, bias, counts, blocks = ctx.settings
+        learned = any(ctx.needs_input_grad[8:])
+        plan = _plan(q, k, causal, counts, blocks, training=learned)
+        tiles = no_bias(plan.span) if bias is None else bias.open(tuple(tensors), plan.span)
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv = _backward(plan, tiles, q, k, v, out, lse, grad_out, scale)
+        grads = tiles.gradients() if learned else ()
+        wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[8:])]
+        return dq, dk, dv, None, None, None, None, None, *(wanted or [None] * len(tensors))
+
+
+def _forward(plan: _Plan, bias: BiasTiles, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out and lse (less the bias's constant). scale is in units of ln 2: everything inside is a power of 2."""
+    high = plan.span.dtype
+    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    lse = torch.full(q.shape[:3], -torch.inf, dtype=high, device=q.device)
+    scratch = _Scratch(q, 1)
+    for part in plan.parts():
+        keys = _fold(k[part.batch, part.kv, : part.n_keys], part)  # (g,n,D), g = b times KV heads
+        values = _fold(v[part.batch, part.kv, : part.n_keys], part)  # (g,n,Dv)
+        for rows in plan.rows():
+            queries = q[part.batch, part.heads, rows].flip(2)  # (b,h,m,D)
+            shape = queries.shape[:3]
+            folded = _fold(queries, part)  # (g,G m,D)
+            top = torch.full(folded.shape[:2], LOWEST, dtype=high, device=q.device).unsqueeze(-1)  # (g,G m,1)
+            total = torch.zeros_like(top)
+            mean = torch.zeros(*folded.shape[:2], v.shape[3], dtype=high, device=q.device)
+            for tile in plan.tiles(part, rows):
+                n = tile.keys
+                scores = scratch.scores(*shape, n.stop - n.start)
+                scores.copy_(bias.block(tile))
+                scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
+                _add_product(scores, folded, keys[:, n], scale)
+                higher = torch.maximum(top, scores.amax(-1, keepdim=True))
+                weights = scores.sub_(higher).exp2_()
+                decay = torch.exp2(top - higher)
+                total.mul_(decay).add_(weights.sum(-1, keepdim=True))
+                mean.mul_(decay).add_(torch.bmm(scratch.rounded(weights), values[:, n]))
+                top = higher
+            seen = total > 0
+            total.masked_fill_(~seen, 1.0)
+            out[part.batch, part.heads, rows] = (mean / total).view(*shape, -1).flip(2)
+            block = torch.where(seen, (top + total.log2()) / LOG2_E, -torch.inf)
+            lse[part.batch, part.heads, rows] = block.view(shape).flip(2)
+    return out, lse
+
+
+def _backward(
+    plan: _Plan, bias: BiasTiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; the bias collects its own. With g the gradient of out and sums over the width in delta:
+
+    p = exp(s - lse),  dv = p^T g,  delta = sum g out,  ds = p (g v^T - delta),  dq = scale ds k,  dk = scale ds^T q
+    """
+    high = plan.span.dtype
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    scratch = _Scratch(q, 2)
+    for part in plan.parts():
+        keys = _fold(k[part.batch, part.kv, : part.n_keys], part)
+        values = _fold(v[part.batch, part.kv, : part.n_keys], part)
+        sum_k = torch.zeros_like(keys, dtype=high)
+        sum_v = torch.zeros(*keys.shape[:2], v.shape[3], dtype=high, device=v.device)
+        for rows in plan.rows():
+            queries = q[part.batch, part.heads, rows].flip(2)  # (b,h,m,D)
+            shape = queries.shape[:3]
+            folded = _fold(queries, part)
+            norm = lse[part.batch, part.heads, rows].flip(2).unsqueeze(-1)  # (b,h,m,1)
+            norm = norm.masked_fill(norm == -torch.inf, 0.0) * LOG2_E
+            g = grad[part.batch, part.heads, rows].flip(2)
+            delta = (g.to(high) * out[part.batch, part.heads, rows].flip(2).to(high)).sum(-1, keepdim=True)
+            # delta rides in the product with v as two more columns, as two numbers of q's precision.
+            coarse = delta.to(q.dtype)
+            g = _fold(torch.cat((g, -coarse, (coarse - delta).to(q.dtype)), -1), part)  # (g,G m,Dv+2)
+            pure = g[..., :-2].contiguous()
+            sum_q = torch.zeros_like(folded, dtype=high)
+            for tile in plan.tiles(part, rows):
+                n = tile.keys
+                scores = scratch.scores(*shape, n.stop - n.start)
+                torch.sub(bias.block(tile).expand_as(scores), norm, out=scores)
+                scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
+                _add_product(scores, folded, keys[:, n], scale * LOG2_E)
+                weights = scratch.rounded(scores.exp2_())
+                sum_v[:, n] += torch.bmm(weights.mT, pure)
+                wide = F.pad(values[:, n], (0, 2), value=1.0)  # (g,n,Dv+2)
+                ds = torch.bmm(g, wide.mT, out=scratch.gradient(weights.shape)).mul_(weights)
+                sum_q += torch.bmm(ds, keys[:, n])
+                sum_k[:, n] += torch.bmm(ds.mT, folded)
+                if plan.span.training:
+                    bias.collect(tile, ds.view(*shape, -1))
+            dq[part.batch, part.heads, rows] = (sum_q * scale).view(*shape, -1).flip(2)
+        dk[part.batch, part.kv, : part.n_keys] = _unfold(sum_k.mul_(scale), part)
+        dv[part.batch, part.kv, : part.n_keys] = _unfold(sum_v, part)
+    return dq, dk, dv
+
+
+def _fold(x: Tensor, part: _Part) -> Tensor:
+    """(b, heads, m, d) -> (b times KV heads, heads to each times m, d)."""
+    return x.reshape(x.shape[0] * (part.kv.stop - part.kv.start), -1, x.shape[3])
+
+
+def _unfold(x: Tensor, part: _Part) -> Tensor:
+    """(b times KV heads, n, d) -> (b, KV heads, n, d)."""
+    return x.view(-1, part.kv.stop - part.kv.start, *x.shape[1:])
+
+
+class _Scratch:
+    """The buffers of one tile, allocated once and cut to each tile's shape."""
+
+    def __init__(self, like: Tensor, n_rounded: int) -> None:
+        high = torch.promote_types(like.dtype, torch.float32)
+        self.high = like.new_empty(0, dtype=high)
+        self.low = [like.new_empty(0) for _ in range(n_rounded)]
+
+    def scores(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if self.high.numel() < size:
+            self.high = self.high.new_empty(size)
+        return self.high[:size].view(shape)
+
+    def rounded(self, weights: Tensor) -> Tensor:
+        """The weights in the operands' dtype: themselves where that is the dtype of the scores."""
+        if weights.dtype == self.low[0].dtype:
+            return weights
+        return self._low(0, weights.shape).copy_(weights)
+
+    def gradient(self, shape: torch.Size) -> Tensor:
+        return self._low(1, shape)
+
+    def _low(self, n: int, shape: torch.Size) -> Tensor:
+        if self.low[n].numel() < shape.numel():
+            self.low[n] = self.low[n].new_empty(shape.numel())
+        return self.low[n][: shape.numel()].view(shape)
+
+
+def _add_product(scores: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """scores (g,m,n) += scale a b^T, in place and in the dtype of the scores, for a (g,m,D) and b (g,n,D).
+
+    fp32 holds the products of bf16 numbers without loss, so oneDNN may multiply them as bf16 where that is faster; in
+    fp32 too it is twice as fast as the default (MKL) on AMD.
+    """
+    exact = a.dtype == torch.bfloat16 and a.device.type == "cpu"
+    with _bf16_operands() if exact else nullcontext():
+        scores.baddbmm_(a.to(scores.dtype), b.to(scores.dtype).mT, alpha=scale)
+
+
+@contextmanager
+def _bf16_operands() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,58 @@
+"""Full attention: every token sees every earlier one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ctxlab.model.attention.base import ATTENTIONS, Attention
+from ctxlab.model.attention.bias import Bias
+from ctxlab.model.attention.blockwise import blockwise_attention
+from ctxlab.model.attention.fused import fused_attention
+from ctxlab.model.config import ModelConfig
+
+
+@ATTENTIONS.register("full")
+class Full(Attention):
+    """Vaswani et al. 2017, arXiv:1706.03762, eq. 1, with key-value heads shared by groups of queries (arXiv:2305.13245).
+
+    Without a bias it runs in torch's fused kernel, with one in the blockwise function: in memory linear in the context
+    either way. Causal attention needs no `lengths`: padding stands at the right end, where no real query looks.
+    """
+
+    class Config(Attention.Config):
+        name: Literal["full"] = "full"
+
+    paper = "Vaswani et al. 2017, arXiv:1706.03762"
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        bias: Bias | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if causal:
+            lengths = None
+        if bias is None and lengths is None:
+            return fused_attention(q, k, v, scale=scale, causal=causal)
+        return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
+
+    def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
+        everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
+        return everything.tril(n_keys - n_queries) if causal else everything
+
+    @classmethod
+    def flops(cls, config: Attention.Config, model: ModelConfig, context: int) -> float:
+        """4 H D context: two products of a query with `context` keys, the causal half not taken off (PaLM's convention)."""
+        return 4.0 * model.n_heads * model.head_dim * context
+
+    @classmethod
+    def cached_tokens(cls, config: Attention.Config, length: int) -> int:
+        return length

@@ -1,0 +1,72 @@
+"""Attention without a bias through torch's own fused kernels, with the log-sum-exp that they compute anyway."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctxlab.model.attention.blockwise import autocast, blockwise_attention, check
+
+_ops = torch.ops.aten
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """out = softmax(scale q k^T) v and its log-sum-exp, as fast as torch's fused kernel, never holding T x S scores.
+
+        lse_i = ln sum_j exp(s_ij),    out_i = sum_j exp(s_ij - lse_i) v_j,    s_ij = scale q_i . k_j
+
+    q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H, T <= S. Query row t sits at position
+    S - T + t; causal, it sees the keys up to that position. (torch's own `is_causal` lets it see those up to t.)
+    Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries no gradient.
+    T = S, T = 1 and no causality go to torch's kernel, on CPU without copying key-value heads. The rest, new tokens
+    that also attend to a past, goes blockwise, and so does what a device has no fused kernel for. Widths are padded
+    with zeros to one multiple of 8: unequal ones fall off the kernel. Raises ValueError on shapes that do not fit.
+    """
+    q, k, v = autocast(q, k, v)
+    check(q, k, v)
+    T, S, width = q.shape[2], k.shape[2], v.shape[3]
+    causal = causal and T > 1
+    kernel = _kernel(q)
+    if kernel is None or (causal and T < S):
+        return blockwise_attention(q, k, v, scale=scale, causal=causal)
+    padded = -(-max(q.shape[3], width) // 8) * 8
+    q, k, v = _aligned(q, padded), _aligned(k, padded), _aligned(v, padded)
+    out, lse = kernel(q, k, v, causal, scale)
+    return out if width == padded else out[..., :width], lse
+
+
+def _aligned(x: Tensor, width: int) -> Tensor:
+    """x as the kernels want it, the same tensor where it is already: `width` wide and its last axis contiguous."""
+    if x.shape[3] != width:
+        return F.pad(x, (0, width - x.shape[3]))
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+    return out, lse
+
+
+def _cuda_half(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = _ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    return out, lse
+
+
+def _cuda_single(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # this kernel wants a key-value head for every head
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    out, lse, *_ = _ops._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return out, lse[..., : q.shape[2]].detach()  # the kernel rounds the length up to a multiple of 32
+
+
+def _kernel(q: Tensor):  # type: ignore[no-untyped-def]
+    """torch's fused kernel for q's device, dtype and width, if there is one."""
+    if q.device.type == "cpu":
+        return _cpu
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256:
+        return _cuda_half
+    if q.device.type == "cuda" and q.dtype == torch.float32:
+        return _cuda_single
+    return None

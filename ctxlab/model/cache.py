@@ -1,0 +1,85 @@
+"""The key-value cache: what decoding and scoring in chunks keep of the tokens already seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FIRST_ROOM = 64
+
+
+class Growing:
+    """A tensor that grows along one dimension. Its room doubles, so appending n tokens copies O(n) numbers in all."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.length = 0
+        self._room: Tensor | None = None
+
+    def append(self, new: Tensor) -> Tensor:
+        """Adds `new` behind what is there and returns all of it, as a view."""
+        room = self._room
+        length = self.length + new.shape[self.dim]
+        if room is None or length > room.shape[self.dim]:
+            size = list(new.shape)
+            size[self.dim] = max(length, _FIRST_ROOM if room is None else 2 * room.shape[self.dim])
+            grown = new.new_empty(size)
+            if room is not None:
+                grown.narrow(self.dim, 0, self.length).copy_(room.narrow(self.dim, 0, self.length))
+            room = self._room = grown
+        room.narrow(self.dim, self.length, new.shape[self.dim]).copy_(new.detach())
+        self.length = length
+        return room.narrow(self.dim, 0, length)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is held, without the room kept free for more."""
+        if self._room is None:
+            return 0
+        return self._room.numel() // self._room.shape[self.dim] * self.length * self._room.element_size()
+
+
+class LayerCache:
+    """One layer's keys (as the positional scheme's `key` returns them, or raw where the scheme says so), values and carry."""
+
+    def __init__(self) -> None:
+        self._keys = Growing(dim=2)
+        self._values = Growing(dim=2)
+        self.carry: Any = None  # what the scheme's `prepare` continues: running sums, an earlier segment
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys (B,Hkv,T,D) and values (B,Hkv,T,Dv) and returns all held, (B,Hkv,S,D) and (B,Hkv,S,Dv)."""
+        return self._keys.append(k), self._values.append(v)
+
+    @property
+    def bytes(self) -> int:
+        return self._keys.bytes + self._values.bytes
+
+
+class KVCache:
+    """Keys and values of every layer, with the positions they stand at. For inference: nothing in it carries a gradient.
+
+        cache = KVCache(model.config.n_layers)
+        model(first, cache=cache); model(rest, cache=cache)     # the logits of one forward over both
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(n_layers)]
+        self._positions = Growing(dim=0)
+
+    @property
+    def length(self) -> int:
+        """Tokens held."""
+        return self._positions.length
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values held (room for more excluded)."""
+        return sum(layer.bytes for layer in self.layers)
+
+    def advance(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Makes place for n more tokens: their positions (n,) and those of all tokens then held (S,), int64."""
+        new = torch.arange(self.length, self.length + n, device=device)
+        return new, self._positions.append(new)

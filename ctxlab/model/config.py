@@ -1,0 +1,72 @@
+"""What `model:` in a config says: the sizes and the settings of a Transformer, every derived number resolved."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ctxlab.registry import ComponentConfig
+
+_FF_MULTIPLE = 128  # widths that are multiples of this keep matmul kernels at full speed
+
+
+class ModelConfig(ComponentConfig):
+    """Sizes and settings of a pre-norm Transformer. GPT-2, BLOOM and Llama are settings of it.
+
+    `n_kv_heads`, `head_dim` and `d_ff` may be given as `auto`; what is stored is always the number:
+    n_kv_heads = n_heads (every head has its own keys), head_dim = d_model / n_heads, and d_ff = 8/3 d_model for SwiGLU
+    (three matrices; Shazeer 2020, arXiv:2002.05202, section 3, keeps the parameters of two of 4 d_model), 4 d_model
+    otherwise, to the nearest multiple of 128.
+    Raises (as a validation error) when n_heads is no multiple of n_kv_heads, or d_model none of n_heads with head_dim auto.
+    """
+
+    name: str = Field("custom", description="the size's name, for people")
+    architecture: Literal["decoder"] = "decoder"
+    d_model: int = Field(gt=0, description="width of the residual stream")
+    n_layers: int = Field(gt=0)
+    n_heads: int = Field(gt=0, description="query heads")
+    n_kv_heads: int = Field(gt=0, description="key-value heads, each shared by n_heads / n_kv_heads queries; or auto")
+    head_dim: int = Field(gt=0, description="width of a head, free of d_model; or auto")
+    d_ff: int = Field(gt=0, description="width of the feed-forward layer; or auto")
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-5, gt=0)
+    bias: bool = Field(False, description="biases in every linear layer, and in layernorm")
+    embedding_norm: bool = Field(False, description="a norm after the embedding, as in BLOOM")
+    tie_embeddings: bool = Field(True, description="the output head is the embedding's matrix")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="of the embedding and of each block's outputs; attention weights are never dropped"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_auto(cls, values: Any) -> Any:
+        """Replaces `auto` by its number. Where that number needs a field that is itself wrong, that field's error says so."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        d_model, n_heads = _size(values.get("d_model")), _size(values.get("n_heads"))
+        if values.get("n_kv_heads", "auto") == "auto":
+            values["n_kv_heads"] = n_heads or 1
+        if values.get("head_dim", "auto") == "auto":
+            if d_model and n_heads and d_model % n_heads:
+                raise ValueError(
+                    f"d_model ({d_model}) must be divisible by n_heads ({n_heads}), or head_dim given as a number"
+                )
+            values["head_dim"] = d_model // n_heads if d_model and n_heads else 1
+        if values.get("d_ff", "auto") == "auto":
+            wanted = 4 * d_model if values.get("activation", "swiglu") != "swiglu" else 8 * d_model / 3
+            values["d_ff"] = max(1, round(wanted / _FF_MULTIPLE)) * _FF_MULTIPLE
+        return values
+
+    @model_validator(mode="after")
+    def _heads_in_groups(self) -> ModelConfig:
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")
+        return self
+
+
+def _size(value: Any) -> int:
+    """The value where it is a valid size, else 0."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -1,0 +1,1 @@
+"""Positional schemes: one file each."""

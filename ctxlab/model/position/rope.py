@@ -1,0 +1,97 @@
+"""Rotary positions: queries and keys turned by angles proportional to where they stand."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctxlab.errors import IncompatibleError
+from ctxlab.model.config import ModelConfig
+from ctxlab.model.position.base import POSITIONS, Position
+
+Layout = Literal["interleaved", "half"]
+
+
+@POSITIONS.register("rope")
+class Rope(Position):
+    """Pair k of q_i is rotated by i theta_k, of k_j by j theta_k, theta_k = theta^(-2k/D): the score depends on i - j alone.
+
+    Su et al. 2021, arXiv:2104.09864, eqs. 14 to 16 (their d is our head_dim D). A pair is two neighbours (2k, 2k+1), as in
+    the paper, or (k, k + D/2), as in Llama's files at Hugging Face: the same models up to a fixed permutation of each
+    head's rows in the query and key matrices. Angles are computed in float64 from the positions themselves, at any
+    distance; the rotation is applied in fp32 and rounded once to the dtype of q and k.
+    """
+
+    class Config(Position.Config):
+        name: Literal["rope"] = "rope"
+        theta: float = Field(10_000.0, gt=0, description="base of the geometric ladder of frequencies")
+        layout: Layout = Field("interleaved", description="which columns make a pair; no difference to training")
+
+    paper = "Su et al. 2021, arXiv:2104.09864"
+    form = "separable"
+    relative = True
+
+    @classmethod
+    def check(cls, config: Position.Config, model: ModelConfig, *, causal: bool = True) -> None:
+        super().check(config, model, causal=causal)
+        if model.head_dim % 2:
+            raise IncompatibleError(f"model.head_dim: rope rotates pairs and needs an even number, got {model.head_dim}")
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
+        """exp(i position theta_k), (T, D/2) complex64 (complex128 for float64 models)."""
+        assert isinstance(self.config, Rope.Config)
+        frequencies = inverse_frequencies(self.model.head_dim, self.config.theta, positions.device)
+        angles = positions.to(torch.float64)[:, None] * frequencies  # (T, D/2)
+        high = torch.promote_types(dtype, torch.float32)
+        return torch.complex(angles.cos().to(high), angles.sin().to(high))
+
+    def query(self, q: Tensor, tables: Any, state: Any) -> Tensor:
+        assert isinstance(self.config, Rope.Config)
+        return rotate(q, tables, self.config.layout)
+
+    def key(self, k: Tensor, tables: Any, state: Any) -> Tensor:
+        assert isinstance(self.config, Rope.Config)
+        return rotate(k, tables, self.config.layout)
+
+
+def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2k/D) for k = 0 .. D/2 - 1, float64."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    return theta**-exponents
+
+
+def rotate(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
+    """The pairs of x (B,H,T,D) as complex numbers, each multiplied by turns (T, D/2), in the dtype of x."""
+    result: Tensor = _Rotate.apply(x, turns, layout)
+    return result
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the opposite rotation, so nothing of the size of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
+        ctx.save_for_backward(turns)
+        ctx.layout = layout
+        return _turn(x, turns, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (turns,) = ctx.saved_tensors
+        return _turn(grad, turns.conj(), ctx.layout), None, None
+
+
+def _turn(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
+    high = x.to(turns.real.dtype)
+    if layout == "interleaved":
+        pairs = torch.view_as_complex(high.unflatten(-1, (-1, 2)))  # (B,H,T,D/2)
+        return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
+    first, second = high.chunk(2, dim=-1)  # (B,H,T,D/2) each
+    out = torch.empty_like(high)
+    real, imaginary = out.chunk(2, dim=-1)
+    torch.mul(first, turns.real, out=real).addcmul_(second, turns.imag, value=-1)
+    torch.mul(second, turns.real, out=imaginary).addcmul_(first, turns.imag)
+    return out.to(x.dtype)

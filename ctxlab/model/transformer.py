@@ -1,0 +1,311 @@
+"""The Transformer, whole: embedding, blocks of attention and feed-forward, norm, head.
+
+Shapes: B batch, T new tokens (queries), S keys (T plus what a cache holds), V vocabulary, d d_model, H query heads, Hkv
+key-value heads, D head_dim. What a positional scheme does is in position/, who sees whom and how it is computed in
+attention/; this file calls their hooks and knows none of them by name.
+
+Under autocast the residual stream stays fp32 and every norm hands its result on in the compute dtype, so that the
+projections behind it share one cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ctxlab.model.attention.base import ATTENTIONS, Attention
+from ctxlab.model.cache import KVCache, LayerCache
+from ctxlab.model.config import ModelConfig
+from ctxlab.model.elementwise import rms_norm, swiglu
+from ctxlab.model.loss import chunk_for, token_nats
+from ctxlab.model.position.base import POSITIONS, Position
+
+Segments = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the tokens of one forward stand: made once, read by every block."""
+
+    dtype: torch.dtype  # of queries, keys, values and everything a matmul reads
+    positions: Tensor  # (T,), or (B,T) when packed
+    pieces: list[tuple[int, bool]] | None  # packed: (tokens, scored?) of each piece of the flattened batch
+    queries: list[Any]  # the scheme's tables, one entry for the batch or one a piece
+    keys: list[Any]  # the same for the keys: those of all S positions where a cache holds raw keys
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over d, computed in fp32, handed on in the dtype asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.centred = config.norm == "layernorm"
+        self.weight = nn.Parameter(torch.ones(config.d_model))
+        self.bias = nn.Parameter(torch.zeros(config.d_model)) if self.centred and config.bias else None
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.centred:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(dtype)
+        return rms_norm(x, self.weight, self.eps, dtype)
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)) with SwiGLU, down(gelu(up(x))) without."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        if config.activation == "swiglu":
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "swiglu":
+            return self.down(swiglu(self.gate(x), self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+class SelfAttention(nn.Module):
+    """Projects to queries, keys and values, lets the positional scheme at them, and runs the mechanism."""
+
+    def __init__(self, config: ModelConfig, mechanism: Attention, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.query = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
+        self.key = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.value = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.mechanism = mechanism
+
+    def forward(self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
+        if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D)
+            mixed = self._attend(x, q, k, v, position, frame.queries[0], frame.keys[0], cache)
+        else:  # documents side by side: each attends within itself
+            sizes = [size for size, _ in frame.pieces]
+            whole = [t.flatten(0, 1).split(sizes) for t in (x, q, k, v)]  # B*T tokens, cut
+            mixed = torch.cat(
+                [
+                    self._attend(*(t.unsqueeze(0) for t in piece), position, queries, keys, None)
+                    if is_document
+                    else piece[1].new_zeros(1, size, self.out.in_features)
+                    for (size, is_document), *piece, queries, keys in zip(
+                        frame.pieces, *whole, frame.queries, frame.keys
+                    )
+                ],
+                dim=1,
+            ).view(*x.shape[:2], -1)
+        return self.out(mixed)  # (B,T,d)
+
+    def _attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        position: Position,
+        queries: Any,
+        keys: Any,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B,H,T,D), (B,Hkv,T,D) twice
+        state, carry = position.prepare(x, self.layer, None if cache is None else cache.carry)
+        q = position.query(q, queries, state)
+        if cache is None:
+            k = position.key(k, keys, state)
+        else:
+            cache.carry = carry
+            if position.caches_raw_keys:
+                k, v = cache.append(k, v)
+                k = position.key(k, keys, state)
+            else:
+                k, v = cache.append(position.key(k, keys, state), v)  # (B,Hkv,S,D) twice
+        bias = position.bias(q.shape[2], k.shape[2], state, q.device)
+        out, _ = self.mechanism.attend(q, k, v, scale=position.scale, causal=True, bias=bias)
+        return out.transpose(1, 2).flatten(2)  # (B,T,H*D)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the norms come first."""
+
+    def __init__(self, config: ModelConfig, mechanism: Attention, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = Norm(config)
+        self.attention = SelfAttention(config, mechanism, layer)
+        self.feed_forward_norm = Norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = _dropout(config)
+
+    def forward(self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None) -> Tensor:
+        attended = self.attention(self.attention_norm(x, frame.dtype), position, frame, cache)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, frame.dtype)))
+
+
+class Transformer(nn.Module):
+    """A decoder-only Transformer language model.
+
+    config: sizes and settings; position, attention: the settings of the scheme and the mechanism; context: the length it is
+    trained at, of which only schemes with a table of positions take note.
+    Raises IncompatibleError when the scheme cannot serve a model of these sizes.
+
+    A batch is tokens (B,T), right-padded. It needs no mask for that: a causal query never looks at what follows it, so
+    `lengths` (B,) changes nothing here and the values at padded places are to be ignored. `segments` packs documents side
+    by side: the lengths of each row's documents, which attend within themselves, at positions from 0 (what a row has
+    beyond them is padding). `cache` continues the sequences that it holds; in any number of chunks, the logits are those of
+    one forward.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        position: Position.Config,
+        attention: Attention.Config,
+        *,
+        vocab_size: int,
+        context: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.context = context
+        self.recompute = False  # whether backward computes each block's activations again instead of keeping them
+        mechanism = ATTENTIONS.get(attention.name)
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.position = POSITIONS.get(position.name)(position, config, context)
+        self.embedding_norm = Norm(config) if config.embedding_norm else None
+        self.dropout = _dropout(config)
+        self.blocks = nn.ModuleList(
+            Block(config, mechanism(attention, config, layer), layer) for layer in range(config.n_layers)
+        )
+        self.norm = Norm(config)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Draws all parameters.
+
+        Matrices have entries of standard deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 n_layers), so
+        that the stream's variance does not grow with depth (Radford et al. 2019, section 2.3); biases are 0.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for last in (block.attention.out, block.feed_forward.down):
+                nn.init.normal_(last.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
+        self.position.initialize()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        segments: Segments | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The logits of the token behind each of `tokens`, (B,T,V)."""
+        return self.logits(self.hidden(tokens, lengths=lengths, segments=segments, cache=cache))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        segments: Segments | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What the head reads, (B,T,d), in the compute dtype.
+
+        Raises UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
+        """
+        frame = self._frame(tokens, segments, cache)
+        x = self.position.embed(self.embedding(tokens), frame.positions)  # (B,T,d)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x, x.dtype)
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.position, frame, None, use_reentrant=False)
+            else:
+                x = block(x, self.position, frame, None if cache is None else cache.layers[layer])
+        return self.norm(x, frame.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V)."""
+        return F.linear(hidden, self._head_weight)
+
+    def nats(self, hidden: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Nats of each target given `hidden`, (B,T) fp32, 0 where the target is -100.
+
+        The logits of `chunk` tokens exist at once (by default as many as fit the processor's cache), never those of all.
+        """
+        size = chunk_for(self.vocab_size) if chunk is None else chunk
+        return token_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size).view(targets.shape)
+
+    def n_parameters(self, embeddings: bool = True) -> int:
+        """Trained numbers; without `embeddings`, those of tokens, of the untied head and of a table of positions left out."""
+        total = sum(p.numel() for p in self.parameters())
+        if embeddings:
+            return total
+        vocabulary = self.vocab_size * self.config.d_model * (1 if self.config.tie_embeddings else 2)
+        table = sum(p.numel() for p in self.position.parameters()) if self.position.form == "embedding" else 0
+        return total - vocabulary - table
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _frame(self, tokens: Tensor, segments: Segments | None, cache: KVCache | None) -> Frame:
+        B, T = tokens.shape
+        device = tokens.device
+        dtype = self.embedding.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if segments is None:
+            self.position.require_defined((0 if cache is None else cache.length) + T - 1)
+            if cache is None:
+                positions = held = torch.arange(T, device=device)
+            else:
+                positions, held = cache.advance(T, device)
+            tables = self.position.tables(positions, dtype)
+            raw = cache is not None and self.position.caches_raw_keys
+            return Frame(dtype, positions, None, [tables], [self.position.tables(held, dtype) if raw else tables])
+        if cache is not None:
+            raise ValueError("Transformer: a packed batch has no cache")
+        pieces = _pieces(segments, B, T)
+        longest = torch.arange(max(size for size, _ in pieces), device=device)
+        self.position.require_defined(max(size for size, is_document in pieces if is_document) - 1)
+        positions = torch.cat([longest[:size] for size, _ in pieces]).view(B, T)
+        made = {size: self.position.tables(longest[:size], dtype) for size, is_document in pieces if is_document}
+        tables = [made.get(size) for size, _ in pieces]
+        return Frame(dtype, positions, pieces, tables, tables)
+
+
+def _pieces(segments: Segments, B: int, T: int) -> list[tuple[int, bool]]:
+    """The documents of a packed batch and the padding behind each row's last, in the order of the flattened batch."""
+    if len(segments) != B:
+        raise ValueError(f"segments: expected one list of lengths for each of {B} rows, got {len(segments)}")
+    pieces = []
+    for row in segments:
+        padding = T - sum(row)
+        if padding < 0 or min(row, default=0) < 1:
+            raise ValueError(f"segments: expected lengths >= 1 that add up to at most {T}, got {tuple(row)}")
+        pieces += [(size, True) for size in row] + ([(padding, False)] if padding else [])
+    return pieces
+
+
+def _dropout(config: ModelConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()

@@ -1,0 +1,125 @@
+"""Memory and time of one training step by context: every point in processes of its own, so that none inherits a peak.
+
+Memory and time are two processes. The allocator setting that makes a peak exact to the page (every block of 64 KiB or
+more is mapped and given back at once) slows a step by up to a third, so time is taken under the default one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import Field
+
+from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
+from ctxlab.records.schema import Measurement
+from ctxlab.registry import ComponentConfig
+
+EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+PROTOCOL = "one training step, batch 1"
+
+
+class MeasureConfig(ComponentConfig):
+    """Which contexts are measured, and the limits of each point."""
+
+    contexts: OrAuto | OrNone | tuple[Length, ...] = Field("auto", description="auto: the lengths of the evaluation table")
+    memory: OrNone | Bytes = Field("none", description="limit of one point; above it the point is out_of_memory")
+    timeout: Seconds = Field(300.0, description="limit of one point; above it the point is timed_out")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one point runs: plain settings, as they go to the child process."""
+
+    model: dict[str, Any]
+    position: dict[str, Any]
+    attention: dict[str, Any]
+    optim: dict[str, Any]
+    vocab_size: int
+    context: int
+    precision: str
+    device: str
+    recompute: bool = False
+    memory_limit: int | None = None
+    enough_seconds: float = 3.0
+
+
+def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
+    """Measures `what` ("memory" or "time") of one point; a dead child is a result with a status, not an exception."""
+    environment = dict(os.environ)
+    if what == "memory":
+        environment |= EXACT_ALLOCATOR
+    child = subprocess.Popen(
+        [sys.executable, "-m", "ctxlab.profiling.point"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        out, err = child.communicate(json.dumps({**point.__dict__, "what": what}), timeout=timeout)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+        return {"status": "timed_out", "reason": f"took longer than {timeout:g} s"}
+    except BaseException:
+        child.kill()
+        child.communicate()
+        raise
+    if child.returncode == -signal.SIGKILL:
+        return {"status": "out_of_memory", "reason": "killed by the system"}
+    lines = out.strip().splitlines()
+    if child.returncode or not lines:
+        reason = err.strip().splitlines()[-1] if err.strip() else f"exit code {child.returncode}"
+        return {"status": "failed", "reason": reason}
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def measure_step(
+    point: Point,
+    contexts: Iterable[int],
+    *,
+    timeout: float,
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Measurement]:
+    """peak_memory_bytes, step_seconds and tokens_per_second of one training step at each context."""
+    rows: list[Measurement] = []
+    for context in contexts:
+        here = replace(point, context=context)
+        advance(f"memory of a step at {context}")
+        rows += _rows(run_point(here, "memory", timeout), context, (("peak_memory_bytes", "B"),), ("total_bytes", "source"))
+        advance(f"time of a step at {context}")
+        timed = run_point(here, "time", timeout)
+        if timed["status"] == "done":
+            timed["tokens_per_second"] = context / timed["step_seconds"]
+        rows += _rows(
+            timed, context, (("step_seconds", "s"), ("tokens_per_second", "tokens/s")), ("best_seconds", "n_steps")
+        )
+    return rows
+
+
+def _rows(
+    result: dict[str, Any], context: int, names: tuple[tuple[str, str], ...], facts: tuple[str, ...]
+) -> list[Measurement]:
+    done = result["status"] == "done"
+    return [
+        Measurement(
+            name=name,
+            value=result[name] if done else None,
+            unit=unit,
+            context=context,
+            protocol=PROTOCOL,
+            status=result["status"],
+            reason=result.get("reason", ""),
+            facts={fact: result[fact] for fact in facts if fact in result},
+        )
+        for name, unit in names
+    ]

@@ -1,0 +1,186 @@
+"""Curves by context, from records alone: in the terminal, and as PNG or SVG without a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ctxlab.records.run import Run
+from ctxlab.records.schema import Measurement
+from ctxlab.report.results import labels
+from ctxlab.report.terminal import Chart
+from ctxlab.units import format_bytes, format_count, format_length
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+
+# Okabe and Ito's colours, told apart by colour-blind readers; yellow, too light for a line on white, is left out.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross")  # one fewer: pairs differ longer
+_WIDTH, _HEIGHT = 560, 340  # pixels of the plot itself, before the scale of a PNG
+_LABEL_PIXELS = 15  # room that a curve's name needs
+
+
+def curve(measurements: Sequence[Measurement], metric: str) -> list[tuple[int, float]]:
+    """(context, value) of a metric where it has one, contexts in order."""
+    points = {m.context: m.value for m in measurements if m.name == metric and m.context is not None}
+    return sorted((context, value) for context, value in points.items() if value is not None)
+
+
+def loss_curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float]]]:
+    """What tells a run from the others -> its curve of nats per token by context, for runs with at least two points."""
+    curves = {name: curve(run.measurements(), "nats_per_token") for name, run in zip(labels(runs), runs, strict=True)}
+    return {name: points for name, points in curves.items() if len(points) > 1}
+
+
+def loss_chart(curves: Curves, *, trained: int | None, height: int = 12) -> Chart | None:
+    """nats per token by context in the terminal; None where there is no curve."""
+    return _by_context("nats/token by context", curves, trained, height=height)
+
+
+def memory_chart(measurements: Sequence[Measurement], *, trained: int | None, height: int = 12) -> Chart | None:
+    """Peak memory of a training step by context in the terminal, on a log axis; None where there is no curve."""
+    points = curve(measurements, "peak_memory_bytes")
+    curves = {"memory": points} if len(points) > 1 else {}
+    return _by_context("memory of a training step by context", curves, trained, height=height, is_bytes=True)
+
+
+def training_chart(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Loss by tokens seen in the terminal, as it was logged; None before the second row."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for split in ("train", "validation"):
+        points = [(row["tokens"], row["loss"]) for row in rows if row.get("split") == split and _has_point(row)]
+        if len(points) > 1:
+            curves[split] = points
+    if not curves:
+        return None
+    last = max(x for points in curves.values() for x, _ in points)
+    return Chart(
+        "loss by tokens seen (nats/token)",
+        curves,
+        x_ticks=[last * part / 4 for part in range(5)],
+        x_name=format_count,
+        y_name=lambda y: f"{y:g}",
+        log_x=False,
+    )
+
+
+def _has_point(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("tokens"), int) and isinstance(row.get("loss"), float)
+
+
+def _by_context(
+    heading: str, curves: Curves, trained: int | None, *, height: int, is_bytes: bool = False
+) -> Chart | None:
+    contexts = sorted({context for points in curves.values() for context, _ in points})
+    if not contexts:
+        return None
+    return Chart(
+        heading,
+        curves,
+        x_ticks=contexts,
+        x_name=lambda x: format_length(int(x)),
+        y_name=format_bytes if is_bytes else lambda y: f"{y:g}",
+        log_y=is_bytes,
+        binary_y=is_bytes,
+        at=trained if trained in contexts else None,
+        height=height,
+    )
+
+
+def save_loss_by_length(runs: Sequence[Run], path: Path) -> Path | None:
+    """The curves of loss by length of some runs as PNG or SVG, by the ending of `path`; None when no run has one."""
+    curves = loss_curves(runs)
+    if not curves:
+        return None
+    first = runs[0].record
+    name = first.name if len(runs) == 1 else first.experiment or (first.sweep.id if first.sweep else first.command)
+    save(loss_figure(curves, trained_contexts(runs), heading=f"{name}: test loss by context"), path)
+    return path
+
+
+def trained_contexts(runs: Sequence[Run]) -> list[int]:
+    """The contexts that runs were trained at, in order."""
+    found = {run.record.config.get("context") for run in runs}
+    return sorted(context for context in found if isinstance(context, int))
+
+
+def loss_figure(curves: Curves, trained: Sequence[int], *, heading: str) -> Any:
+    """nats per token over context on a log axis: each curve named at its end, the trained lengths marked."""
+    import altair
+
+    rows = [{"curve": n, "context": c, "nats": v} for n, points in curves.items() for c, v in points]
+    contexts = sorted({context for points in curves.values() for context, _ in points})
+    values = [value for points in curves.values() for _, value in points]
+    lowest, highest = min(values), max(values)
+    room = max(0.02, 0.08 * (highest - lowest))
+    low, high = lowest - room, highest + room
+    many = len(curves) > 1
+
+    x = altair.X(
+        "context:Q",
+        scale=altair.Scale(type="log", base=2, domain=[contexts[0] * 0.93, contexts[-1] * 1.07], nice=False),
+        axis=altair.Axis(values=contexts, title="context (tokens, log scale)", format="d", grid=False),
+    )
+    y_scale = altair.Scale(domain=[low, high], nice=False, zero=False)
+    y = altair.Y("nats:Q", scale=y_scale, axis=altair.Axis(title="test loss (nats/token)", gridOpacity=0.5))
+    names = list(curves)
+    colour = altair.Color("curve:N", scale=altair.Scale(domain=names, range=_cycled(PALETTE, len(names))), legend=None)
+    shape = altair.Shape("curve:N", scale=altair.Scale(domain=names, range=_cycled(_SHAPES, len(names))), legend=None)
+    lines = altair.Chart(altair.Data(values=rows)).encode(x=x, y=y, color=colour)
+
+    marks = [{"context": c, "text": "trained"} for c in trained if contexts[0] <= c <= contexts[-1]]
+    rule = altair.Chart(altair.Data(values=marks)).encode(x="context:Q")
+    layers = [
+        rule.mark_rule(strokeDash=[4, 4], color="#777777"),
+        rule.mark_text(align="center", baseline="bottom", dy=-4, color="#555555").encode(
+            text="text:N", y=altair.value(0)
+        ),
+        lines.mark_line(strokeWidth=2),
+        lines.mark_point(filled=True, size=55, opacity=1).encode(shape=shape),
+    ]
+    if many:
+        ends = _ends(curves, low, high, contexts[-1])
+        at_end = altair.Chart(altair.Data(values=ends)).encode(
+            x=altair.value(_WIDTH), y=altair.Y("label:Q", scale=y_scale), color=colour
+        )
+        layers.append(at_end.mark_text(align="left", dx=8, fontSize=13).encode(text="text:N"))
+    chart = altair.layer(*layers).properties(
+        width=_WIDTH, height=_HEIGHT, title=altair.Title(heading, anchor="start", offset=14, fontSize=15)
+    )
+    return (
+        chart.configure_view(stroke=None)
+        .configure_axis(labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titlePadding=10)
+        .configure(padding={"left": 10, "top": 10, "right": 20, "bottom": 10}, background="white")
+    )
+
+
+def save(chart: Any, path: Path) -> None:
+    """Writes a chart as PNG or SVG, by the ending of `path`."""
+    import vl_convert
+
+    spec = chart.to_json()
+    if path.suffix == ".svg":
+        path.write_text(vl_convert.vegalite_to_svg(spec), encoding="utf-8")
+    else:
+        path.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+
+
+def _cycled(values: Sequence[str], count: int) -> list[str]:
+    return [values[n % len(values)] for n in range(count)]
+
+
+def _ends(curves: Curves, low: float, high: float, last: int) -> list[dict[str, Any]]:
+    """Where the curves' names stand: at their ends, pushed apart; a curve that ends early says where."""
+    gap = (high - low) * _LABEL_PIXELS / _HEIGHT
+    placed: list[dict[str, Any]] = []
+    for name, points in sorted(curves.items(), key=lambda item: item[1][-1][1]):
+        context, value = points[-1]
+        label = max(value, placed[-1]["label"] + gap) if placed else max(value, low + gap / 2)
+        text = name if context == last else f"{name} (to {format_length(context)})"
+        placed.append({"curve": name, "text": text, "label": label})
+    top = high - gap / 2
+    for end in reversed(placed):  # what ran over the top moves the others down
+        end["label"] = min(end["label"], top)
+        top = end["label"] - gap
+    return placed

@@ -1,0 +1,129 @@
+"""What a run's rows say, as plain values: results by context, what tells runs apart, how loss rises with length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ctxlab.evaluation.intervals import paired_interval
+from ctxlab.records.run import Run
+from ctxlab.records.schema import DocumentSums, Measurement
+from ctxlab.units import format_bytes, format_count, format_seconds
+
+ByContext = dict[int, dict[str, Measurement]]
+
+# How metrics are called in a table's head, where their names would be too long.
+TITLES = {
+    "nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "peak_memory_bytes": "memory",
+    "cache_bytes": "cache", "step_seconds": "step", "tokens_per_second": "tokens/s",
+    "decode_seconds_per_token": "s/token", "flops_per_second": "FLOP/s", "learning_rate": "rate",
+    "gradient_norm": "gradient norm",
+}  # fmt: skip
+# Why a cell has no number.
+_WHY = {
+    "undefined": "undefined", "no_document": "no text", "does_not_fit": "does not fit",
+    "out_of_memory": "out of memory", "timed_out": "timed out", "failed": "failed",
+}  # fmt: skip
+# Parts of a config that say how a run is kept, not what it is.
+_KEPT = ("name", "tags", "note", "paths", "sweep", "logger", "resume", "experiment")
+
+
+def title(metric: str) -> str:
+    """What a table calls a metric."""
+    return TITLES.get(metric, metric.replace("_", " "))
+
+
+def number(value: float, unit: str, *, name: str = "") -> str:
+    """A metric's value as text, in a unit that people read."""
+    if unit == "B":
+        return format_bytes(value)
+    if unit in ("s", "s/token"):
+        return format_seconds(value)
+    if unit in ("tokens/s", "FLOP/s"):
+        return format_count(value)
+    if name == "perplexity":
+        return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
+    if name == "learning_rate":
+        return f"{value:.3g}"
+    return f"{value:.3f}"
+
+
+def cell(measurement: Measurement | None, *, interval: bool = False) -> str:
+    """A measurement as a cell: its number (with half of its 95% interval), or why there is none."""
+    if measurement is None:
+        return "-"
+    if measurement.value is None:
+        return _WHY.get(measurement.status, measurement.status)
+    text = number(measurement.value, measurement.unit, name=measurement.name)
+    if interval and measurement.low is not None and measurement.high is not None:
+        text += f" ±{(measurement.high - measurement.low) / 2:.3f}"
+    return text
+
+
+def by_context(measurements: Sequence[Measurement]) -> ByContext:
+    """context -> name -> measurement, contexts in order."""
+    found: ByContext = {}
+    for m in measurements:
+        if m.context is not None:
+            found.setdefault(m.context, {})[m.name] = m
+    return dict(sorted(found.items()))
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; a part's `name` is the part: `position` and `position.theta`."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix.removesuffix(".") if key == "name" and prefix else f"{prefix}{key}"] = value
+    return flat
+
+
+def settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys that say what a run is."""
+    return {key: value for key, value in flatten(config).items() if key.split(".")[0] not in _KEPT}
+
+
+def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The dotted keys whose values differ between configs; of a part that was swapped, its name alone."""
+    flats = [settings(config) for config in configs]
+    keys = list(dict.fromkeys(key for flat in flats for key in flat))
+    differing = [key for key in keys if len({json.dumps(flat.get(key), sort_keys=True) for flat in flats}) > 1]
+    return [key for key in differing if key.rpartition(".")[0] not in differing]
+
+
+def value_at(config: dict[str, Any], key: str) -> str:
+    """The setting at a dotted key as text; `-` where a config has none."""
+    value = flatten(config).get(key, "-")
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """A name for each run that tells it from the others: the values in which they differ, else the id."""
+    configs = [run.record.config for run in runs]
+    keys = differing_keys(configs)
+    names = [" ".join(value_at(config, key) for key in keys) for config in configs]
+    return [name if name and names.count(name) == 1 else run.id for name, run in zip(names, runs, strict=True)]
+
+
+def rise(run: Run, rows: ByContext, *, multiple: int = 4) -> str:
+    """By how much nats per token rise from the trained context to a multiple of it, ± half of the paired interval."""
+    trained = run.record.config.get("context")
+    if not isinstance(trained, int):
+        return "-"
+    near, far = (rows.get(trained * m, {}).get("nats_per_token") for m in (1, multiple))
+    if near is None or far is None or near.value is None or far.value is None:
+        return cell(far if near is None or near.value is not None else near)
+    documents = {d.context: d for d in run.documents() if not d.axes}
+    bounds = paired(documents.get(trained * multiple), documents.get(trained))
+    half = "" if bounds is None else f" ±{(bounds[1] - bounds[0]) / 2:.3f}"
+    return f"{far.value - near.value:+.3f}{half}"
+
+
+def paired(first: DocumentSums | None, second: DocumentSums | None) -> tuple[float, float] | None:
+    """The 95% interval of the difference in nats per token, over documents that both scored alike; else None."""
+    if first is None or second is None or (first.names, first.targets) != (second.names, second.targets):
+        return None
+    return paired_interval(first.nats, second.nats, first.targets)

@@ -1,0 +1,244 @@
+"""Tables and closing screens, made from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ctxlab.records.run import Run
+from ctxlab.records.schema import Measurement
+from ctxlab.report.grid import Grid
+from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
+from ctxlab.report.results import by_context, cell, differing_keys, rise, title, value_at
+from ctxlab.units import format_count, format_length, format_seconds
+
+_SCORES = ("nats_per_token", "perplexity", "bits_per_byte")
+COSTS = ("peak_memory_bytes", "step_seconds")
+_SIDE_BY_SIDE = 78  # columns from which two charts stand beside each other
+
+
+def lengths_table(measurements: Sequence[Measurement], trained: int | None) -> Grid:
+    """One row a context: how well the text is modelled there and what a training step costs there."""
+    rows = by_context(measurements)
+    named = {name for row in rows.values() for name in row}
+    scores = [name for name in _SCORES if name in named]
+    costs = [name for name in COSTS if name in named]
+    multiple = trained is not None and bool(scores)
+    grid = Grid(["context", *(["trained"] if multiple else []), *map(title, scores), *map(title, costs)])
+    for context, row in rows.items():
+        cells = [format_length(context)]
+        if multiple:
+            cells.append(f"{context / trained:g}x")  # type: ignore[operator]
+        cells += _group([row.get(name) for name in scores], intervals=("nats_per_token", "bits_per_byte"))
+        cells += _group([row.get(name) for name in costs])
+        grid.add(cells, style="bold" if context == trained else "")
+    return grid
+
+
+def _group(measurements: Sequence[Measurement | None], *, intervals: Sequence[str] = ()) -> list[str]:
+    """Cells of what was measured together: why there is no number is said once, in the first of them."""
+    cells = [cell(m, interval=m is not None and m.name in intervals) for m in measurements]
+    missing = [m is not None and m.value is None for m in measurements]
+    if cells and all(missing):
+        return [cells[0], *("-" for _ in cells[1:])]
+    return cells
+
+
+def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) -> list[str]:
+    """What the numbers of a table of lengths are, and why some are missing, in a line each."""
+    lines = []
+    scored = next((m for m in measurements if m.name == "nats_per_token" and m.value is not None), None)
+    if scored is not None:
+        counted = f"the same {scored.n_targets:,} tokens of {scored.n_docs} documents " if scored.n_targets else ""
+        has_interval = intervals and any(m.low is not None for m in measurements)
+        lines.append(
+            f"{scored.split} split, {scored.protocol} windows: {counted}at every context, each scored once"
+            + ("; ± is 95% over documents" if has_interval else "")
+        )
+    cost = next((m for m in measurements if m.name in COSTS and m.value is not None), None)
+    if cost is not None:
+        memory = next((m for m in measurements if m.name == "peak_memory_bytes" and m.value is not None), None)
+        source = f" ({memory.facts['source']})" if memory is not None and "source" in memory.facts else ""
+        lines.append(f"memory and step: {cost.protocol}; peak over the idle process{source}, median time")
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for m in measurements:
+        if m.value is None and m.reason and m.context is not None:
+            contexts = reasons.setdefault((cell(m), m.reason), [])
+            if m.context not in contexts:
+                contexts.append(m.context)
+    for (why, reason), contexts in reasons.items():
+        lines.append(f"{why} at {', '.join(map(format_length, contexts))}: {reason}")
+    return lines
+
+
+def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> Grid:
+    """One row a run: what differs, how it ended, nats per token by context, their rise, the metric, cost, id."""
+    configs = [run.record.config for run in runs]
+    keys = differing_keys(configs)
+    results = [by_context(run.measurements()) for run in runs]
+    contexts = sorted({context for rows in results for context in rows if "nats_per_token" in rows[context]})
+    trained = trained_contexts(runs)
+    costed = any(name in row for rows in results for row in rows.values() for name in COSTS)
+    ended = any(run.record.status != "done" for run in runs)
+    at = f", trained at {format_length(trained[0])}" if len(trained) == 1 else ""
+
+    titles = [_short(key, keys) for key in keys] or ["run"]
+    titles += ["status"] if ended else []
+    numbers = [format_length(context) for context in contexts]
+    if contexts:
+        numbers += ["rise 1x-4x", title(metric)]
+    if costed:
+        numbers += list(map(title, COSTS))
+    columns = [*titles, *numbers, *(["run"] if keys else [])]
+    grid = Grid(columns, keys=len(titles), heading=f"nats/token by context{at}" if contexts else "")
+    grid.left = frozenset([len(columns) - 1] if keys else [])
+    for run, rows, config in zip(runs, results, configs, strict=True):
+        here = rows.get(config.get("context", -1), {})
+        cells = [value_at(config, key) for key in keys] or [run.id]
+        cells += [run.record.status] if ended else []
+        cells += [cell(rows.get(context, {}).get("nats_per_token")) for context in contexts]
+        if contexts:
+            cells += [rise(run, rows), cell(here.get(metric))]
+        if costed:
+            cells += _group([here.get(name) for name in COSTS])
+        grid.add([*cells, *([run.id] if keys else [])])
+    return grid
+
+
+def side_by_side(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Grid:
+    """nats per token of several runs at each length; a measurement's axis `run` says whose it is."""
+    found = {(m.axes.get("run"), m.context): m for m in measurements if m.name == "nats_per_token"}
+    contexts = sorted({context for _, context in found if context is not None})
+    grid = Grid(["run", *map(format_length, contexts)], heading="nats/token by context")
+    for run in runs:
+        grid.add([run.id, *(cell(found.get((run.id, context)), interval=True) for context in contexts)])
+    return grid
+
+
+def show_training(run: Run, console: Console) -> None:
+    """What `ctxlab train` ends with: the table of lengths, loss and memory drawn by context, and what to type next."""
+    record = run.record
+    measurements = run.measurements()
+    trained = record.config["context"]
+    show_heading(run, console)
+    if measurements:
+        show_lengths(measurements, trained, console)
+    figure = save_loss_by_length([run], run.path / "loss_by_length.png")
+    console.print()
+    console.print(Text(f"run {record.id} in {run.path}{f' ({figure.name})' if figure else ''}"), soft_wrap=True)
+    position = record.config["position"]["name"]
+    other = "alibi" if position != "alibi" else "rope"
+    sweep = f"position={position},{other} context={trained},{2 * trained}"
+    show_next(
+        console,
+        (f'ctxlab generate {record.id} "To be, or not to be"', "go on from a prompt"),
+        (f"ctxlab train -m model={record.config['model']['name']} {sweep}", "a sweep around it"),
+        (f"ctxlab runs show {record.id}", "look at it"),
+    )
+
+
+def show_next(console: Console, *lines: tuple[str, str]) -> None:
+    """What to type next, and why; each line whole, to be copied."""
+    width = max(len(line) for line, _ in lines)
+    for line, why in lines:
+        console.print(Text.assemble("  ", line.ljust(width), (f"  # {why}", "dim")), soft_wrap=True)
+
+
+def show_lengths(measurements: Sequence[Measurement], trained: int | None, console: Console) -> None:
+    """The table of lengths with what its numbers are, and its curves."""
+    console.print(lengths_table(measurements, trained))
+    show_footnotes(measurements, console)
+    show_curves(measurements, trained, console)
+
+
+def show_footnotes(measurements: Sequence[Measurement], console: Console) -> None:
+    for line in footnotes(measurements):
+        console.print(Text(line, style="dim"))
+
+
+def show_curves(measurements: Sequence[Measurement], trained: int | None, console: Console) -> None:
+    """Loss and memory by context, drawn beside each other where there is room."""
+    points = curve(measurements, "nats_per_token")
+    curves = {"nats/token": points} if len(points) > 1 else {}
+    charts = [
+        chart
+        for chart in (
+            loss_chart(curves, trained=trained, height=9),
+            memory_chart(measurements, trained=trained, height=9),
+        )
+        if chart is not None
+    ]
+    if not charts:
+        return
+    console.print()
+    if len(charts) == 2 and console.width >= _SIDE_BY_SIDE:
+        beside = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        beside.add_column(ratio=1)
+        beside.add_column(ratio=1)
+        beside.add_row(*charts)
+        console.print(beside)
+    else:
+        for chart in charts:
+            console.print(chart)
+
+
+def show_profile(run: Run, console: Console) -> None:
+    """What `ctxlab profile` ends with."""
+    show_heading(run, console)
+    show_lengths(run.measurements(), None, console)
+    console.print()
+    console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
+
+
+def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
+    """What `ctxlab eval` ends with: the table of one run, or one table of all side by side."""
+    measurements = run.measurements()
+    if len(parents) == 1:
+        console.print(Text(f"{parents[0].id}, evaluated again", style="bold"))
+        show_lengths(measurements, parents[0].record.config["context"], console)
+    else:
+        console.print(side_by_side(measurements, parents))
+        show_footnotes(measurements, console)
+    console.print()
+    console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
+
+
+def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
+    """The comparison of a sweep's runs: the table, what its numbers are, and the curves of loss by length."""
+    console.print(comparison_table(runs, metric=metric))
+    measured = [m for run in runs for m in run.measurements()]
+    lines = footnotes(measured, intervals=any(run.documents() for run in runs))
+    if lines:
+        lines[0] += f"; {title(metric)}, memory and step at the trained context"
+    for line in lines:
+        console.print(Text(line, style="dim"))
+    trained = trained_contexts(runs)
+    chart = loss_chart(loss_curves(runs), trained=trained[0] if len(trained) == 1 else None)
+    if chart is not None:
+        console.print()
+        console.print(chart)
+
+
+def show_heading(run: Run, console: Console) -> None:
+    """What a run is, in one line: its size, precision and device, how long it took."""
+    record = run.record
+    everything, inner = record.parameters.get("all"), record.parameters.get("without_embeddings")
+    parts = []
+    if everything and inner:
+        parts.append(f"{format_count(everything)} parameters ({format_count(inner)} without embeddings)")
+    where = record.provenance
+    if where.precision and where.device:
+        parts.append(f"{where.precision} on {where.device}")
+    if record.wall_seconds:
+        parts.append(format_seconds(record.wall_seconds))
+    console.print()
+    console.print(Text(": ".join([record.name, ", ".join(parts)]) if parts else record.name, style="bold"))
+
+
+def _short(key: str, keys: Sequence[str]) -> str:
+    """The last part of a dotted key, where that is enough to know it."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key

@@ -1,0 +1,121 @@
+"""Validates and saves a run as it goes: the last checkpoint and the best one are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+from ctxlab.records.sinks import Sink
+from ctxlab.train.callbacks.clock import Clock
+from ctxlab.train.checkpoint import Checkpoint, point, prune, save_checkpoint
+from ctxlab.train.module import LanguageModel
+from ctxlab.train.scoring import Validation
+
+
+class ValidateAndSave(lightning.Callback):
+    """Every `validate_every` steps scores the validation split; every `save_every` steps, and at the end, saves.
+
+    A validation is followed by a checkpoint when it is the best so far. Checkpoints are taken between optimizer steps,
+    where the whole state is weights, optimizer, random generators and one integer for the data.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        sink: Sink,
+        clock: Clock,
+        validate: Validation,
+        validate_every: int | None,
+        save_every: int | None,
+        attempt: int,
+        best: float | None,
+        micro_rows: dict[int, int],
+    ) -> None:
+        self.folder = folder
+        self.sink = sink
+        self.clock = clock
+        self.validate = validate
+        self.validate_every = validate_every
+        self.save_every = save_every
+        self.attempt = attempt
+        self.micro_rows = micro_rows
+        self.best = float("inf") if best is None else best
+        self.latest: float | None = None
+        self.saved_step = -1
+        self.validated_step = -1
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(module, LanguageModel)
+        if not module.stepped:
+            return
+        validate = self.validate_every is not None and module.step % self.validate_every == 0
+        save = self.save_every is not None and module.step % self.save_every == 0
+        if not (validate or save):
+            return
+        self.clock.pause(module)
+        if validate:
+            self._validate(trainer, module)
+        if save and self.saved_step != module.step:
+            self._save(trainer, module)
+        self.clock.resume()
+
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        if self.validate_every is not None and self.validated_step != module.step and module.step > 0:
+            self._validate(trainer, module)
+        if self.saved_step != module.step and module.step > 0:
+            self._save(trainer, module)
+
+    def _validate(self, trainer: lightning.Trainer, module: LanguageModel) -> None:
+        numbers = self.validate(trainer, module.model, module.device)
+        self.validated_step = module.step
+        self.latest = numbers["nats_per_token"]
+        self.sink.metrics(
+            {
+                "split": "validation",
+                "step": module.step,
+                "tokens": module.budget.tokens_before(module.step),
+                "seconds": module.seconds,
+                "attempt": self.attempt,
+                **numbers,
+            }
+        )
+        if self.latest < self.best:
+            self.best = self.latest
+            self._save(trainer, module, best=True)
+
+    def _save(self, trainer: lightning.Trainer, module: LanguageModel, best: bool = False) -> None:
+        generators: Any = {"cpu": torch.get_rng_state()}
+        if module.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(module.device)
+        ranks = [generators]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, generators)
+        if trainer.is_global_zero:
+            optimizer: Any = module.optimizers(use_pl_optimizer=False)
+            checkpoint: Checkpoint = save_checkpoint(
+                self.folder,
+                model=module.model,
+                training={
+                    "optimizer": optimizer.state_dict(),
+                    "generators": ranks,
+                    "best": self.best,
+                    "micro_rows": self.micro_rows,
+                },
+                step=module.step,
+                tokens=module.budget.tokens_before(module.step),
+                seconds=module.seconds,
+                validation_loss=self.latest if self.validated_step == module.step else None,
+            )
+            point(self.folder, "last", checkpoint)
+            if best:
+                point(self.folder, "best", checkpoint)
+            prune(self.folder)
+        trainer.strategy.barrier()
+        self.saved_step = module.step

@@ -1,0 +1,224 @@
+"""Checkpoints: a new folder a step, a pointer replaced atomically; weights in safetensors, the rest loaded weights-only.
+
+    checkpoints/step-000261/weights.safetensors   names that know no parallelism
+                            training.pt           optimizer state, random generators, counters: what a resume needs
+                            checkpoint.json       step, tokens, seconds, validation loss
+    checkpoints/last, checkpoints/best            text files that hold the name of a folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.errors import RecordError, RunError
+from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.config import ModelConfig
+from ctxlab.model.generation import DecodingConfig, generate
+from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.transformer import Transformer
+from ctxlab.records.store import Run, RunStore
+
+WEIGHTS, TRAINING, FACTS = "weights.safetensors", "training.pt", "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint on disk and its facts."""
+
+    path: Path
+    step: int
+    tokens: int
+    seconds: float
+    validation_loss: float | None
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    model: nn.Module,
+    training: dict[str, Any],
+    step: int,
+    tokens: int,
+    seconds: float,
+    validation_loss: float | None,
+) -> Checkpoint:
+    """Writes one checkpoint folder so that it is there whole or not at all.
+
+    Raises RunError with the system's reason (a full disk, say); what was there before stays untouched.
+    """
+    final = folder / f"step-{step:06d}"
+    draft = folder / f".step-{step:06d}-{os.getpid()}"
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS)
+        torch.save(training, draft / TRAINING)
+        facts = {"step": step, "tokens": tokens, "seconds": seconds, "validation_loss": validation_loss}
+        (draft / FACTS).write_text(json.dumps(facts))
+        for name in (WEIGHTS, TRAINING, FACTS):
+            _flush(draft / name)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(draft, final)
+        _flush(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a failed write as RuntimeError and SafetensorError.
+        shutil.rmtree(draft, ignore_errors=True)
+        raise RunError(f"checkpoint of step {step} could not be written to {folder}: {error}") from error
+    return Checkpoint(final, step, tokens, seconds, validation_loss)
+
+
+def point(folder: Path, pointer: str, checkpoint: Checkpoint) -> None:
+    """Makes `last` or `best` name a checkpoint, atomically."""
+    draft = folder / f".{pointer}-{os.getpid()}"
+    try:
+        draft.write_text(checkpoint.path.name + "\n")
+        _flush(draft)
+        os.replace(draft, folder / pointer)
+    except OSError as error:
+        raise RunError(f"checkpoint pointer {folder / pointer} could not be written: {error}") from error
+
+
+def prune(folder: Path) -> None:
+    """Removes checkpoints that neither `last` nor `best` names, and drafts that a crash left behind."""
+    kept = {(folder / name).read_text().strip() for name in ("last", "best") if (folder / name).exists()}
+    for path in folder.glob("*step-*"):
+        if path.name not in kept and (path.name.startswith("step-") or not _alive(path)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(draft: Path) -> bool:
+    return draft.name.endswith(f"-{os.getpid()}")
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_checkpoint(folder: Path, which: str = "last") -> Checkpoint:
+    """The checkpoint that `last` or `best` names.
+
+    Raises RecordError when there is none or its files are damaged.
+    """
+    pointer = folder / which
+    if not pointer.exists():
+        raise RecordError(f"checkpoint={which}: {folder} has no '{which}' checkpoint")
+    path = folder / pointer.read_text().strip()
+    try:
+        return Checkpoint(path, **json.loads((path / FACTS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RecordError(f"checkpoint={which}: {path} is not a whole checkpoint: {error}") from error
+
+
+def load_weights(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    try:
+        return load_file(checkpoint.path / WEIGHTS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise RecordError(f"{checkpoint.path / WEIGHTS} cannot be read: {error}") from error
+
+
+def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Optimizer state, generators and counters; unpickles tensors and plain containers only."""
+    try:
+        return torch.load(checkpoint.path / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen types for a damaged file; each means the same here
+        raise RecordError(f"{checkpoint.path / TRAINING} cannot be read: {error}") from error
+
+
+def build_model(config: dict[str, Any], vocab_size: int) -> Transformer:
+    """The model that a resolved config describes, with fresh weights from torch's current random state."""
+    return Transformer(
+        ModelConfig.model_validate(config["model"]),
+        POSITIONS.config(config["position"]),
+        ATTENTIONS.config(config["attention"]),
+        vocab_size=vocab_size,
+        context=config["context"],
+    )
+
+
+class LoadedRun:
+    """A trained run, ready to use from Python: `.model`, `.tokenizer`, `.config`, `.generate(...)`, `.nats(text)`."""
+
+    def __init__(self, run: Run, model: Transformer, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+        self.run = run
+        self.model = model
+        self.tokenizer = tokenizer
+        self.checkpoint = checkpoint
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the run, as recorded."""
+        return self.run.record.config
+
+    @property
+    def context(self) -> int:
+        """The context length that the run was trained at."""
+        return int(self.config["context"])
+
+    def stream(self, prompt: str, **decoding: Any) -> Iterator[str]:
+        """Generated text piece by piece, without the prompt. Keywords are those of `decoding.*` (HF's words)."""
+        settings = DecodingConfig.model_validate(decoding)
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+        device = next(self.model.parameters()).device
+        tokens = torch.tensor([ids], device=device)
+        produced: list[int] = []
+        shown = ""
+        for token in generate(self.model, tokens, settings, stop_ids=(self.tokenizer.eos_id,)):
+            produced.append(token)
+            text = self.tokenizer.decode(produced)
+            # A byte-fallback piece can end inside a character: wait until it is whole.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+
+    def generate(self, prompt: str, **decoding: Any) -> str:
+        """The continuation of `prompt` as one string."""
+        return "".join(self.stream(prompt, **decoding))
+
+    @torch.inference_mode()
+    def nats(self, text: str, *, chunk: int = 2048) -> float:
+        """-ln p(text), summed over all its tokens after the first, as one sequence scored over a growing cache."""
+        ids = torch.tensor([self.tokenizer.encode(text)], device=next(self.model.parameters()).device)
+        inputs, targets = ids[:, :-1], ids[:, 1:]
+        cache = self.model.new_cache()
+        total = 0.0
+        for start in range(0, inputs.shape[1], chunk):
+            part = slice(start, start + chunk)
+            hidden = self.model.hidden(inputs[:, part], cache=cache)
+            total += float(self.model.nats(hidden, targets[:, part]).double().sum())
+        return total
+
+
+def open_run(run: Run, *, checkpoint: str = "last", device: torch.device | str = "cpu") -> LoadedRun:
+    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer."""
+    found = find_checkpoint(run.checkpoints, checkpoint)
+    tokenizer = load_tokenizer(run.path / "tokenizer")
+    with torch.device("meta"):
+        model = build_model(run.record.config, tokenizer.vocab_size)
+    model = model.to_empty(device=device)
+    weights = load_weights(found, device)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RecordError(f"{found.path / WEIGHTS} does not fit the run's config: {error}") from error
+    return LoadedRun(run, model.eval(), tokenizer, found)
+
+
+def load_run(selector: str, *, runs: str | Path = "runs", checkpoint: str = "last") -> LoadedRun:
+    """`ctxlab.load`: a run by id, unique prefix, path or "last"."""
+    return open_run(RunStore(Path(runs)).resolve(selector), checkpoint=checkpoint)

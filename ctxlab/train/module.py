@@ -1,0 +1,84 @@
+"""The LightningModule: the loss and the optimizer step, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from ctxlab.data.stream import Batch, TrainStream
+from ctxlab.model.transformer import Transformer
+from ctxlab.train.budget import Budget
+from ctxlab.train.optim.base import Optimizer, rate_factor
+
+
+class LanguageModel(lightning.LightningModule):
+    """Trains a Transformer on next-token prediction.
+
+    One optimizer step sees the whole global batch: with N the scored targets of that batch over all ranks and
+    micro-batches, the loss is (sum of nats) / N exactly, whatever the micro-batch and however ragged the rows
+    (a mean of means is not). Optimization is manual, because the number of micro-batches changes along a length
+    curriculum, and because the step count must belong to the run and not to this process.
+
+    State that callbacks read after each micro-batch: `step` (optimizer steps done), `stepped` (whether this micro-batch
+    completed one), `step_nats` (mean nats per target of that step), `gradient_norm` (before clipping), `rate`.
+    """
+
+    def __init__(self, model: Transformer, optimizer: Optimizer, stream: TrainStream, budget: Budget) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.optimizer = optimizer
+        self.stream = stream
+        self.budget = budget
+        self.step = 0
+        self.seconds = 0.0  # of training, over all attempts; a callback keeps it
+        self.stepped = False
+        self.step_nats = 0.0
+        self.gradient_norm = 0.0
+        self.rate = 0.0
+        self._micro = 0
+        self._nats: Tensor | None = None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer.build(self.model)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Ranks exchange gradients once a step, with its last micro-batch (read by DDP at the start of its forward).
+        wrapped = self.trainer.strategy.model
+        if hasattr(wrapped, "require_backward_grad_sync"):
+            wrapped.require_backward_grad_sync = self._micro + 1 == self.stream.micro_batches(self.step)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        hidden = self.model.hidden(batch.tokens, lengths=batch.lengths, segments=batch.segments)  # (B, T, d_model)
+        nats = self.model.nats(hidden, batch.targets).sum() / batch.n_targets_in_step
+        # DDP averages gradients over ranks where the sum is meant.
+        self.manual_backward(nats * self.trainer.world_size)
+        self._nats = nats.detach() if self._nats is None else self._nats + nats.detach()
+        self._micro += 1
+        self.stepped = self._micro == self.stream.micro_batches(self.step)
+        if self.stepped:
+            self._update()
+
+    def _update(self) -> None:
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        config = self.optimizer.config
+        limit = config.clip if config.clip > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        factor = rate_factor(config, self.step, self.budget.progress(self.step, self.seconds))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert self._nats is not None
+        total = self._nats
+        if self.trainer.world_size > 1:
+            total = self.trainer.strategy.reduce(total, reduce_op="sum")
+        # One synchronisation a step (matters on CUDA); nothing else reads a tensor.
+        self.step_nats, self.gradient_norm = torch.stack([total.float(), norm.float()]).tolist()
+        self.rate = optimizer.param_groups[0]["lr"]
+        self.step += 1
+        self._micro = 0
+        self._nats = None

@@ -1,0 +1,35 @@
+"""AdamW, fused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embedding_ids
+
+
+@OPTIMIZERS.register("adamw")
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2), on torch's fused kernel."""
+
+    paper = "Loshchilov and Hutter 2019, arXiv:1711.05101"
+
+    class Config(Optimizer.Config):
+        name: Literal["adamw"] = "adamw"
+        learning_rate: float = Field(2e-3, gt=0)
+        betas: tuple[float, float] = (0.9, 0.95)
+        eps: float = Field(1e-8, gt=0)
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        config = self.config
+        assert isinstance(config, AdamW.Config)
+        groups = adamw_groups(
+            [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+            lr=config.learning_rate,
+            decay=config.weight_decay,
+            embeddings=embedding_ids(model),
+        )
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)

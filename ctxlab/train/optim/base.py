@@ -1,0 +1,82 @@
+"""What every optimizer shares: its settings, the split into decayed and undecayed parameters, the learning-rate curve."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from ctxlab.registry import ComponentConfig, Registry
+
+
+class Optimizer(ABC):
+    """Builds a torch optimizer for a model. Each param group carries `peak_lr`, the rate that the schedule scales."""
+
+    paper: str = ""
+
+    class Config(ComponentConfig):
+        name: str
+        learning_rate: float = Field(gt=0)
+        weight_decay: float = Field(0.1, ge=0, description="on matrices only; vectors and embeddings are never decayed")
+        clip: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off")
+        schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+        warmup_steps: int = Field(20, ge=0)
+        final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+        decay_fraction: float = Field(0.3, gt=0, le=1, description="last part of a wsd run, in which the rate falls")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer: ...
+
+
+OPTIMIZERS: Registry[Optimizer] = Registry("optim", "ctxlab.train.optim")
+
+
+def rate_factor(config: Optimizer.Config, step: int, progress: float) -> float:
+    """The learning rate at optimizer step `step` (from 0) as a fraction of the peak.
+
+    Warm-up is linear over `warmup_steps`. With p = `progress` in [0, 1), the share of the budget already spent, and
+    r = `final_ratio`: cosine is r + (1 - r)(1 + cos(pi p)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5);
+    wsd stays at 1 and falls linearly to r over the last `decay_fraction` of the run (Hu et al. 2024, arXiv:2404.06395).
+    """
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    low = config.final_ratio
+    if config.schedule == "cosine":
+        return warm * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+    if config.schedule == "wsd":
+        left = max(0.0, 1 - progress) / config.decay_fraction
+        return warm * (low + (1 - low) * min(1.0, left))
+    return warm
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool:
+    """Whether a parameter is a weight matrix between hidden layers: not an embedding, head, bias, norm or position table."""
+    return parameter.ndim == 2 and id(parameter) not in embeddings and ".position." not in f".{name}"
+
+
+def embedding_ids(model: nn.Module) -> set[int]:
+    """ids of the parameters that map to or from the vocabulary: embeddings and the output head."""
+    ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = getattr(model, "head", None)
+    if isinstance(head, nn.Linear):
+        ids.add(id(head.weight))
+    return ids
+
+
+def adamw_groups(
+    named: list[tuple[str, nn.Parameter]], *, lr: float, decay: float, embeddings: set[int]
+) -> list[dict[str, object]]:
+    """Two groups, decayed matrices and undecayed rest, empty ones left out."""
+    matrices = [p for n, p in named if is_hidden_matrix(n, p, embeddings)]
+    rest = [p for n, p in named if not is_hidden_matrix(n, p, embeddings)]
+    groups = [
+        {"params": matrices, "lr": lr, "peak_lr": lr, "weight_decay": decay},
+        {"params": rest, "lr": lr, "peak_lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

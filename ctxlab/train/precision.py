@@ -1,0 +1,47 @@
+"""Which number format a run computes in, and on which device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ctxlab.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+
+
+def resolve_device(accelerator: str) -> torch.device:
+    """`auto` takes a CUDA device when there is one; asking for a GPU that is not there is refused."""
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator: no CUDA device is available here (gpu); use cpu or auto")
+    use_gpu = accelerator in ("auto", "gpu") and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def cpu_accelerates_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AMX, AVX512-bf16, Arm bf16), not only stores it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return False
+    flags = set(cpuinfo.read_text().split())
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def resolve_precision(setting: str, device: torch.device) -> Precision:
+    """`auto` is bf16 (autocast, fp32 weights) where the hardware accelerates it, else fp32."""
+    if setting == "fp32":
+        return "fp32"
+    if setting == "bf16":
+        return "bf16"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_accelerates_bf16()
+    return "bf16" if fast else "fp32"
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which a forward pass of this precision runs. Weights stay fp32; cached casts are kept."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device_type=device.type, dtype=torch.bfloat16)

@@ -1,0 +1,58 @@
+"""What `trainer:` in a config says: the budget, the batch, the machine, and when to look and to save."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
+from ctxlab.registry import ComponentConfig
+
+UNCHANGED_BY = {"identity": False}  # a field that changes no number: left out of a cell's identity
+
+
+class ContextStage(ComponentConfig):
+    """One stage of a length curriculum: the next `share` of the token budget is spent at `context`."""
+
+    context: Length
+    share: float = Field(gt=0, lt=1, description="part of the whole token budget spent at this context")
+
+
+class TrainerConfig(ComponentConfig):
+    """Budget, batch, machine, validation and checkpoints of a training run.
+
+    The first budget reached ends the run; at least one is set. `batch_tokens` is the number of tokens an optimizer step
+    sees at every context; the micro-batch only decides how many of its rows are in memory at once and changes no result
+    beyond the order of a sum.
+    """
+
+    max_tokens: OrNone | Count = Field("none", description="budget in training tokens, e.g. 5M")
+    max_steps: OrNone | Count = Field("none", description="budget in optimizer steps")
+    max_time: OrNone | Seconds = Field("none", description="budget in seconds of training, e.g. 15min; needs schedule=wsd or constant")
+    batch_tokens: Count = Field(4096, description="tokens of one optimizer step, the same at every context")
+    micro_batch: OrAuto | int = Field("auto", description="rows in memory at once; auto fits total memory by closed form")
+    context_schedule: tuple[ContextStage, ...] = Field((), description="length curriculum before the final context")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = Field(1, ge=1)
+    strategy: Literal["auto", "ddp"] = "auto"
+    recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
+    loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
+    compile: bool = False
+    validate_every: OrAuto | OrNone | Count = Field("auto", description="steps between validations; auto: 5 in a run")
+    validate_tokens: Count = Field(32_768, description="validation tokens scored each time")
+    log_every: Count = Field(1, json_schema_extra=UNCHANGED_BY)
+    checkpoint_every: OrAuto | OrNone | Count = Field("auto", description="steps between checkpoints; auto: 10 in a run")
+
+    @model_validator(mode="after")
+    def _some_budget(self) -> TrainerConfig:
+        if self.max_tokens == self.max_steps == self.max_time == "none":
+            raise ValueError("trainer: set one of max_tokens, max_steps, max_time")
+        if isinstance(self.micro_batch, int) and self.micro_batch < 1:
+            raise ValueError(f"micro_batch: expected a number >= 1 or auto, got {self.micro_batch}")
+        if isinstance(self.loss_chunk, int) and self.loss_chunk < 1:
+            raise ValueError(f"loss_chunk: expected a number >= 1 or auto, got {self.loss_chunk}")
+        if sum(stage.share for stage in self.context_schedule) >= 1:
+            raise ValueError("context_schedule: the shares must add up to less than 1 (the rest is spent at `context`)")
+        return self

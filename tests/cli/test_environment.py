@@ -1,0 +1,66 @@
+"""Threads: what the container grants, never over the user's own setting, and before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ctxlab.cli import environment
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Eight cores by affinity; files for a quota."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(environment, "_CGROUP_V2", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment, "_CGROUP_V1", (tmp_path / "quota", tmp_path / "period"))
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        ("max 100000", 8),
+        ("200000 100000", 2),
+        ("250000 100000", 3),
+        ("50000 100000", 1),
+        ("1600000 100000", 8),
+        ("nonsense", 8),
+    ],
+)
+def test_quota_of_cgroup_v2(machine: Path, limit: str, cores: int) -> None:
+    (machine / "cpu.max").write_text(limit)
+    assert environment.available_cores() == cores
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("400000", 4)])
+def test_quota_of_cgroup_v1(machine: Path, quota: str, cores: int) -> None:
+    (machine / "quota").write_text(quota)
+    (machine / "period").write_text("100000")
+    assert environment.available_cores() == cores
+
+
+def test_without_a_quota(machine: Path) -> None:
+    assert environment.available_cores() == 8
+
+
+def test_cores_are_shared_among_jobs(machine: Path) -> None:
+    environment.set_thread_defaults(share=3)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("2", "passive")
+
+
+def test_more_jobs_than_cores_still_have_a_thread_each(machine: Path) -> None:
+    environment.set_thread_defaults(share=20)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def test_the_users_own_settings_stay(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    environment.set_thread_defaults()
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("5", "active")

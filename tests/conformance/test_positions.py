@@ -1,0 +1,239 @@
+"""What every positional scheme owes, over every registered name: a new file is held to it by being there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from ctxlab.errors import IncompatibleError, UndefinedBeyondTraining
+from ctxlab.model.attention.full import Full
+from ctxlab.model.cache import KVCache
+from ctxlab.model.position.base import POSITIONS, Form, Position
+from tests.conformance import reference
+from tests.model.builders import VOCAB, build, small, tokens
+
+NAMES = POSITIONS.names()
+CONF = Path(__file__).parents[2] / "conf" / "position"
+every = pytest.mark.parametrize("name", NAMES)
+
+
+def scheme(name: str, *, head_dim: int = 8, n_heads: int = 4, context: int = 64) -> Position:
+    config = small(n_heads=n_heads, n_kv_heads=n_heads, head_dim=head_dim)
+    torch.manual_seed(0)
+    made = POSITIONS.get(name)(POSITIONS.get(name).Config(name=name), config, context)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    return made
+
+
+def weights(made: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Dense causal attention weights from the scheme's hooks, (B,H,T,S); queries are the last of the keys."""
+    dtype = q.dtype
+    queries, keys = made.tables(i, dtype), made.tables(j, dtype)
+    score = made.query(q, queries, None) @ made.key(k, keys, None).mT * made.scale
+    if made.form == "toeplitz":
+        n = len(j)
+        values = made.distance_bias(torch.arange(n), None)  # (H,n)
+        score = score + values[:, (i[:, None] - j[None, :]).clamp(0, n - 1)]
+    return score.masked_fill(i[:, None] < j[None, :], -torch.inf).softmax(-1)
+
+
+@every
+def test_has_facts_a_reference_and_a_file(name: str) -> None:
+    made = POSITIONS.get(name)
+    assert made.form in get_args(Form)
+    assert "arXiv:" in made.paper
+    assert name in reference.SCORES, f"write {name}'s score out in tests/conformance/reference.py"
+    assert (made.form == "embedding") == (name in reference.EMBEDDINGS)
+    lines = (CONF / f"{name}.yaml").read_text()
+    assert lines.startswith("# ")
+    assert made.Config(**yaml.safe_load(lines)) == made.Config(name=name)
+
+
+def test_every_file_has_a_scheme() -> None:
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == NAMES
+
+
+@every
+def test_logits_and_gradients_equal_the_dense_reference(name: str) -> None:
+    """Forward and every parameter's gradient in float64, across block borders of the blockwise function."""
+    model = build(name, context=160).double()
+    x = tokens(2, 160)
+    ours = model(x)
+    theirs = reference.logits(model, x)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
+    parameters = list(model.parameters())
+    upstream = torch.randn_like(ours)
+    for a, b in zip(torch.autograd.grad(ours, parameters, upstream), torch.autograd.grad(theirs, parameters, upstream)):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-8)
+
+
+@every
+def test_a_common_shift_of_positions(name: str) -> None:
+    """Changes nothing in a relative scheme; does change an absolute one."""
+    made = scheme(name, context=8000)
+    torch.manual_seed(1)
+    x, q, k = (torch.randn(*shape, dtype=torch.float64) for shape in ((1, 12, 32), (1, 4, 12, 8), (1, 4, 12, 8)))
+    made = made.double()
+    here, there = torch.arange(12), torch.arange(12) + 7919
+    if made.relative:
+        assert torch.equal(made.embed(x, here), x)
+        torch.testing.assert_close(weights(made, q, k, here, here), weights(made, q, k, there, there), atol=1e-9, rtol=0)
+    else:
+        assert (made.embed(x, here) - made.embed(x, there)).abs().max() > 0.1
+
+
+@every
+@pytest.mark.parametrize("chunks", [[1] * 64, [63, 1], [1, 63], [17, 1, 1, 30, 15]])
+def test_cached_chunks_equal_one_forward(name: str, chunks: list[int]) -> None:
+    model = build(name)
+    x = tokens(2, 64)
+    cache = KVCache(model.config.n_layers)
+    with torch.no_grad():
+        expected = model(x)
+        found = torch.cat([model(part, cache=cache) for part in x.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert cache.length == 64
+
+
+@every
+@pytest.mark.parametrize("at", [0, 1, 31, 62])
+def test_no_token_sees_the_future(name: str, at: int) -> None:
+    """Changing token `at` changes nothing before it, to the last bit, and something at it."""
+    model = build(name)
+    x = tokens(1, 63)
+    other = x.clone()
+    other[0, at] = (other[0, at] + 1) % VOCAB
+    with torch.no_grad():
+        before, after = model(x)[0], model(other)[0]
+    assert torch.equal(before[:at], after[:at])
+    assert not torch.equal(before[at], after[at])
+
+
+@every
+def test_packed_equals_each_document_alone(name: str) -> None:
+    model = build(name)
+    x = tokens(2, 64)
+    segments = ((20, 1, 43), (33, 25))
+    with torch.no_grad():
+        packed = model(x, segments=segments)
+        for row, sizes in enumerate(segments):
+            start = 0
+            for size in sizes:
+                alone = model(x[row : row + 1, start : start + size])
+                torch.testing.assert_close(packed[row, start : start + size], alone[0], atol=1e-5, rtol=0)
+                start += size
+
+
+@every
+def test_packed_documents_do_not_touch(name: str) -> None:
+    """Every token of document A changed: exactly zero change in B and C."""
+    model = build(name)
+    x = tokens(1, 64)
+    other = x.clone()
+    other[0, :20] = (other[0, :20] + 1) % VOCAB
+    segments = ((20, 10, 34),)
+    with torch.no_grad():
+        one, two = model(x, segments=segments), model(other, segments=segments)
+    assert torch.equal(one[:, 20:], two[:, 20:])
+    assert (one[:, :20] != two[:, :20]).any(-1).all()
+
+
+@every
+def test_beyond_the_trained_context(name: str) -> None:
+    """Defined: the first tokens' logits do not depend on how many follow. Undefined: says so."""
+    model = build(name, context=16)
+    x = tokens(1, 40)
+    if model.position.defined_beyond_training:
+        with torch.no_grad():
+            torch.testing.assert_close(model(x)[:, :16], model(x[:, :16]), atol=1e-5, rtol=0)
+    else:
+        with pytest.raises(UndefinedBeyondTraining, match=f"position 39: {name} positions are defined up to 15 only"):
+            model(x)
+
+
+def beyond_training(name: str) -> bool:
+    return POSITIONS.get(name).defined_beyond_training
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if beyond_training(n)])
+def test_positions_beyond_100k_in_fp32(name: str) -> None:
+    """Attention weights of the last 16 of 131,072 positions, in fp32, against the naive float64 reference there."""
+    made = scheme(name, head_dim=64)
+    torch.manual_seed(1)
+    q, k = torch.randn(1, 4, 16, 64), torch.randn(1, 4, 16, 64)
+    far = torch.arange(131_072 - 16, 131_072)
+    score = reference.SCORES[name](made, q.double(), k.double(), far, far)
+    exact = score.masked_fill(far[:, None] < far[None, :], -torch.inf).softmax(-1)
+    found = weights(made, q, k, far, far)
+    assert (found - exact).abs().max() < 5e-3 if name == "alibi" else (found - exact).abs().max() < 1e-5
+    x = torch.randn(1, 16, 32)
+    if name in reference.EMBEDDINGS:
+        expected = reference.EMBEDDINGS[name](made, x.double(), far)
+        assert (made.embed(x, far) - expected).abs().max() < 1e-5
+
+
+@every
+def test_bf16_at_4096_against_float64(name: str) -> None:
+    """Attention in bf16, hooks and kernel together: within the rounding of a bf16 output (2^-9 = 0.002) and of its inputs."""
+    made, T = scheme(name, head_dim=64, context=4096), 4096
+    mechanism = Full(Full.Config(), made.model, 0)
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 4, T, 64).bfloat16() for _ in range(3))
+    positions = torch.arange(T)
+    tables = made.tables(positions, torch.bfloat16)
+    with torch.no_grad():
+        out, lse = mechanism.attend(
+            made.query(q, tables, None),
+            made.key(k, tables, None),
+            v,
+            scale=made.scale,
+            causal=True,
+            bias=made.bias(T, T, None, q.device),
+        )
+    rows = torch.tensor([0, 1, 2, 127, 128, 129, 511, 512, 2047, 2048, 4000, 4094, 4095])
+    with torch.no_grad():
+        score = reference.SCORES[name](made, q[:, :, rows].double(), k.double(), rows, positions)
+    score = score.masked_fill(rows[:, None] < positions[None, :], -torch.inf)
+    exact = score.softmax(-1) @ v.double()
+    error = (out[:, :, rows].double() - exact).norm() / exact.norm()
+    assert error < 0.004
+    assert (lse[:, :, rows] - score.logsumexp(-1)).abs().max() < 0.02
+
+
+@every
+def test_kept_memory_is_linear_in_the_context(name: str) -> None:
+    """Twice the tokens, twice the bytes kept for the backward pass: no T x S tensor among them."""
+
+    def kept(length: int) -> int:
+        model = build(name, context=2048).train()
+        ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in ours:
+                storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(tokens(1, length))
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    assert kept(2048) / kept(1024) == pytest.approx(2.0, abs=0.01)
+
+
+@every
+def test_without_a_causal_mask(name: str) -> None:
+    """A scheme that tells no order by itself refuses an encoder."""
+    kind = POSITIONS.get(name)
+    config = kind.Config(name=name)
+    if kind.bidirectional:
+        kind(config, small(), 64, causal=False)
+    else:
+        with pytest.raises(IncompatibleError, match=f"position.name: {name} tells no order without a causal mask"):
+            kind(config, small(), 64, causal=False)

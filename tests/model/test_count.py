@@ -1,0 +1,145 @@
+"""Closed forms against what is really built, run and kept; the sizes that conf/model/ states."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from ctxlab.model import count
+from ctxlab.model.attention.full import Full
+from ctxlab.model.cache import KVCache
+from ctxlab.model.config import ModelConfig
+from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.transformer import Transformer
+from tests.model.builders import build, small, tokens
+
+CONF = Path(__file__).parents[2] / "conf" / "model"
+SIZES = ["nano", "tiny", "mini", "small", "medium", "large", "1b"]
+
+
+def read(name: str, **changes: Any) -> ModelConfig:
+    return ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()) | changes)
+
+
+def on_meta(config: ModelConfig, position: str, vocab_size: int, context: int) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(
+            config, POSITIONS.get(position).Config(name=position), Full.Config(), vocab_size=vocab_size, context=context
+        )
+
+
+def test_every_size_is_there() -> None:
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(SIZES)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_size_has_the_parameters_that_its_file_states(name: str) -> None:
+    text = (CONF / f"{name}.yaml").read_text()
+    config = read(name)
+    assert config.name == name
+    stated = re.search(r"Parameters without embeddings: ([\d,]+)\.", text)
+    assert stated is not None
+    expected = int(stated[1].replace(",", ""))
+    counted = count.parameters(config, POSITIONS.get("nope").Config(name="nope"), vocab_size=1000, context=256)
+    assert counted.without_embeddings == expected
+    assert on_meta(config, "nope", 1000, 256).n_parameters(embeddings=False) == expected
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "large", "1b"])
+def test_a_stated_total_names_its_vocabulary(name: str) -> None:
+    stated = re.search(r"([\d,]+) tokens: ([\d,]+) parameters", (CONF / f"{name}.yaml").read_text())
+    assert stated is not None
+    vocab_size, total = (int(number.replace(",", "")) for number in stated.groups())
+    assert on_meta(read(name), "rope", vocab_size, 256).n_parameters() == total
+
+
+def test_small_becomes_gpt2_by_settings() -> None:
+    """124,439,808: the size of the released GPT-2 small."""
+    config = read("small", activation="gelu_tanh", norm="layernorm", bias=True)
+    assert on_meta(config, "learned", 50_257, 1024).n_parameters() == 124_439_808
+    counted = count.parameters(config, POSITIONS.get("learned").Config(name="learned"), vocab_size=50_257, context=1024)
+    assert (counted.total, counted.embeddings) == (124_439_808, (50_257 + 1024) * 768)
+
+
+@pytest.mark.parametrize("position", POSITIONS.names())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"activation": "gelu", "norm": "layernorm", "bias": True, "embedding_norm": True},
+        {"tie_embeddings": False, "head_dim": 6, "n_kv_heads": 1, "bias": True, "norm": "rmsnorm"},
+    ],
+)
+def test_parameters_are_those_built(position: str, settings: dict[str, Any]) -> None:
+    model = build(position, **settings)
+    counted = count.parameters(model.config, model.position.config, vocab_size=model.vocab_size, context=model.context)
+    assert counted.total == model.n_parameters()
+    assert counted.without_embeddings == model.n_parameters(embeddings=False)
+
+
+@pytest.mark.parametrize("position", POSITIONS.names())
+def test_cache_bytes_are_those_held(position: str) -> None:
+    model = build(position)
+    cache = KVCache(model.config.n_layers)
+    with torch.no_grad():
+        for start in range(0, 63, 7):
+            model(tokens(3, 63)[:, start : start + 7], cache=cache)
+    expected = count.kv_cache_bytes(model.config, model.position.config, Full.Config(), length=63, rows=3)
+    assert cache.bytes == expected
+
+
+def test_flops_by_hand() -> None:
+    """1 layer, d 4, 2 heads of 2 in 1 group, d_ff 3, vocabulary 5, context 7, written out product by product."""
+    config = ModelConfig(d_model=4, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=2, d_ff=3)
+    q, k, v, out = 4 * 4, 4 * 2, 4 * 2, 4 * 4
+    feed_forward, head = 3 * 4 * 3, 4 * 5
+    scores_and_sums = 2 * (2 * 2 * 7)  # two products of 2 heads x 2 columns with 7 tokens
+    forward = 2 * (q + k + v + out + feed_forward + head) + 2 * scores_and_sums
+    assert count.flops_per_token(config, Full.Config(), vocab_size=5, context=7) == 3 * forward
+
+
+class Kept:
+    """Bytes that autograd keeps, each storage once, weights and their casts left out."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
+        self.storages: dict[int, int] = {}
+        self.alive: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights and tuple(tensor.shape) not in self.shapes:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+            self.alive.append(tensor)
+        return tensor
+
+
+def kept_per_layer_and_token(position: str, precision: count.Precision, **settings: Any) -> float:
+    """From models of 1 and 3 layers, so that what stands around the blocks falls out."""
+    sizes = []
+    for n_layers in (1, 3):
+        model = build(position, n_layers=n_layers, d_model=64, d_ff=96, **settings).train()
+        kept = Kept(model)
+        hooks = torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            model.hidden(tokens(2, 128))
+        sizes.append(sum(kept.storages.values()))
+    return (sizes[1] - sizes[0]) / 2 / (2 * 128)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"activation": "gelu", "norm": "layernorm", "bias": True, "dropout": 0.1, "n_kv_heads": 4}]
+)
+@pytest.mark.parametrize("position", ["nope", "rope"])
+def test_kept_bytes_are_what_autograd_keeps(position: str, settings: dict[str, Any], precision: count.Precision) -> None:
+    config = small(d_model=64, d_ff=96, **settings)
+    expected = count.kept_bytes_per_token(config, POSITIONS.get(position).Config(name=position), precision)
+    assert kept_per_layer_and_token(position, precision, context=128, **settings) == expected

@@ -1,0 +1,113 @@
+"""Decoding: the tokens are those of full forwards, sampling follows its distribution, limits hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from ctxlab.errors import ConfigError, UndefinedBeyondTraining
+from ctxlab.model.generation import DecodingConfig, choose, generate
+from tests.model.builders import build, tokens
+
+GREEDY = DecodingConfig(temperature=0.0, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "t5", "nope", "sinusoidal"])
+def test_greedy_equals_full_forwards_without_a_cache(position: str) -> None:
+    model = build(position, context=16)  # prompt and continuation go past it
+    prompt = tokens(1, 20)[0].tolist()
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(24):
+            text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    assert list(generate(model, prompt, GREEDY)) == text[20:]
+
+
+def test_tokens_are_yielded_one_by_one() -> None:
+    model = build()
+    calls = 0
+    original = model.hidden
+
+    def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    model.hidden = counted  # type: ignore[method-assign]
+    stream = generate(model, [1, 2, 3], GREEDY)
+    next(stream)
+    assert calls == 1
+
+
+def test_same_seed_same_tokens_other_seed_other_tokens() -> None:
+    model = build()
+    config = DecodingConfig(max_new_tokens=32)
+    one, again, other = (list(generate(model, [5], config, seed=seed)) for seed in (7, 7, 8))
+    assert one == again
+    assert one != other
+
+
+def test_stops_before_a_stop_token() -> None:
+    model = build()
+    everything = list(generate(model, [5], GREEDY))
+    stop = everything[4]
+    assert list(generate(model, [5], GREEDY, stop_ids=[stop])) == everything[: everything.index(stop)]
+
+
+def test_learned_positions_end_with_the_trained_context() -> None:
+    model = build("learned", context=8)
+    found: list[int] = []
+    with pytest.raises(UndefinedBeyondTraining, match="position 8: learned positions are defined up to 7 only"):
+        found.extend(generate(model, [1, 2, 3, 4, 5], GREEDY))
+    assert len(found) == 4  # behind positions 4, 5, 6 and 7
+
+
+def test_empty_prompt_is_refused() -> None:
+    with pytest.raises(ConfigError, match="prompt: expected at least one token, got an empty prompt"):
+        next(generate(build(), []))
+
+
+def frequencies(config: DecodingConfig, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([choose(logits, config, random) for _ in range(draws)])
+    return torch.bincount(drawn, minlength=len(logits)) / draws
+
+
+LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.1, 0.4, 0.2, 0.3]),
+        ({"temperature": 0.5}, [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
+        ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7]),
+        ({"top_p": 0.71}, [0, 4 / 9, 2 / 9, 3 / 9]),
+        ({"top_p": 0.1}, [0, 1, 0, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9, 3/9, 2/9
+        ({"temperature": 0.0}, [0, 1, 0, 0]),
+    ],
+)
+def test_sampling_distribution(settings: dict[str, float], expected: list[float]) -> None:
+    found = frequencies(DecodingConfig(**settings), LOGITS)  # type: ignore[arg-type]
+    target = torch.tensor(expected)
+    assert (found[target == 0] == 0).all()
+    assert (found - target).abs().max() < 4 * (0.25 / 4000) ** 0.5  # four standard errors
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature\n.*greater than or equal to 0"),
+        ({"top_p": 0.0}, "top_p\n.*greater than 0"),
+        ({"top_p": 1.5}, "top_p\n.*less than or equal to 1"),
+        ({"top_k": -1}, "top_k\n.*greater than or equal to 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens\n.*greater than or equal to 1"),
+        ({"temprature": 1.0}, "temprature\n.*not permitted"),
+    ],
+)
+def test_refusals(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DecodingConfig(**wrong)  # type: ignore[arg-type]

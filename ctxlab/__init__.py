@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(selector: str = "last", *, runs: str | Path = "runs", checkpoint: str = "last") -> LoadedRun:
+def load(selector: str = "last", *, runs: str | Path | None = None, checkpoint: str = "last") -> LoadedRun:
     """The model of a run, ready to use: `load("last").nats("To be, or not to be")`.
 
-    `selector` is a run id, a unique prefix of one, a path, or "last"; `checkpoint` is "last" or "best".
+    `selector` is a run id, a unique prefix of one, a path, or "last"; `runs` the folder of the runs (CTXLAB_RUNS, else
+    "runs"); `checkpoint` is "last" or "best".
     The import of torch waits until the first call, so that `ctxlab --help` stays instant.
     """
     from ctxlab.train.checkpoint import load_run

@@ -16,10 +16,11 @@ import torch
 from pydantic import Field
 
 from ctxlab.data.prepare import TextDataset
+from ctxlab.data.tokens import Split
 from ctxlab.data.windows import EvalSegments, longest_length
 from ctxlab.errors import UndefinedBeyondTraining
 from ctxlab.evaluation.intervals import ratio_interval
-from ctxlab.fields import Length, OrAuto
+from ctxlab.fields import Count, Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig
@@ -36,6 +37,7 @@ class PerplexityConfig(ComponentConfig):
     lengths: OrAuto | tuple[Length, ...] = Field("auto", description="auto: 1/2, 1, 2, 4 and 8 times the trained context")
     segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
     min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
+    max_tokens: OrNone | Count = Field(200_000, description="scored at each length, shared by the documents; none: all")
     batch_tokens: int = Field(16_384, ge=1, json_schema_extra={"identity": False})
 
 
@@ -124,6 +126,13 @@ def segment_length(config: PerplexityConfig, lengths: Sequence[int], dataset: Te
     return longest_length(dataset.splits[split], sorted(set(candidates)), min_docs=config.min_documents)
 
 
+def _segments(config: PerplexityConfig, split: Split, length: int) -> EvalSegments:
+    """All segments of the split, or as many of each document as `max_tokens` allows; one of each at least."""
+    if config.max_tokens == "none":
+        return EvalSegments(split, length)
+    return EvalSegments(split, length, max_segments=max(config.max_tokens // length, config.min_documents))
+
+
 def evaluate_perplexity(
     model: Transformer,
     dataset: TextDataset,
@@ -142,7 +151,7 @@ def evaluate_perplexity(
     model.eval()
     measurements: list[Measurement] = []
     documents: dict[int, DocumentScores] = {}
-    segments = EvalSegments(dataset.splits[split], longest) if longest is not None else None
+    segments = None if longest is None else _segments(config, dataset.splits[split], longest)
     for length in lengths:
         if segments is None or length > segments.length:
             reason = f"fewer than {config.min_documents} {split} documents have {length + 1} tokens"

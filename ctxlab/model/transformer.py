@@ -179,6 +179,7 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.context = context
         self.recompute = False  # whether backward computes each block's activations again instead of keeping them
+        self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
         mechanism = ATTENTIONS.get(attention.name)
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position = POSITIONS.get(position.name)(position, config, context)
@@ -243,16 +244,21 @@ class Transformer(nn.Module):
                 x = block(x, self.position, frame, None if cache is None else cache.layers[layer])
         return self.norm(x, frame.dtype)
 
+    def compile_blocks(self) -> None:
+        """Has torch compile each block; all of them share the code of the first."""
+        for block in self.blocks:
+            block.compile()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""
         return F.linear(hidden, self._head_weight)
 
-    def nats(self, hidden: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target given `hidden`, (B,T) fp32, 0 where the target is -100.
 
-        The logits of `chunk` tokens exist at once (by default as many as fit the processor's cache), never those of all.
+        The logits of `loss_chunk` tokens exist at once, never those of all.
         """
-        size = chunk_for(self.vocab_size) if chunk is None else chunk
+        size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
         return token_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size).view(targets.shape)
 
     def n_parameters(self, embeddings: bool = True) -> int:

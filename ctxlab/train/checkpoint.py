@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
 from ctxlab.errors import RecordError, RunError
 from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.cache import KVCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.generation import DecodingConfig, generate
 from ctxlab.model.position.base import POSITIONS
@@ -170,32 +172,29 @@ class LoadedRun:
         """The context length that the run was trained at."""
         return int(self.config["context"])
 
-    def stream(self, prompt: str, **decoding: Any) -> Iterator[str]:
-        """Generated text piece by piece, without the prompt. Keywords are those of `decoding.*` (HF's words)."""
-        settings = DecodingConfig.model_validate(decoding)
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
-        device = next(self.model.parameters()).device
-        tokens = torch.tensor([ids], device=device)
-        produced: list[int] = []
-        shown = ""
-        for token in generate(self.model, tokens, settings, stop_ids=(self.tokenizer.eos_id,)):
-            produced.append(token)
-            text = self.tokenizer.decode(produced)
-            # A byte-fallback piece can end inside a character: wait until it is whole.
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(shown) :]
-                shown = text
+    def stream(self, prompt: str, decoding: DecodingConfig | None = None, *, seed: int = 0) -> Iterator[str]:
+        """Generated text piece by piece, without the prompt. An empty prompt is the beginning of a document."""
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+        # A byte can be part of a character: text comes out when its last one is there.
+        whole = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in generate(self.model, ids, decoding, seed=seed, stop_ids=(self.tokenizer.eos_id,)):
+            text = whole.decode(self.tokenizer.pieces[token])
+            if text:
+                yield text
+        rest = whole.decode(b"", final=True)
+        if rest:
+            yield rest
 
-    def generate(self, prompt: str, **decoding: Any) -> str:
-        """The continuation of `prompt` as one string."""
-        return "".join(self.stream(prompt, **decoding))
+    def generate(self, prompt: str, *, seed: int = 0, **decoding: Any) -> str:
+        """The continuation of `prompt` as one string. Keywords are those of `decoding.*` (HF's words)."""
+        return "".join(self.stream(prompt, DecodingConfig.model_validate(decoding), seed=seed))
 
     @torch.inference_mode()
     def nats(self, text: str, *, chunk: int = 2048) -> float:
         """-ln p(text), summed over all its tokens after the first, as one sequence scored over a growing cache."""
         ids = torch.tensor([self.tokenizer.encode(text)], device=next(self.model.parameters()).device)
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        cache = self.model.new_cache()
+        cache = KVCache(self.model.config.n_layers)
         total = 0.0
         for start in range(0, inputs.shape[1], chunk):
             part = slice(start, start + chunk)
@@ -210,15 +209,16 @@ def open_run(run: Run, *, checkpoint: str = "last", device: torch.device | str =
     tokenizer = load_tokenizer(run.path / "tokenizer")
     with torch.device("meta"):
         model = build_model(run.record.config, tokenizer.vocab_size)
-    model = model.to_empty(device=device)
     weights = load_weights(found, device)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise RecordError(f"{found.path / WEIGHTS} does not fit the run's config: {error}") from error
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RecordError(f"{found.path / WEIGHTS} does not fit the run's config: {reason}") from error
     return LoadedRun(run, model.eval(), tokenizer, found)
 
 
-def load_run(selector: str, *, runs: str | Path = "runs", checkpoint: str = "last") -> LoadedRun:
+def load_run(selector: str, *, runs: str | Path | None = None, checkpoint: str = "last") -> LoadedRun:
     """`ctxlab.load`: a run by id, unique prefix, path or "last"."""
-    return open_run(RunStore(Path(runs)).resolve(selector), checkpoint=checkpoint)
+    root = Path(runs or os.environ.get("CTXLAB_RUNS") or "runs")
+    return open_run(RunStore(root).resolve(selector), checkpoint=checkpoint)

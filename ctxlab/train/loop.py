@@ -68,6 +68,7 @@ class Outcome:
     seconds: float
     signal: signal.Signals | None
     rank: int
+    resolved: dict[str, Any]  # what `auto` settings became
 
 
 def seed_everything(seed: int) -> None:
@@ -201,6 +202,12 @@ def fit(
         seconds=module.seconds,
         signal=interrupt.received,
         rank=launched.global_rank,
+        resolved={
+            "micro_rows": {str(stage.context): stage.micro_rows for stage in budget.stages},
+            "n_steps": budget.n_steps if budget.bounded else module.step,
+            "validate_every": saver.validate_every,
+            "checkpoint_every": saver.save_every,
+        },
     )
 
 

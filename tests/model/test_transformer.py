@@ -60,7 +60,8 @@ def test_nats_are_those_of_the_logits() -> None:
     targets[0, 3:7] = -100
     with torch.no_grad():
         logits = model(x[:, :-1])
-        nats = model.nats(model.hidden(x[:, :-1]), targets, chunk=10)
+        model.loss_chunk = 10
+        nats = model.nats(model.hidden(x[:, :-1]), targets)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(nats.flatten(), expected, atol=1e-5, rtol=0)
 

@@ -1,0 +1,164 @@
+"""A corpus and a tokenizer to tokens on disk: made once, found again by what they are made of.
+
+In the cache folder: corpora/ (what was fetched), splits/KEY.npz (which document goes where), tokens/KEY/ (ids, and the
+tokenizer that made them). A key is a hash of the corpus' facts and of the tokenizer's settings or content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+
+from ctxlab.data.corpora.base import CORPORA, Corpus
+from ctxlab.data.lock import locked
+from ctxlab.data.progress import Progress, silent
+from ctxlab.data.splits import SPLITS, Cut, Splits, documents, split
+from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer, load_tokenizer
+from ctxlab.data.tokens import Split, read_split, write_tokens
+from ctxlab.errors import DataError
+
+FORMAT = 1  # of the cache: raised when the same input gives other files
+_FACTS = "facts.json"
+_SAMPLE = 24 << 20  # bytes of text that a tokenizer is trained on, at most
+
+
+@dataclass(frozen=True)
+class TextDataset:
+    """Text as tokens: its splits, the tokenizer that made them, and what a record says of both."""
+
+    splits: dict[str, Split]
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+
+
+def default_cache() -> Path:
+    """The user's cache folder; CTXLAB_CACHE sets it."""
+    said = os.environ.get("CTXLAB_CACHE")
+    return Path(said).expanduser() if said else Path(platformdirs.user_cache_dir("ctxlab", appauthor=False))
+
+
+def prepare(
+    data: Corpus.Config,
+    tokenizer: Tokenizer.Config | Tokenizer,
+    *,
+    cache: Path | None = None,
+    progress: Progress = silent,
+) -> TextDataset:
+    """The tokens of a corpus under a tokenizer (one given, or one by its settings), from the cache or made now.
+
+    Raises DataError, one line, for text or a tokenizer that cannot be used.
+    """
+    root = default_cache() if cache is None else cache
+    corpus = CORPORA.get(data.name)(data)
+    corpus.fetch(root, progress)
+    facts = corpus.facts()
+    given = tokenizer if isinstance(tokenizer, Tokenizer) else _untrained(tokenizer)
+    identity = given.sha256 if given else tokenizer.model_dump(mode="json")  # type: ignore[union-attr]
+    folder = root / "tokens" / _key(facts, identity)
+    if not (folder / _FACTS).exists():
+        with locked(folder):
+            if not (folder / _FACTS).exists():
+                _make(folder, corpus, facts, given or tokenizer, root, progress)
+    return _read(folder)
+
+
+def _untrained(config: Tokenizer.Config) -> Tokenizer | None:
+    """The tokenizer, where its settings alone make it."""
+    kind = TOKENIZERS.get(config.name)
+    return None if "vocab_size" in kind.Config.model_fields else kind.make(config, ())
+
+
+def _make(
+    folder: Path, corpus: Corpus, facts: dict[str, Any], tokenizer: Tokenizer | Tokenizer.Config, root: Path,
+    progress: Progress,
+) -> None:  # fmt: skip
+    splits = _splits(corpus, facts, root, progress)
+    total = int(splits.n_bytes.sum())
+    if not isinstance(tokenizer, Tokenizer):
+        advance = progress(f"training the tokenizer ({tokenizer.name})", 1)
+        made = TOKENIZERS.get(tokenizer.name).make(tokenizer, _sample(corpus, splits))
+        advance(1)
+    else:
+        made = tokenizer
+    draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        made.save(draft / "tokenizer")
+        write_tokens(
+            draft, documents(corpus, splits.cut), splits.labels, made, draft / "tokenizer",
+            n_bytes=total, advance=progress("turning text into tokens", total),
+        )  # fmt: skip
+        counts = {
+            name: {
+                "documents": (part := read_split(draft, name, made.vocab_size)).n_documents,
+                "tokens": len(part.tokens),
+                "bytes": int(splits.n_bytes[splits.labels == label].sum()),
+            }
+            for label, name in enumerate(SPLITS)
+        }
+        described = {
+            **facts,
+            "text_sha256": splits.sha256,
+            "cut": asdict(splits.cut) if splits.cut else None,
+            "splits": counts,
+            "tokenizer": {"name": made.config.name, "vocab_size": made.vocab_size, "sha256": made.sha256},
+        }
+        (draft / _FACTS).write_text(json.dumps(described, ensure_ascii=False, indent=1), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _splits(corpus: Corpus, facts: dict[str, Any], root: Path, progress: Progress) -> Splits:
+    """Which document goes where, from the cache or by reading the corpus. Other tokenizers use the same."""
+    file = root / "splits" / f"{_key(facts, 'splits')}.npz"
+    with locked(file):
+        if not file.exists():
+            found = split(corpus, progress("reading the corpus", 0))
+            cut = json.dumps(asdict(found.cut) if found.cut else None)
+            draft = file.with_suffix(".draft.npz")
+            np.savez(draft, labels=found.labels, n_bytes=found.n_bytes, sha256=found.sha256, cut=cut)
+            os.replace(draft, file)
+            return found
+    with np.load(file) as saved:
+        cut = json.loads(str(saved["cut"]))
+        return Splits(Cut(**cut) if cut else None, saved["labels"], saved["n_bytes"], str(saved["sha256"]))
+
+
+def _sample(corpus: Corpus, splits: Splits) -> Iterator[str]:
+    """Lines of the train split, evenly taken from all of it, to the amount that a tokenizer learns from."""
+    train = SPLITS.index("train")
+    every = max(1, -(-int(splits.n_bytes[splits.labels == train].sum()) // _SAMPLE))
+    number = 0
+    for document, label in zip(documents(corpus, splits.cut), splits.labels, strict=True):
+        for line in document.lines:
+            if label == train:
+                if number % every == 0:
+                    yield line
+                number += 1
+
+
+def _read(folder: Path) -> TextDataset:
+    try:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        return TextDataset({name: read_split(folder, name, tokenizer.vocab_size) for name in SPLITS}, tokenizer, facts)
+    except (OSError, ValueError) as error:
+        raise DataError(f"paths.cache: {folder} is damaged ({error}); remove it and run again") from error
+
+
+def _key(facts: dict[str, Any], of: Any) -> str:
+    text = json.dumps([FORMAT, facts, of], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]

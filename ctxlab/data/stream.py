@@ -1,0 +1,145 @@
+"""The order in which a run reads its rows: a function of the seed and the step, the same for any number of processes.
+
+Batch k holds the rows at the places rows*k .. rows*k + rows - 1 of an endless sequence: the epochs one behind the other,
+each shuffled by a permutation whose key is the seed and the epoch. Of a batch, rank r takes its slice. So all that a
+loader has to remember is one integer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ctxlab.data.permutation import permute
+from ctxlab.data.tokens import Split
+from ctxlab.data.windows import IGNORED, Packed, Rows, Windows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Part of a run at one context: `rows` of it in an optimizer step over all ranks, `micro_rows` at once in a rank."""
+
+    context: int
+    rows: int
+    micro_rows: int
+    steps: int
+
+
+@dataclass
+class Batch:
+    """Rows that are in memory at once. Rows shorter than the widest are padded on the right."""
+
+    tokens: Tensor  # (B,T) int64
+    targets: Tensor  # (B,T) int64, -100 where nothing is scored
+    lengths: Tensor  # (B,) int64, of each row without its padding
+    segments: list[list[int]] | None  # packed: the lengths of each row's documents
+    n_targets_in_step: int  # scored targets of the whole optimizer step, over all ranks and micro-batches
+
+
+class TrainStream(Dataset[Batch]):
+    """Every micro-batch of one rank, by number from the start of the run.
+
+    Raises DataError when a stage's context is longer than every document.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        seed: int,
+        stages: tuple[Stage, ...],
+        rank: int = 0,
+        world: int = 1,
+        packed: bool = False,
+        pad_id: int = 0,
+    ) -> None:
+        self.seed, self.stages, self.rank, self.world, self.pad_id = seed, stages, rank, world, pad_id
+        make = Packed if packed else Windows
+        self.rows: dict[int, Rows] = {stage.context: make(split, stage.context, seed) for stage in stages}
+
+    @property
+    def n_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches that a rank takes part in an optimizer step with."""
+        stage, _ = self._stage(step)
+        return self._in_step(stage)
+
+    def first_of(self, step: int) -> int:
+        """The number of a step's first micro-batch."""
+        number = 0
+        for stage in self.stages:
+            steps = min(step, stage.steps)
+            number += steps * self._in_step(stage)
+            step -= steps
+        return number
+
+    def __getitem__(self, number: int) -> Batch:
+        first = 0
+        for stage in self.stages:
+            size = self._in_step(stage)
+            if number < stage.steps * size:
+                return self._batch(stage, first, *divmod(number, size))
+            number -= stage.steps * size
+            first += stage.steps
+        raise IndexError(number)
+
+    def _batch(self, stage: Stage, first: int, step: int, micro: int) -> Batch:
+        """`step` counts from the stage's own first; the key of the shuffle holds `first`, so stages differ."""
+        source = self.rows[stage.context]
+        places = np.arange(step * stage.rows, (step + 1) * stage.rows)
+        epochs = places // source.n
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = permute(places[here] % source.n, source.n, self.seed, first, int(epoch))
+        share = stage.rows // self.world
+        start = self.rank * share + micro * stage.micro_rows
+        mine = slice(start, start + stage.micro_rows)
+        rows = [source.row(int(i), int(e)) for i, e in zip(indices[mine], epochs[mine])]
+        lengths = [len(row.tokens) for row in rows]
+        tokens = np.full((len(rows), max(lengths)), self.pad_id, dtype=np.int64)
+        targets = np.full_like(tokens, IGNORED)
+        for number, row in enumerate(rows):
+            tokens[number, : lengths[number]] = row.tokens
+            targets[number, : lengths[number]] = row.targets
+        return Batch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(targets),
+            torch.tensor(lengths),
+            [list(row.segments) for row in rows] if rows[0].segments else None,
+            source.n_targets(indices, epochs),
+        )
+
+    def _stage(self, step: int) -> tuple[Stage, int]:
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage, step
+            step -= stage.steps
+        return self.stages[-1], step
+
+    def _in_step(self, stage: Stage) -> int:
+        return stage.rows // self.world // stage.micro_rows
+
+
+class _From(Sampler[int]):
+    """Micro-batch numbers from one on to the end of the run."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(itertools.count(self.start), self.stop - self.start)
+
+
+def train_loader(stream: TrainStream, step: int, workers: int) -> DataLoader[Batch]:
+    """A loader that begins at an optimizer step, with worker processes or (0) without; the batches are the same."""
+    numbers = _From(stream.first_of(step), stream.first_of(stream.n_steps))
+    return DataLoader(stream, batch_size=None, sampler=numbers, num_workers=workers, persistent_workers=False)

@@ -1,0 +1,98 @@
+"""What a tokenizer is: text to ids and back without loss, and how many bytes of text each id stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ctxlab.errors import DataError
+from ctxlab.registry import ComponentConfig, Registry
+
+SETTINGS = "tokenizer.json"
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back: decode(encode(text)) == text for any text.
+
+    `encode` adds no special tokens; a document is stored as bos, its tokens, eos. A text may be encoded in parts cut
+    after newlines: the tokens are those of the whole.
+    """
+
+    source: ClassVar[str] = ""
+    """What it is, for `ctxlab list`."""
+
+    class Config(ComponentConfig):
+        name: str
+
+    def __init__(self, config: Config, pieces: Sequence[bytes], *, pad: int, bos: int, eos: int) -> None:
+        """`pieces`: the bytes of text that each id stands for, none for special ids."""
+        self.config = config
+        self.pieces = tuple(pieces)
+        self.pad_id, self.bos_id, self.eos_id = pad, bos, eos
+        self.token_bytes = np.array([len(piece) for piece in pieces], dtype=np.int64)  # (vocab_size,)
+
+    @classmethod
+    @abstractmethod
+    def make(cls, config: Any, sample: Iterable[str]) -> Tokenizer:
+        """A tokenizer by its settings. `sample` is text of the train split, read only where there is something to learn."""
+
+    @abstractmethod
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        """The ids of each line, each cut after a newline or at the end of the text."""
+
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes beside the settings."""
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, config: Any, files: dict[str, bytes]) -> Tokenizer:
+        """The tokenizer that `files` were taken from."""
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; none for an empty one."""
+        lines = text.split("\n")
+        whole = [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
+        return [token for ids in self.encode_lines(whole) for token in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ones are silent, bytes that are no UTF-8 (half a character) become U+FFFD."""
+        return b"".join(self.pieces[token] for token in ids).decode("utf-8", errors="replace")
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that decides how it encodes."""
+        digest = hashlib.sha256(self.config.name.encode())
+        for name, content in sorted(self.files().items()):
+            digest.update(name.encode() + b"\0" + content)
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Writes it into a folder of its own; `load_tokenizer` reads it back."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+        (folder / SETTINGS).write_text(json.dumps(self.config.model_dump(mode="json"), ensure_ascii=False) + "\n")
+
+
+TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "ctxlab.data.tokenizers")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote. Raises DataError where it is not whole."""
+    try:
+        config = TOKENIZERS.config(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SETTINGS}
+        return TOKENIZERS.get(config.name).restore(config, files)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"tokenizer: {folder} holds no whole tokenizer ({error})") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths, evaluate_perplexity
 from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
+from ctxlab.records.schema import Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run
 from ctxlab.train.memory import peak_memory_bytes
@@ -44,16 +47,17 @@ def score(
     run: Run,
     sink: Sink,
     console: Console,
+    axes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Every evaluation of the config, into the record."""
+    """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart."""
     if isinstance(evaluations.perplexity, PerplexityConfig):
         with progress_bar(console) as start:
             measurements, documents = evaluate_perplexity(
                 model, dataset, evaluations.perplexity,
                 trained_context=context, device=device, precision=precision, progress=start,
             )  # fmt: skip
-        sink.measure(measurements)
-        run.write_documents(documents)
+        sink.measure(along(measurements, axes))
+        run.write_documents(documents, axes=axes)
 
 
 def measure_cost(
@@ -63,6 +67,7 @@ def measure_cost(
     *,
     sink: Sink,
     console: Console,
+    axes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Memory and time of one training step at each context, each in processes of its own, into the record."""
     contexts = cost_contexts(config, point.context, evaluations)
@@ -72,7 +77,12 @@ def measure_cost(
     with progress_bar(console) as start:
         advance = start("measuring memory and time of a step", 2 * len(contexts))
         rows = measure_step(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
-    sink.measure(rows)
+    sink.measure(along(rows, axes))
+
+
+def along(measurements: Sequence[Measurement], axes: Mapping[str, str]) -> list[Measurement]:
+    """The measurements with further axes."""
+    return [m.model_copy(update={"axes": {**m.axes, **axes}}) for m in measurements]
 
 
 def cost_contexts(config: MeasureConfig, context: int, evaluations: Evaluations | None) -> tuple[int, ...]:

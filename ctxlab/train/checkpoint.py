@@ -203,12 +203,22 @@ class LoadedRun:
         return total
 
 
-def open_run(run: Run, *, checkpoint: str = "last", device: torch.device | str = "cpu") -> LoadedRun:
-    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer."""
+def open_run(
+    run: Run,
+    *,
+    checkpoint: str = "last",
+    device: torch.device | str = "cpu",
+    attention: dict[str, Any] | None = None,
+) -> LoadedRun:
+    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer.
+
+    `attention` takes the place of the recorded mechanism, where one without weights of its own is to be tried.
+    """
     found = find_checkpoint(run.checkpoints, checkpoint)
     tokenizer = load_tokenizer(run.path / "tokenizer")
     with torch.device("meta"):
-        model = build_model(run.record.config, tokenizer.vocab_size)
+        config = run.record.config if attention is None else {**run.record.config, "attention": attention}
+        model = build_model(config, tokenizer.vocab_size)
     weights = load_weights(found, device)
     try:
         model.load_state_dict(weights, assign=True)

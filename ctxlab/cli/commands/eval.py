@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctxlab.cli.main import DONE
-from ctxlab.cli.mirror import recording
+from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_text, score, step_point
 from ctxlab.data.corpora.base import CORPORA
+from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
@@ -17,9 +19,84 @@ from ctxlab.records.store import Run
 from ctxlab.report.tables import show_evaluation
 from ctxlab.train.checkpoint import open_run
 from ctxlab.train.optim.base import OPTIMIZERS
-from ctxlab.train.precision import resolve_device, resolve_precision
+from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 from ctxlab.train.settings import TrainerConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from ctxlab.cli.invocation import Invocation
-    from ctxlab.config.schema import EvalConfig
+    from ctxlab.config.schema import EvalConfig, Evaluations
+
+
+def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
+    """Evaluates each run of the config and prints the table: of one run, or of all side by side."""
+    device = resolve_device(config.trainer.accelerator)
+    precision = resolve_precision(config.trainer.precision, device)
+    parents = [invocation.store.open(run_id) for run_id in config.run]
+    evaluations = _same_lengths(config.eval, parents)
+    with recording(run, config.logger, job_type="eval") as opened:
+        facts = {}
+        for parent in parents:
+            axes = {"run": parent.id} if len(parents) > 1 else {}
+            facts[parent.id] = _evaluate(config, evaluations, parent, axes, run, opened, invocation, device, precision)
+        run.update(
+            provenance=collect(
+                seed=config.seed,
+                data=facts if len(parents) > 1 else facts[parents[0].id],
+                precision=precision,
+                device=device.type,
+                memory_source=memory_source(device),
+                plugins=run.record.plugins,
+            )
+        )
+        run.finish("done")
+    if not invocation.is_child:
+        show_evaluation(run, parents, invocation.stdout_console)
+    return DONE
+
+
+def _evaluate(
+    config: EvalConfig,
+    evaluations: Evaluations,
+    parent: Run,
+    axes: dict[str, str],
+    run: Run,
+    opened: Recording,
+    invocation: Invocation,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, Any]:
+    """Scores one run into the record; returns what the record says of its text."""
+    recorded = parent.record.config
+    attention = None if config.attention == "none" else config.attention.model_dump(mode="json")
+    loaded = open_run(parent, checkpoint=config.checkpoint, device=device, attention=attention)
+    data = CORPORA.config(recorded["data"]) if config.data == "none" else config.data
+    dataset = prepare_text(data, loaded.tokenizer, config.paths.cache, invocation.stderr_console)
+    score(
+        loaded.model, dataset, evaluations,
+        context=loaded.context, device=device, precision=precision,
+        run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes,
+    )  # fmt: skip
+    trained = SimpleNamespace(
+        model=ModelConfig.model_validate(recorded["model"]),
+        position=POSITIONS.config(recorded["position"]),
+        attention=ATTENTIONS.config(attention or recorded["attention"]),
+        optim=OPTIMIZERS.config(recorded["optim"]),
+        trainer=TrainerConfig.model_validate_json(json.dumps(recorded["trainer"])),
+        context=loaded.context,
+    )
+    point = step_point(trained, vocab_size=loaded.tokenizer.vocab_size, precision=precision, device=device)
+    measure_cost(
+        config.profile, point, evaluations, sink=opened.sink, console=invocation.stderr_console, axes=axes
+    )  # fmt: skip
+    return dataset.facts
+
+
+def _same_lengths(evaluations: Evaluations, parents: list[Run]) -> Evaluations:
+    """Several runs are scored at the same lengths, over segments of the same length: those that any of them asks for."""
+    perplexity = evaluations.perplexity
+    if len(parents) == 1 or perplexity == "none" or perplexity.lengths != "auto":
+        return evaluations
+    lengths = sorted({n for parent in parents for n in auto_lengths(parent.record.config["context"])})
+    return evaluations.model_copy(update={"perplexity": perplexity.model_copy(update={"lengths": tuple(lengths)})})

@@ -108,6 +108,36 @@ def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> G
     return grid
 
 
+def cost_tables(runs: Sequence[Run]) -> list[Grid]:
+    """Of runs that measured cost alone: memory and time of a step by context, a row a run, against the first run."""
+    keys = differing_keys([run.record.config for run in runs])
+    results = [by_context(run.measurements()) for run in runs]
+    contexts = sorted({context for rows in results for context in rows})
+    ended = any(run.record.status != "done" for run in runs)
+    grids = []
+    for name, heading in zip(COSTS, ("peak memory of a step by context", "time of a step by context"), strict=True):
+        titles = [*([_short(key, keys) for key in keys] or ["run"]), *(["status"] if ended else [])]
+        columns = [*titles, *map(format_length, contexts), *(["run"] if keys else [])]
+        left = frozenset([len(columns) - 1] if keys else [])
+        grid = Grid(columns, keys=len(titles), heading=heading, left=left)
+        for run, rows in zip(runs, results, strict=True):
+            cells = [value_at(run.record.config, key) for key in keys] or [run.id]
+            cells += [run.record.status] if ended else []
+            for context in contexts:
+                cells.append(_against(rows.get(context, {}).get(name), results[0].get(context, {}).get(name)))
+            grid.add([*cells, *([run.id] if keys else [])])
+        grids.append(grid)
+    return grids
+
+
+def _against(measurement: Measurement | None, first: Measurement | None) -> str:
+    """A measurement, and how many times that of the first run it is."""
+    text = cell(measurement)
+    if measurement is None or first is None or measurement is first or not measurement.value or not first.value:
+        return text
+    return f"{text} ({measurement.value / first.value:.2f}x)"
+
+
 def side_by_side(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Grid:
     """nats per token of several runs at each length; a measurement's axis `run` says whose it is."""
     found = {(m.axes.get("run"), m.context): m for m in measurements if m.name == "nats_per_token"}
@@ -208,8 +238,14 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
 
 def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     """The comparison of a sweep's runs: the table, what its numbers are, and the curves of loss by length."""
-    console.print(comparison_table(runs, metric=metric))
     measured = [m for run in runs for m in run.measurements()]
+    if measured and not any(m.name in _SCORES for m in measured):
+        for grid in cost_tables(runs):
+            console.print(grid)
+        for line in footnotes(measured):
+            console.print(Text(line, style="dim"))
+        return
+    console.print(comparison_table(runs, metric=metric))
     lines = footnotes(measured, intervals=any(run.documents() for run in runs))
     if lines:
         lines[0] += f"; {title(metric)}, memory and step at the trained context"

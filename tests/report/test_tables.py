@@ -9,7 +9,15 @@ import pytest
 from rich.console import Console
 
 from ctxlab.report.screens import difference_table, show_difference, show_run
-from ctxlab.report.tables import comparison_table, footnotes, lengths_table, show_evaluation, show_sweep, show_training
+from ctxlab.report.tables import (
+    comparison_table,
+    cost_tables,
+    footnotes,
+    lengths_table,
+    show_evaluation,
+    show_sweep,
+    show_training,
+)
 from tests.records.builders import costs, make_run, missing, result, scores
 from tests.report.builders import CURVES, same_ids, text_of, trained_run, written
 
@@ -192,3 +200,30 @@ def test_three_runs_compared_are_a_comparison(tmp_path: Path) -> None:
     console = Console(width=120, file=io.StringIO(), color_system=None)
     show_difference([trained_run(tmp_path, name) for name in CURVES], console)
     assert "rise 1x-4x" in written(console)
+
+
+def test_runs_that_measured_cost_alone_are_compared_at_every_context(tmp_path: Path) -> None:
+    runs = []
+    for position, factor in (("rope", 1.0), ("t5", 1.5)):
+        run = make_run(tmp_path, config={"position": {"name": position}}, status="waiting")
+        run.measure(*costs(1024, factor * 2**30, 0.5 * factor), *costs(2048, factor * 2**31, factor))
+        run.update(status="done")
+        runs.append(run)
+    ids = [run.id for run in runs]
+    memory, seconds = cost_tables(runs)
+    assert text_of(memory, width=100).splitlines() == [
+        "peak memory of a step by context",
+        "position               1k             2k  run",
+        f"rope                1 GiB          2 GiB  {ids[0]}",
+        f"t5        1.5 GiB (1.50x)  3 GiB (1.50x)  {ids[1]}",
+    ]
+    assert text_of(seconds, width=100).splitlines()[-1].split() == [
+        "t5",
+        "750",
+        "ms",
+        "(1.50x)",
+        "1.5",
+        "s",
+        "(1.50x)",
+        ids[1],
+    ]

@@ -61,8 +61,8 @@ class LayerCache:
 class KVCache:
     """Keys and values of every layer, with the positions they stand at. For inference: nothing in it carries a gradient.
 
-        cache = KVCache(model.config.n_layers)
-        model(first, cache=cache); model(rest, cache=cache)     # the logits of one forward over both
+    cache = KVCache(model.config.n_layers)
+    model(first, cache=cache); model(rest, cache=cache)     # the logits of one forward over both
     """
 
     def __init__(self, n_layers: int) -> None:

@@ -91,7 +91,9 @@ def activation_bytes(
     blocks = config.n_layers * stream + kept if recompute else config.n_layers * kept
     size = _BYTES[precision]
     ends = 2 * stream + 2 * size * config.d_model  # around the blocks: stream, last norm, gradient of the head's input
-    backward = 3 * size * config.d_ff + 2 * stream  # gradients alive at once in the widest place, the feed-forward layer
+    backward = (
+        3 * size * config.d_ff + 2 * stream
+    )  # gradients alive at once in the widest place, the feed-forward layer
     chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
     logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
     casts = 0 if precision == "fp32" else size * config.n_layers * _block_matrices(config)

@@ -21,7 +21,10 @@ class DecodingConfig(ComponentConfig):
     temperature: float = Field(1.0, ge=0, description="logits are divided by it; 0 always takes the most likely token")
     top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: from all")
     top_p: float = Field(
-        1.0, gt=0, le=1, description="sample from the fewest most likely tokens whose probabilities add up to p; 1: from all"
+        1.0,
+        gt=0,
+        le=1,
+        description="sample from the fewest most likely tokens whose probabilities add up to p; 1: from all",
     )
 
 

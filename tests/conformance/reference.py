@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,39 +16,84 @@ from torch.nn import functional as F
 from ctxlab.model.position.base import Position
 from ctxlab.model.transformer import Transformer
 
-Score = Callable[[Position, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+class Place(NamedTuple):
+    """Where a score is taken: the scheme, the layer, and what the layer's queries and keys are projected from, (B,S,d)."""
+
+    scheme: Position
+    layer: int
+    x: Tensor
+
+    @property
+    def config(self) -> Any:
+        return self.scheme.config
 
 
-def plain(scheme: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+Score = Callable[[Place, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def plain(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """q . k / sqrt(D): q (...,H,T,D), k (...,H,S,D), positions i (T,), j (S,) -> (...,H,T,S)."""
     return q @ k.mT / math.sqrt(q.shape[-1])
 
 
-def rope(scheme: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Each pair turned by a 2 x 2 rotation matrix."""
-    width, theta, layout = q.shape[-1], scheme.config.theta, scheme.config.layout
-
-    def turned(x: Tensor, positions: Tensor) -> Tensor:
-        out = x.clone()
-        for n in range(width // 2):
-            a, b = (2 * n, 2 * n + 1) if layout == "interleaved" else (n, n + width // 2)
-            angle = positions.double() * theta ** (-2 * n / width)
-            out[..., a] = x[..., a] * angle.cos() - x[..., b] * angle.sin()
-            out[..., b] = x[..., a] * angle.sin() + x[..., b] * angle.cos()
-        return out
-
-    return plain(scheme, turned(q, i), turned(k, j), i, j)
+def turned(x: Tensor, positions: Tensor, frequencies: list[float], layout: str) -> Tensor:
+    """Each pair turned by a 2 x 2 rotation matrix; columns beyond the last pair stay."""
+    out, width = x.clone(), 2 * len(frequencies)
+    for n, frequency in enumerate(frequencies):
+        a, b = (2 * n, 2 * n + 1) if layout == "interleaved" else (n, n + width // 2)
+        angle = positions.double() * frequency
+        out[..., a] = x[..., a] * angle.cos() - x[..., b] * angle.sin()
+        out[..., b] = x[..., a] * angle.sin() + x[..., b] * angle.cos()
+    return out
 
 
-def alibi(scheme: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def ladder(width: int, theta: float) -> list[float]:
+    return [theta ** (-2 * n / width) for n in range(width // 2)]
+
+
+def rope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    f, layout = ladder(q.shape[-1], at.config.theta), at.config.layout
+    return plain(at, turned(q, i, f, layout), turned(k, j, f, layout), i, j)
+
+
+def partial_rope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The ladder of a head of the rotated columns alone."""
+    f = ladder(int(at.config.fraction * q.shape[-1]), at.config.theta)
+    return plain(at, turned(q, i, f, at.config.layout), turned(k, j, f, at.config.layout), i, j)
+
+
+def p_rope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The ladder of the whole head, its slow end replaced by no rotation."""
+    f = ladder(q.shape[-1], at.config.theta)
+    kept = math.floor(at.config.p * q.shape[-1] / 2)
+    f = [frequency if n < kept else 0.0 for n, frequency in enumerate(f)]
+    return plain(at, turned(q, i, f, at.config.layout), turned(k, j, f, at.config.layout), i, j)
+
+
+def xpos(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """RoPE's score, the part of pair n times zeta_n^((i - j) / 512)."""
+    D = q.shape[-1]
+    f, layout = ladder(D, at.config.theta), at.config.layout
+    q, k = turned(q, i, f, layout), turned(k, j, f, layout)
+    score = torch.zeros(*q.shape[:-1], len(j), dtype=torch.float64)
+    for n in range(D // 2):
+        a, b = (2 * n, 2 * n + 1) if layout == "interleaved" else (n, n + D // 2)
+        zeta = (2 * n + 0.4 * D) / (1.4 * D)
+        decay = zeta ** ((i[:, None] - j[None, :]).double() / 512)
+        score = score + (q[..., [a, b]] @ k[..., [a, b]].mT) * decay
+    return score / math.sqrt(D)
+
+
+def alibi(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """-(i - j) 2^(-8h/H) for a power of two of heads."""
     n = q.shape[-3]
     assert n & (n - 1) == 0
     slopes = torch.tensor([2 ** (-8 * h / n) for h in range(1, n + 1)], dtype=torch.float64)
-    return plain(scheme, q, k, i, j) - slopes[:, None, None] * (i[:, None] - j[None, :])
+    return plain(at, q, k, i, j) - slopes[:, None, None] * (i[:, None] - j[None, :])
 
 
-def t5(scheme: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+def t5(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """The causal bucket of every distance, by the formula of the paper's code, in Python floats."""
 
     def bucket(n: int) -> int:
@@ -56,9 +102,36 @@ def t5(scheme: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return min(31, 16 + math.floor(16 * math.log(n / 16) / math.log(128 / 16)))
 
     span = int(i.max() - j.min()) + 1
-    rows = scheme.weight[[bucket(n) for n in range(span)]]  # (distance, H)
+    rows = at.scheme.weight[[bucket(n) for n in range(span)]]  # (distance, H)
     bias = rows[(i[:, None] - j[None, :]).clamp(min=0)].permute(2, 0, 1)  # (H,T,S)
-    return plain(scheme, q, k, i, j) + bias
+    return plain(at, q, k, i, j) + bias
+
+
+def kerple(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    distance = (i[:, None] - j[None, :]).clamp(min=0).double()
+    p, a = (parameter.clamp(min=0.01)[:, None, None] for parameter in (at.scheme.p, at.scheme.a))
+    if at.config.kind == "log":
+        return plain(at, q, k, i, j) - p * torch.log(1 + a * distance)
+    return plain(at, q, k, i, j) - a * distance ** p.clamp(max=2.0)
+
+
+def sandwich(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    D, H = q.shape[-1], q.shape[-3]
+    distance = (i[:, None] - j[None, :]).double()
+    total = sum(torch.cos(distance / 10_000 ** (2 * n / D)) for n in range(1, D // 2 + 1)) - D / 2
+    bias = torch.stack([total / (8 * h / H) for h in range(1, H + 1)])
+    return plain(at, q, k, i, j) + bias
+
+
+def pope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """One column at a time, the angle from the distance itself."""
+    D, group = q.shape[-1], q.shape[-3] // at.scheme.delta.shape[1]
+    delta = at.scheme.delta[at.layer].clamp(-2 * math.pi, 0).repeat_interleave(group, 0)  # (H,D)
+    score = torch.zeros(*q.shape[:-1], len(j), dtype=torch.float64)
+    for c in range(D):
+        angle = (j[None, :] - i[:, None]).double() * at.config.theta ** (-c / D) + delta[:, c, None, None]
+        score = score + F.softplus(q[..., c, None]) * F.softplus(k[..., None, :, c]) * angle.cos()
+    return score / math.sqrt(D)
 
 
 def sinusoidal_embedding(scheme: Position, x: Tensor, positions: Tensor) -> Tensor:
@@ -82,6 +155,12 @@ SCORES: dict[str, Score] = {
     "rope": rope,
     "alibi": alibi,
     "t5": t5,
+    "partial_rope": partial_rope,
+    "p_rope": p_rope,
+    "xpos": xpos,
+    "kerple": kerple,
+    "sandwich": sandwich,
+    "pope": pope,
 }
 EMBEDDINGS: dict[str, Callable[[Position, Tensor, Tensor], Tensor]] = {
     "sinusoidal": sinusoidal_embedding,
@@ -106,12 +185,13 @@ def logits(model: Transformer, tokens: Tensor) -> Tensor:
     x = model.embedding.weight[tokens]
     if name in EMBEDDINGS:
         x = EMBEDDINGS[name](scheme, x, positions)
-    for block in model.blocks:
+    for layer, block in enumerate(model.blocks):
         h = norm(x, block.attention_norm.weight)
         q = heads(h @ block.attention.query.weight.T, config.n_heads)
         k = heads(h @ block.attention.key.weight.T, config.n_kv_heads)
         v = heads(h @ block.attention.value.weight.T, config.n_kv_heads)
-        score = SCORES[name](scheme, q, k, positions, positions).masked_fill(mask, -math.inf)
+        at = Place(scheme, layer, h)
+        score = SCORES[name](at, q, k, positions, positions).masked_fill(mask, -math.inf)
         mixed = (score.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + mixed @ block.attention.out.weight.T
         h = norm(x, block.feed_forward_norm.weight)

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from ctxlab.errors import IncompatibleError, UndefinedBeyondTraining
+from ctxlab.model.attention.bias import LOG2_E, Bias, Span, Tile
 from ctxlab.model.attention.full import Full
 from ctxlab.model.cache import KVCache
 from ctxlab.model.position.base import POSITIONS, Form, Position
@@ -31,15 +32,24 @@ def scheme(name: str, *, head_dim: int = 8, n_heads: int = 4, context: int = 64)
     return made
 
 
-def weights(made: Position, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Dense causal attention weights from the scheme's hooks, (B,H,T,S); queries are the last of the keys."""
-    dtype = q.dtype
-    queries, keys = made.tables(i, dtype), made.tables(j, dtype)
-    score = made.query(q, queries, None) @ made.key(k, keys, None).mT * made.scale
-    if made.form == "toeplitz":
-        n = len(j)
-        values = made.distance_bias(torch.arange(n), None)  # (H,n)
-        score = score + values[:, (i[:, None] - j[None, :]).clamp(0, n - 1)]
+def dense(bias: Bias, T: int, S: int) -> Tensor:
+    """A bias of the last T of S positions as one matrix, (b,h,T,S)."""
+    dtype = torch.promote_types(bias.tensors[0].dtype, torch.float32)
+    span = Span(T, S, True, T, dtype, torch.device("cpu"), False)
+    opened = bias.open(bias.tensors, span)
+    n = max(t.shape[0] for t in bias.tensors)
+    block = opened.block(Tile(slice(0, n), slice(None), range(S - 1, S - T - 1, -1), slice(0, S))) / LOG2_E
+    return block.flip(-2) + (0.0 if opened.constant is None else opened.constant[:, None, None])
+
+
+def weights(made: Position, x: Tensor, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Dense causal attention weights from the scheme's hooks, (B,H,T,S); x is what queries and keys come from."""
+    state, _ = made.prepare(x, 0, None)
+    queries, keys = made.tables(i, q.dtype), made.tables(j, q.dtype)
+    score = made.query(q, queries, state) @ made.key(k, keys, state).mT * made.scale
+    bias = made.bias(len(i), len(j), state, q.device)
+    if bias is not None:
+        score = score + dense(bias, len(i), len(j))
     return score.masked_fill(i[:, None] < j[None, :], -torch.inf).softmax(-1)
 
 
@@ -83,7 +93,9 @@ def test_a_common_shift_of_positions(name: str) -> None:
     here, there = torch.arange(12), torch.arange(12) + 7919
     if made.relative:
         assert torch.equal(made.embed(x, here), x)
-        torch.testing.assert_close(weights(made, q, k, here, here), weights(made, q, k, there, there), atol=1e-9, rtol=0)
+        torch.testing.assert_close(
+            weights(made, x, q, k, here, here), weights(made, x, q, k, there, there), atol=1e-9, rtol=0
+        )
     else:
         assert (made.embed(x, here) - made.embed(x, there)).abs().max() > 0.1
 
@@ -163,16 +175,20 @@ def beyond_training(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if beyond_training(n)])
 def test_positions_beyond_100k_in_fp32(name: str) -> None:
-    """Attention weights of the last 16 of 131,072 positions, in fp32, against the naive float64 reference there."""
+    """Attention weights of the last 16 of 131,072 positions, in fp32, against the naive float64 reference there.
+
+    A scheme with fewer positions is looked at where they end.
+    """
     made = scheme(name, head_dim=64)
+    end = min(131_072, made.n_positions or 131_072)
     torch.manual_seed(1)
-    q, k = torch.randn(1, 4, 16, 64), torch.randn(1, 4, 16, 64)
-    far = torch.arange(131_072 - 16, 131_072)
-    score = reference.SCORES[name](made, q.double(), k.double(), far, far)
+    x, q, k = torch.randn(1, 16, 32), torch.randn(1, 4, 16, 64), torch.randn(1, 4, 16, 64)
+    far = torch.arange(end - 16, end)
+    at = reference.Place(made, 0, x.double())
+    score = reference.SCORES[name](at, q.double(), k.double(), far, far)
     exact = score.masked_fill(far[:, None] < far[None, :], -torch.inf).softmax(-1)
-    found = weights(made, q, k, far, far)
+    found = weights(made, x, q, k, far, far)
     assert (found - exact).abs().max() < 5e-3 if name == "alibi" else (found - exact).abs().max() < 1e-5
-    x = torch.randn(1, 16, 32)
     if name in reference.EMBEDDINGS:
         expected = reference.EMBEDDINGS[name](made, x.double(), far)
         assert (made.embed(x, far) - expected).abs().max() < 1e-5
@@ -184,21 +200,24 @@ def test_bf16_at_4096_against_float64(name: str) -> None:
     made, T = scheme(name, head_dim=64, context=4096), 4096
     mechanism = Full(Full.Config(), made.model, 0)
     torch.manual_seed(1)
+    x = torch.randn(1, T, 32)
     q, k, v = (torch.randn(1, 4, T, 64).bfloat16() for _ in range(3))
     positions = torch.arange(T)
     tables = made.tables(positions, torch.bfloat16)
     with torch.no_grad():
+        state, _ = made.prepare(x, 0, None)
         out, lse = mechanism.attend(
-            made.query(q, tables, None),
-            made.key(k, tables, None),
+            made.query(q, tables, state),
+            made.key(k, tables, state),
             v,
             scale=made.scale,
             causal=True,
-            bias=made.bias(T, T, None, q.device),
+            bias=made.bias(T, T, state, q.device),
         )
     rows = torch.tensor([0, 1, 2, 127, 128, 129, 511, 512, 2047, 2048, 4000, 4094, 4095])
     with torch.no_grad():
-        score = reference.SCORES[name](made, q[:, :, rows].double(), k.double(), rows, positions)
+        at = reference.Place(made, 0, x.double())
+        score = reference.SCORES[name](at, q[:, :, rows].double(), k.double(), rows, positions)
     score = score.masked_fill(rows[:, None] < positions[None, :], -torch.inf)
     exact = score.softmax(-1) @ v.double()
     error = (out[:, :, rows].double() - exact).norm() / exact.norm()

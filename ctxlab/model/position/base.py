@@ -83,12 +83,18 @@ class Position(nn.Module):
         """The distance from which on the scheme no longer tells two distances apart; None when there is no such distance."""
         return None
 
+    @property
+    def n_positions(self) -> int | None:
+        """How many positions have a meaning; None when all have."""
+        return None if self.defined_beyond_training else self.context
+
     def require_defined(self, last: int) -> None:
         """Raises UndefinedBeyondTraining when position `last` has no meaning."""
-        if not self.defined_beyond_training and last >= self.context:
+        limit = self.n_positions
+        if limit is not None and last >= limit:
+            why = "its factors leave fp32's range" if self.defined_beyond_training else f"trained at context {limit}"
             raise UndefinedBeyondTraining(
-                f"position {last}: {self.config.name} positions are defined up to {self.context - 1} only "
-                f"(trained at context {self.context})"
+                f"position {last}: {self.config.name} positions are defined up to {limit - 1} only ({why})"
             )
 
     def initialize(self) -> None:

@@ -38,13 +38,18 @@ class Rope(Position):
     def check(cls, config: Position.Config, model: ModelConfig, *, causal: bool = True) -> None:
         super().check(config, model, causal=causal)
         if model.head_dim % 2:
-            raise IncompatibleError(f"model.head_dim: rope rotates pairs and needs an even number, got {model.head_dim}")
+            raise IncompatibleError(
+                f"model.head_dim: rope rotates pairs and needs an even number, got {model.head_dim}"
+            )
 
-    def tables(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """exp(i position theta_k), (T, D/2) complex64 (complex128 for float64 models)."""
+    def frequencies(self, device: torch.device) -> Tensor:
+        """theta_k of each pair, float64 (n,); n pairs from the first column on are rotated."""
         assert isinstance(self.config, Rope.Config)
-        frequencies = inverse_frequencies(self.model.head_dim, self.config.theta, positions.device)
-        angles = positions.to(torch.float64)[:, None] * frequencies  # (T, D/2)
+        return inverse_frequencies(self.model.head_dim, self.config.theta, device)
+
+    def tables(self, positions: Tensor, dtype: torch.dtype) -> Any:
+        """exp(i position theta_k), (T,n) complex64 (complex128 for float64 models)."""
+        angles = positions.to(torch.float64)[:, None] * self.frequencies(positions.device)  # (T,n)
         high = torch.promote_types(dtype, torch.float32)
         return torch.complex(angles.cos().to(high), angles.sin().to(high))
 
@@ -64,13 +69,13 @@ def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Te
 
 
 def rotate(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
-    """The pairs of x (B,H,T,D) as complex numbers, each multiplied by turns (T, D/2), in the dtype of x."""
+    """The first n pairs of x (B,H,T,D) as complex numbers, each multiplied by turns (T,n), in the dtype of x."""
     result: Tensor = _Rotate.apply(x, turns, layout)
     return result
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the opposite rotation, so nothing of the size of x is kept."""
+    """The gradient of a product with t is the product with its conjugate, so nothing of the size of x is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
@@ -85,6 +90,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
+    width = 2 * turns.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([_turn(x[..., :width], turns, layout), x[..., width:]], dim=-1)
     high = x.to(turns.real.dtype)
     if layout == "interleaved":
         pairs = torch.view_as_complex(high.unflatten(-1, (-1, 2)))  # (B,H,T,D/2)

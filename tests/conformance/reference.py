@@ -134,6 +134,28 @@ def pope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return score / math.sqrt(D)
 
 
+def fox(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Sums of the logarithms of the gates behind j up to i; x stands at the positions of j."""
+    weight, offset = at.scheme.weight[at.layer].double(), at.scheme.offset[at.layer].double()
+    gates = torch.log(1 / (1 + torch.exp(-(at.x @ weight.T + offset))))  # (B,S,H)
+    before = torch.cat([torch.zeros_like(gates[:, :1]), gates.cumsum(1)], dim=1).transpose(
+        1, 2
+    )  # of the first n, (B,H,n)
+    first = int(j.min())
+    return plain(at, q, k, i, j) + before[..., i - first + 1].unsqueeze(-1) - before[..., j - first + 1].unsqueeze(-2)
+
+
+def fire(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The network itself, pair by pair."""
+    made = at.scheme
+    c, m, w1, b1, w2, b2 = (p[at.layer].double() for p in (made.c, made.m, made.w1, made.b1, made.w2, made.b2))
+    distance = (i[:, None] - j[None, :]).clamp(min=0).double()
+    largest = torch.maximum(i.double(), (m * at.config.span).abs())[:, None]
+    u = torch.log((c * distance).abs() + 1) / (torch.log((c * largest).abs() + 1) + 1e-6)
+    hidden = torch.relu(u[..., None] * w1[0] + b1[0])  # (T,S,K)
+    return plain(at, q, k, i, j) + (hidden @ w2.T + b2[:, 0]).permute(2, 0, 1)
+
+
 def sinusoidal_embedding(scheme: Position, x: Tensor, positions: Tensor) -> Tensor:
     width = x.shape[-1]
     encoding = torch.zeros(len(positions), width, dtype=torch.float64)
@@ -161,6 +183,8 @@ SCORES: dict[str, Score] = {
     "kerple": kerple,
     "sandwich": sandwich,
     "pope": pope,
+    "fox": fox,
+    "fire": fire,
 }
 EMBEDDINGS: dict[str, Callable[[Position, Tensor, Tensor], Tensor]] = {
     "sinusoidal": sinusoidal_embedding,

@@ -35,8 +35,8 @@ def build(
     mechanism = ATTENTIONS.get(attention).Config(name=attention)
     model = Transformer(small(**settings), position, mechanism, vocab_size=vocab_size, context=context)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and not name.endswith("offset"):  # an offset a layer and head is no matrix
                 parameter.normal_(std=0.25)
     return model.eval()
 

@@ -116,6 +116,27 @@ class Toeplitz:
         return _ToeplitzTiles(values, self.first, tail, span)
 
 
+class Diagonals:
+    """Sums along the diagonals of tiles, where the distance is the same; one buffer for all of them."""
+
+    def __init__(self) -> None:
+        self.skewed = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (b, h, m, n), one row down and one column on along a diagonal -> (b, h, m + n - 1), the last row's start first.
+
+        Rows of m + n, read again at a stride of m + n - 1, move one to the right at each row: equal distances align.
+        """
+        b, h, m, n = x.shape
+        size = b * h * m * (m + n)
+        if self.skewed.numel() < size or self.skewed.dtype != x.dtype or self.skewed.device != x.device:
+            self.skewed = x.new_empty(size)
+        rows = self.skewed[:size].view(b, h, m, m + n)
+        rows[..., n:].zero_()
+        rows[..., :n].copy_(x)
+        return rows.as_strided((b, h, m, m + n - 1), (h * m * (m + n), m * (m + n), m + n - 1, 1)).sum(2)
+
+
 class _ToeplitzTiles:
     """One line per head, distances descending from S - 1: a tile is an (m, n) view of it with strides (1, 1)."""
 
@@ -133,7 +154,7 @@ class _ToeplitzTiles:
         line = line * LOG2_E
         self.line = (line.masked_fill(distances < 0, -torch.inf) if span.causal else line).contiguous()
         self.grad = torch.zeros_like(self.line) if span.training else None
-        self.skewed = torch.empty(0)
+        self.diagonals = Diagonals()
 
     def block(self, tile: Tile) -> Tensor:
         if self._is_far(tile):
@@ -146,16 +167,10 @@ class _ToeplitzTiles:
     def collect(self, tile: Tile, grad: Tensor) -> None:
         if self.grad is None or self._is_far(tile):
             return
-        b, h, m, n = grad.shape
-        # Rows of m + n, read again at a stride of m + n - 1, move one to the right at each row: equal distances align.
-        if self.skewed.numel() < grad.numel() // n * (m + n) or self.skewed.dtype != grad.dtype:
-            self.skewed = grad.new_empty(grad.numel() // n * (m + n))
-        rows = self.skewed[: b * h * m * (m + n)].view(b, h, m, m + n)
-        rows[..., n:].zero_()
-        rows[..., :n].copy_(grad)
-        aligned = rows.as_strided((b, h, m, m + n - 1), (h * m * (m + n), m * (m + n), m + n - 1, 1))
+        m, n = grad.shape[2:]
+        sums = self.diagonals(grad).sum(0)  # (h, m + n - 1)
         start = self._start(tile)
-        self.grad[tile.heads, start : start + m + n - 1] += aligned.sum(2).sum(0)
+        self.grad[tile.heads, start : start + m + n - 1] += sums
 
     def gradients(self) -> tuple[Tensor, ...]:
         assert self.grad is not None

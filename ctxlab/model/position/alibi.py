@@ -19,8 +19,9 @@ _COLUMNS = 2 * (len(_SHIFTS) + 1)
 class ALiBi(Position):
     """bias_ij = -m_h (i - j), m_h = 2^(-8h/H), h = 1 .. H, added after the scaling.
 
-    Press et al. 2022, arXiv:2108.12409, section 3. The bias is a product, so it rides in the fused kernel as 8 columns put before those of q and k, for each of the two parts of
-    the slope one with a part of the row's constant and three with the digits of the key's position:
+    Press et al. 2022, arXiv:2108.12409, section 3. The bias is a product, so it rides in the fused kernel as 8 columns put
+    before those of q and k, for each of the two parts of the slope one with a part of the row's constant and three with the
+    digits of the key's position:
 
         m / scale (j - i) = sum_n ( s_n 256^2 j_2 + s_n 256 j_1 + s_n j_0 + c_in )
         m / scale = s_0 + s_1 ,   sum_n c_in = -i m / scale

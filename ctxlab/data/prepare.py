@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import platformdirs
@@ -132,9 +133,12 @@ def _splits(corpus: Corpus, facts: dict[str, Any], root: Path, progress: Progres
             np.savez(draft, labels=found.labels, n_bytes=found.n_bytes, sha256=found.sha256, cut=cut)
             os.replace(draft, file)
             return found
-    with np.load(file) as saved:
-        cut = json.loads(str(saved["cut"]))
-        return Splits(Cut(**cut) if cut else None, saved["labels"], saved["n_bytes"], str(saved["sha256"]))
+    try:
+        with np.load(file) as saved:
+            cut = json.loads(str(saved["cut"]))
+            return Splits(Cut(**cut) if cut else None, saved["labels"], saved["n_bytes"], str(saved["sha256"]))
+    except (OSError, EOFError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"paths.cache: {file} is damaged ({error}); remove it and run again") from error
 
 
 def _sample(corpus: Corpus, splits: Splits) -> Iterator[str]:
@@ -155,7 +159,7 @@ def _read(folder: Path) -> TextDataset:
         tokenizer = load_tokenizer(folder / "tokenizer")
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         return TextDataset({name: read_split(folder, name, tokenizer.vocab_size) for name in SPLITS}, tokenizer, facts)
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"paths.cache: {folder} is damaged ({error}); remove it and run again") from error
 
 

@@ -55,18 +55,17 @@ def split(corpus: Corpus, advance: Callable[[int], None]) -> Splits:
     digests, sizes = _scan(corpus, None, advance)
     if not sizes.sum():
         raise DataError("data: there is no text in this corpus")
-    found = int((sizes > 0).sum())
-    if found < MIN_DOCUMENTS:
-        for ends in ("blank lines", "line ends"):
-            cut = Cut(max(1, int(sizes.sum()) // _PARTS), ends)
-            parts, part_sizes = _scan(corpus, cut, lambda _: None)
-            if (part_sizes > 0).sum() >= MIN_DOCUMENTS:
-                digests, sizes = parts, part_sizes
+    n, n_bytes = _different(digests, sizes)
+    if n < MIN_DOCUMENTS:
+        share = max(1, n_bytes // _PARTS)
+        for cut in (Cut(share, "blank lines"), Cut(share, "line ends"), Cut(1, "line ends")):
+            digests, sizes = _scan(corpus, cut, lambda _: None)
+            if _different(digests, sizes)[0] >= MIN_DOCUMENTS:
                 break
         else:
             raise DataError(
-                f"data: {found} document{'s' * (found > 1)} of {int(sizes.sum())} bytes cannot be cut into "
-                f"{MIN_DOCUMENTS} parts at line ends; a corpus needs {MIN_DOCUMENTS} documents or lines"
+                f"data: {n} different document{'s' * (n > 1)} of {n_bytes} bytes cannot be cut into {MIN_DOCUMENTS} "
+                f"different parts at line ends; a corpus needs {MIN_DOCUMENTS} different documents or lines"
             )
     return Splits(cut, _labels(digests, sizes), sizes, hashlib.sha256(np.sort(digests).tobytes()).hexdigest())
 
@@ -114,12 +113,17 @@ def _scan(corpus: Corpus, cut: Cut | None, advance: Callable[[int], None]) -> tu
     return np.frombuffer(bytes(digests), dtype="S16"), np.array(sizes, dtype=np.int64)
 
 
+def _different(digests: np.ndarray, sizes: np.ndarray) -> tuple[int, int]:
+    """How many different documents with text there are, and their bytes together."""
+    filled = sizes > 0
+    unique, first = np.unique(digests[filled], return_index=True)
+    return len(unique), int(sizes[filled][first].sum())
+
+
 def _labels(digests: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     labels = np.full(len(sizes), EMPTY, dtype=np.uint8)
     unique, copy_of = np.unique(digests[sizes > 0], return_inverse=True)  # in the order of the digests
     n = len(unique)
-    if n < MIN_DOCUMENTS:
-        raise DataError(f"data: only {n} different documents; a corpus needs {MIN_DOCUMENTS}")
     n_test = min(max(_MIN_TEST, round(_TEST_SHARE * n)), _MAX_TEST)
     n_validation = min(max(_MIN_VALIDATION, round(_VALIDATION_SHARE * n)), _MAX_VALIDATION)
     by_rank = np.zeros(n, dtype=np.uint8)

@@ -1,13 +1,15 @@
-"""The order in which a run reads its rows: a function of the seed and the step, the same for any number of processes.
+"""The order in which a run reads its rows: a function of seed and step, the same for any number of processes.
 
-Batch k holds the rows at the places rows*k .. rows*k + rows - 1 of an endless sequence: the epochs one behind the other,
-each shuffled by a permutation whose key is the seed and the epoch. Of a batch, rank r takes its slice. So all that a
-loader has to remember is one integer.
+Batch k holds the rows at the places rows*k .. rows*k + rows - 1 of an endless sequence: the epochs one behind the
+other, each shuffled by a permutation whose key is the seed and the epoch. Of a batch, rank r takes its slice. So all
+that a loader has to remember is one integer.
 """
 
 from __future__ import annotations
 
 import itertools
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +25,7 @@ from ctxlab.data.windows import IGNORED, Packed, Rows, Windows
 
 @dataclass(frozen=True)
 class Stage:
-    """Part of a run at one context: `rows` of it in an optimizer step over all ranks, `micro_rows` at once in a rank."""
+    """Part of a run at one context: `rows` of it in a step over all ranks, `micro_rows` at once in a rank."""
 
     context: int
     rows: int
@@ -142,4 +144,24 @@ class _From(Sampler[int]):
 def train_loader(stream: TrainStream, step: int, workers: int) -> DataLoader[Batch]:
     """A loader that begins at an optimizer step, with worker processes or (0) without; the batches are the same."""
     numbers = _From(stream.first_of(step), stream.first_of(stream.n_steps))
-    return DataLoader(stream, batch_size=None, sampler=numbers, num_workers=workers, persistent_workers=False)
+    return DataLoader(
+        stream,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        persistent_workers=False,
+        # Workers of a fork server are not children of this process, and do not notice when it is killed.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # of its own: a loader that starts must not draw from the model's random numbers
+    )
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a worker: lets Ctrl-C, and the SIGTERM of a whole group, pass.
+
+    The training process, which ends its workers itself, still needs batches for the step in hand. A worker that it has
+    to terminate gets a second SIGTERM at the latest when that process ends, and obeys it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

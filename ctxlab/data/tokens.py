@@ -91,7 +91,7 @@ def write_tokens(
                     if SPLITS[label] in _NAMED:
                         names[label].append(document)
                 index, size = index + 1, 0
-            advance(sum(map(len, piece.lines)))
+            advance(int(tokenizer.token_bytes[ids].sum()))
         for file in files:
             file.flush()
             os.fsync(file.fileno())
@@ -107,6 +107,8 @@ def read_split(folder: Path, name: str, vocab_size: int) -> Split:
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     file = folder / f"{name}.bin"
     tokens = np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.empty(0, dtype=dtype)
+    if len(tokens) != starts[-1]:
+        raise ValueError(f"{file.name} holds {len(tokens)} tokens, its documents have {starts[-1]}")
     names = json.loads((folder / f"{name}.names.json").read_text(encoding="utf-8")) if name in _NAMED else ()
     return Split(name, tokens, starts, names)
 

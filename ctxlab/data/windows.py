@@ -7,6 +7,7 @@ documents side by side as segments, which the model keeps apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -83,10 +84,11 @@ class Packed:
 
     def __init__(self, split: Split, context: int, seed: int) -> None:
         self.split, self.context, self.seed = split, context, seed
-        self.n = (len(split.tokens) - context) // context
+        self.n = (len(split.tokens) - context) // context  # the last row of the last phase has its last target, too
         if self.n < 1:
             raise DataError(
-                f"context: the {split.name} split has {len(split.tokens)} tokens, too few for rows of {context}"
+                f"context: the {split.name} split has {len(split.tokens)} tokens, too few for rows of {context}; the "
+                f"nearest valid value is {len(split.tokens) // 2}"
             )
 
     def n_targets(self, indices: np.ndarray, epochs: np.ndarray) -> int:
@@ -99,14 +101,12 @@ class Packed:
     def row(self, index: int, epoch: int) -> Row:
         start = int(self._starts(np.array([index]), np.array([epoch]))[0])
         ids = self.split.tokens[start : start + self.context + 1].astype(np.int64)
-        if len(ids) == self.context:  # the very end of the text: nothing follows its last token
-            ids = np.append(ids, 0)
         first, last = np.searchsorted(self.split.starts, [start, start + self.context], side="right")
         cuts = np.asarray(self.split.starts[first:last]) - start  # where documents end within the row, 1 to context
         targets = ids[1:].copy()
         targets[cuts - 1] = IGNORED
         edges = [0, *cuts.tolist(), self.context]
-        segments = tuple(b - a for a, b in zip(edges, edges[1:]) if b > a)
+        segments = tuple(b - a for a, b in pairwise(edges) if b > a)
         return Row(ids[:-1], targets, segments)
 
     def _starts(self, indices: np.ndarray, epochs: np.ndarray) -> np.ndarray:

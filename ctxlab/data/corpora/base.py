@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,11 @@ class Document(NamedTuple):
 
     name: str
     lines: Iterable[str]
+
+
+def lines_of(text: str) -> Iterable[str]:
+    """The lines of a document that is in memory, cut after newlines only: `splitlines` cuts at U+2028 and others, too."""
+    return io.StringIO(text, newline="\n")
 
 
 class Corpus(ABC):

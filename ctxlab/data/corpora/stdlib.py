@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ctxlab.data.corpora.base import CORPORA, Corpus, Document
+from ctxlab.data.corpora.base import CORPORA, Corpus, Document, lines_of
 from ctxlab.data.progress import Progress
 from ctxlab.errors import DataError
 
@@ -35,7 +35,7 @@ class Stdlib(Corpus):
         for file in self._files:
             text = file.read_text(encoding="utf-8", errors="replace")
             if text:
-                yield Document(str(file.relative_to(root)), text.splitlines(keepends=True))
+                yield Document(str(file.relative_to(root)), lines_of(text))
 
     def facts(self) -> dict[str, Any]:
         return {"corpus": "stdlib", "version": f"Python {platform.python_version()}", "sha256": self._sha256}

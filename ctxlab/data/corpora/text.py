@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import io
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import IO, Any, Literal
 
 from pydantic import Field
 
-from ctxlab.data.corpora.base import CORPORA, Corpus, Document
+from ctxlab.data.corpora.base import CORPORA, Corpus, Document, lines_of
 from ctxlab.data.progress import Progress
 from ctxlab.errors import DataError
 
 ENDINGS = (".txt", ".md", ".jsonl")
+_HALF = re.compile("[\ud800-\udfff]")  # what JSON can write and UTF-8 cannot
 
 
 @CORPORA.register("text")
@@ -37,8 +40,10 @@ class Text(Corpus):
             try:
                 with _opened(file) as stream:
                     start = stream.read(8192)
-            except (OSError, EOFError) as error:
-                raise DataError(f"data.path: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+            except (OSError, EOFError, zlib.error) as error:
+                raise DataError(
+                    f"data.path: {file} cannot be read: {getattr(error, 'strerror', None) or error}"
+                ) from error
             if b"\0" in start:
                 raise DataError(f"data.path: {file} is not text (it holds zero bytes)")
 
@@ -55,7 +60,12 @@ class Text(Corpus):
         for file in self._files:
             stat = file.stat()
             digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {"corpus": "text", "path": self._config.path, "n_files": len(self._files), "files_sha256": digest.hexdigest()}
+        return {
+            "corpus": "text",
+            "path": self._config.path,
+            "n_files": len(self._files),
+            "files_sha256": digest.hexdigest(),
+        }
 
     @property
     def _config(self) -> Config:
@@ -83,7 +93,7 @@ class Text(Corpus):
                 raise DataError(f"data.path: {file} is no {', '.join(ENDINGS)} file (.gz too)")
         if all(file.stat().st_size == 0 for file in found):
             raise DataError(f"data.path: {where} is empty")
-        return sorted(found)
+        return sorted(set(found))  # a glob with two ** finds a file twice
 
     def _json_lines(self, file: Path) -> Iterator[Document]:
         for number, line in enumerate(_lines(file), start=1):
@@ -95,7 +105,9 @@ class Text(Corpus):
                 what = f"has no '{self._config.field}'" if isinstance(error, KeyError) else "is no JSON object"
                 raise DataError(f"data.path: line {number} of {file} {what}") from error
             if isinstance(text, str) and text:
-                yield Document(f"{file}:{number}", text.splitlines(keepends=True))
+                if _HALF.search(text):
+                    raise DataError(f"data.path: line {number} of {file} holds half a character (a lone surrogate)")
+                yield Document(f"{file}:{number}", lines_of(text))
 
 
 def _ending(file: Path) -> str:
@@ -112,6 +124,8 @@ def _lines(file: Path) -> Iterator[str]:
         with _opened(file) as stream:
             yield from io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"data.path: {file} is not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
-    except (OSError, EOFError) as error:
+        raise DataError(
+            f"data.path: {file} is not UTF-8 text ({error.reason} at byte {error.start} of a block)"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"data.path: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error

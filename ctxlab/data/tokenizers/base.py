@@ -82,7 +82,8 @@ class Tokenizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
             (folder / name).write_bytes(content)
-        (folder / SETTINGS).write_text(json.dumps(self.config.model_dump(mode="json"), ensure_ascii=False) + "\n")
+        settings = json.dumps(self.config.model_dump(mode="json"), ensure_ascii=False)
+        (folder / SETTINGS).write_text(settings + "\n", encoding="utf-8")
 
 
 TOKENIZERS: Registry[Tokenizer] = Registry("tokenizer", "ctxlab.data.tokenizers")
@@ -94,5 +95,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         config = TOKENIZERS.config(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SETTINGS}
         return TOKENIZERS.get(config.name).restore(config, files)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"tokenizer: {folder} holds no whole tokenizer ({error})") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"tokenizer: {folder} holds no whole tokenizer ({reason})") from error

@@ -35,14 +35,15 @@ class File(Pieces):
     def make(cls, config: Any, sample: Iterable[str]) -> Tokenizer:
         path = Path(config.path).expanduser()
         try:
-            tokenizer = cls(config, _leaving_spaces(path.read_bytes()))
+            proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+            tokenizer = cls(config, _leaving_spaces(proto))
         except OSError as error:
             raise DataError(f"tokenizer.path: {path} cannot be read: {error.strerror or error}") from error
         except (RuntimeError, DecodeError) as error:
             raise DataError(f"tokenizer.path: {path} is not a sentencepiece model") from error
         if tokenizer.eos_id < 0:
             raise DataError(f"tokenizer.path: {path} has no end-of-text piece")
-        if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
+        if not _keeps_text(proto) or tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
             raise DataError(
                 f"tokenizer.path: {path} changes text (it normalizes, or has no byte pieces): "
                 "bits per byte would count other bytes than the text's"
@@ -50,9 +51,14 @@ class File(Pieces):
         return tokenizer
 
 
-def _leaving_spaces(model: bytes) -> bytes:
+def _keeps_text(proto: Any) -> bool:
+    """Whether the model replaces no character by another and has a piece for every byte."""
+    n_bytes = sum(piece.type == sentencepiece_model_pb2.ModelProto.SentencePiece.BYTE for piece in proto.pieces)
+    return not proto.normalizer_spec.precompiled_charsmap and n_bytes == 256
+
+
+def _leaving_spaces(proto: Any) -> bytes:
     """The model, told neither to put a space before a text nor to take spaces out of it."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     proto.normalizer_spec.add_dummy_prefix = False
     proto.normalizer_spec.remove_extra_whitespaces = False
     return bytes(proto.SerializeToString())

@@ -119,7 +119,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B,H,T,D), (B,Hkv,T,D) twice
         state, carry = position.prepare(x, self.layer, None if cache is None else cache.carry)
-        q = position.query(q, queries, state)
+        raw, q = q, position.query(q, queries, state)
         if cache is None:
             k = position.key(k, keys, state)
         else:
@@ -129,7 +129,7 @@ class SelfAttention(nn.Module):
                 k = position.key(k, keys, state)
             else:
                 k, v = cache.append(position.key(k, keys, state), v)  # (B,Hkv,S,D) twice
-        bias = position.bias(q.shape[2], k.shape[2], state, q.device)
+        bias = position.bias(raw, k.shape[2], state)
         out, _ = self.mechanism.attend(q, k, v, scale=position.scale, causal=True, bias=bias)
         return out.transpose(1, 2).flatten(2)  # (B,T,H*D)
 

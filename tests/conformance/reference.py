@@ -156,6 +156,34 @@ def fire(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return plain(at, q, k, i, j) + (hidden @ w2.T + b2[:, 0]).permute(2, 0, 1)
 
 
+def cope_ctx(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Gates of every pair, summed from the key to the query one key at a time."""
+    score = plain(at, q, k, i, j)
+    e = at.scheme.weight[at.layer].double()
+    gates = torch.sigmoid(score).masked_fill(i[:, None] < j[None, :], 0.0)
+    position = torch.stack([gates[..., n:].sum(-1) for n in range(len(j))], dim=-1).clamp(max=len(e) - 1)
+    whole = position.floor().long()
+    part = position - whole
+    at_row = q @ e.T / math.sqrt(q.shape[-1])  # (...,T,rows)
+    low, high = at_row.gather(-1, whole), at_row.gather(-1, (whole + 1).clamp(max=len(e) - 1))
+    return score + (1 - part) * low + part * high
+
+
+def transformer_xl(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """The four terms of the paper's equation, one distance at a time."""
+    u, v, w = at.scheme.u[0].double(), at.scheme.v[0].double(), at.scheme.weight[at.layer].double()
+    H, D, width = q.shape[-3], q.shape[-1], w.shape[1]
+    distance = (i[:, None] - j[None, :]).clamp(min=0)
+    rows = {}
+    for d in distance.unique().tolist():
+        angles = torch.tensor([d / 10_000 ** (n / width) for n in range(0, width, 2)], dtype=torch.float64)
+        rows[d] = (w @ torch.stack([angles.sin(), angles.cos()], -1).flatten()).view(H, D)
+    r = torch.stack([rows[d] for d in distance.flatten().tolist()]).view(*distance.shape, H, D)  # (T,S,H,D)
+    terms = q @ k.mT + torch.einsum("bhid,ijhd->bhij", q, r)
+    terms = terms + (u @ k.mT) + torch.einsum("hid,ijhd->hij", v, r)
+    return terms / math.sqrt(D)
+
+
 def sinusoidal_embedding(scheme: Position, x: Tensor, positions: Tensor) -> Tensor:
     width = x.shape[-1]
     encoding = torch.zeros(len(positions), width, dtype=torch.float64)
@@ -185,6 +213,8 @@ SCORES: dict[str, Score] = {
     "pope": pope,
     "fox": fox,
     "fire": fire,
+    "cope_ctx": cope_ctx,
+    "transformer_xl": transformer_xl,
 }
 EMBEDDINGS: dict[str, Callable[[Position, Tensor, Tensor], Tensor]] = {
     "sinusoidal": sinusoidal_embedding,

@@ -73,7 +73,7 @@ def test_small_becomes_gpt2_by_settings() -> None:
     [
         {},
         {"activation": "gelu", "norm": "layernorm", "bias": True, "embedding_norm": True},
-        {"tie_embeddings": False, "head_dim": 6, "n_kv_heads": 1, "bias": True, "norm": "rmsnorm"},
+        {"tie_embeddings": False, "head_dim": 10, "n_kv_heads": 1, "bias": True, "norm": "rmsnorm"},
     ],
 )
 def test_parameters_are_those_built(position: str, settings: dict[str, Any]) -> None:
@@ -139,7 +139,9 @@ def kept_per_layer_and_token(position: str, precision: count.Precision, **settin
     "settings", [{}, {"activation": "gelu", "norm": "layernorm", "bias": True, "dropout": 0.1, "n_kv_heads": 4}]
 )
 @pytest.mark.parametrize("position", ["nope", "rope"])
-def test_kept_bytes_are_what_autograd_keeps(position: str, settings: dict[str, Any], precision: count.Precision) -> None:
+def test_kept_bytes_are_what_autograd_keeps(
+    position: str, settings: dict[str, Any], precision: count.Precision
+) -> None:
     config = small(d_model=64, d_ff=96, **settings)
     expected = count.kept_bytes_per_token(config, POSITIONS.get(position).Config(name=position), precision)
     assert kept_per_layer_and_token(position, precision, context=128, **settings) == expected

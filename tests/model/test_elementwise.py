@@ -18,7 +18,9 @@ def test_rms_norm_gradient_is_the_numerical_one() -> None:
 def test_rms_norm_equals_torch() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(5, 33), torch.randn(33)
-    torch.testing.assert_close(rms_norm(x, weight, 1e-6, torch.float32), F.rms_norm(x, (33,), weight, 1e-6), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        rms_norm(x, weight, 1e-6, torch.float32), F.rms_norm(x, (33,), weight, 1e-6), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:

@@ -64,7 +64,9 @@ def test_gpt2() -> None:
 def test_bloom(n_heads: int) -> None:
     width = 8 * n_heads
     theirs = randomised(
-        transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=61, hidden_size=width, n_layer=2, n_head=n_heads))
+        transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=61, hidden_size=width, n_layer=2, n_head=n_heads)
+        )
     )
     ours = build(
         "alibi", d_model=width, n_heads=n_heads, n_kv_heads=n_heads, d_ff=4 * width, activation="gelu_tanh", norm="layernorm", bias=True,
@@ -94,8 +96,16 @@ def test_llama(layout: str) -> None:
     theirs = randomised(
         transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=500.0, tie_word_embeddings=False,
+                vocab_size=61,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=16,
+                rms_norm_eps=1e-5,
+                rope_theta=500.0,
+                tie_word_embeddings=False,
             )  # fmt: skip
         )
     )
@@ -128,7 +138,9 @@ def test_rope_angles() -> None:
     cos, sin = theirs(torch.zeros(1), positions[None])  # float32 angles: good to 512 * 2^-24
     model = ModelConfig(d_model=64, n_layers=1, n_heads=1)
     turns = Rope(Rope.Config(), model, 512).tables(positions, torch.float32)
-    torch.testing.assert_close(inverse_frequencies(64, 1e4, torch.device("cpu")).float(), theirs.inv_freq, atol=0, rtol=1e-6)
+    torch.testing.assert_close(
+        inverse_frequencies(64, 1e4, torch.device("cpu")).float(), theirs.inv_freq, atol=0, rtol=1e-6
+    )
     torch.testing.assert_close(turns.real.repeat(1, 2), cos[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(turns.imag.repeat(1, 2), sin[0], atol=1e-4, rtol=0)
 

@@ -58,7 +58,12 @@ class Tile(NamedTuple):
 
 
 class BiasTiles(Protocol):
-    """A bias opened on one span."""
+    """A bias opened on one span.
+
+    One that `reads_scores` is asked by other names (see ScoreTiles).
+    """
+
+    reads_scores: bool
 
     constant: Tensor | None
     """(H,) what the blocks leave out: a number per head that every visible score has in common, added to the lse."""
@@ -76,13 +81,46 @@ class BiasTiles(Protocol):
         ...
 
 
+class ScoreTiles(Protocol):
+    """A bias that depends on the scores themselves, with sums that run from a query's nearest key to its farthest.
+
+    The forward asks for the tiles of a block of queries nearest first. So does the backward, until `finished`; then it asks
+    once more, farthest first, and after each tile hands over its gradient.
+    """
+
+    reads_scores: bool
+    constant: Tensor | None
+
+    def begin(self, tile: Tile) -> None:
+        """A block of queries begins: that of `tile`."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether the sums of all queries of the block have come to their end: tiles farther away change none."""
+        ...
+
+    def add(self, tile: Tile, scores: Tensor) -> None:
+        """Adds the bias / ln 2 to the scores / ln 2 (b, h, m, n) of a tile, in place; -inf at keys in the future."""
+        ...
+
+    def collect(self, tile: Tile, grad: Tensor) -> None:
+        """Takes the gradient (b, h, m, n) of the tile that `add` had last, and adds to it, in place, what reaches the
+        scores through the bias."""
+        ...
+
+    def gradients(self) -> tuple[Tensor, ...]:
+        """As in BiasTiles."""
+        ...
+
+
 class Bias(Protocol):
     """A term added to the scaled scores before the softmax; every tensor in `tensors` receives its gradient."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]: ...
 
-    def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
+    def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles | ScoreTiles:
         """The bias, its `tensors` as autograd hands them over. Raises ValueError where it does not cover the span."""
         ...
 
@@ -139,6 +177,8 @@ class Diagonals:
 
 class _ToeplitzTiles:
     """One line per head, distances descending from S - 1: a tile is an (m, n) view of it with strides (1, 1)."""
+
+    reads_scores = False
 
     def __init__(self, values: Tensor, first: int, tail: int | None, span: Span) -> None:
         self.values, self.first, self.tail, self.span = values, first, tail, span
@@ -206,6 +246,7 @@ class BlockBias:
 
 
 class _BlockTiles:
+    reads_scores = False
     constant: Tensor | None = None
 
     def __init__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], span: Span) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile, no_bias
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, ScoreTiles, Span, Tile, no_bias
 
 BLOCKS = (512, 512)
 """Queries and keys in a tile."""
@@ -165,7 +165,9 @@ class _Blockwise(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None, None, *(wanted or [None] * len(tensors))
 
 
-def _forward(plan: _Plan, bias: BiasTiles, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(
+    plan: _Plan, bias: BiasTiles | ScoreTiles, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """out and lse (less the bias's constant). scale is in units of ln 2: everything inside is a power of 2."""
     high = plan.span.dtype
     out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -181,12 +183,11 @@ def _forward(plan: _Plan, bias: BiasTiles, q: Tensor, k: Tensor, v: Tensor, scal
             top = torch.full(folded.shape[:2], LOWEST, dtype=high, device=q.device).unsqueeze(-1)  # (g,G m,1)
             total = torch.zeros_like(top)
             mean = torch.zeros(*folded.shape[:2], v.shape[3], dtype=high, device=q.device)
-            for tile in plan.tiles(part, rows):
+            for tile in _begin(bias, list(plan.tiles(part, rows))):
                 n = tile.keys
                 scores = scratch.scores(*shape, n.stop - n.start)
-                scores.copy_(bias.block(tile))
+                _fill(scores, bias, tile, folded, keys[:, n], scale)
                 scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
-                _add_product(scores, folded, keys[:, n], scale)
                 higher = torch.maximum(top, scores.amax(-1, keepdim=True))
                 weights = scores.sub_(higher).exp2_()
                 decay = torch.exp2(top - higher)
@@ -202,7 +203,15 @@ def _forward(plan: _Plan, bias: BiasTiles, q: Tensor, k: Tensor, v: Tensor, scal
 
 
 def _backward(
-    plan: _Plan, bias: BiasTiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad: Tensor, scale: float
+    plan: _Plan,
+    bias: BiasTiles | ScoreTiles,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; the bias collects its own. With g the gradient of out and sums over the width in delta:
 
@@ -229,24 +238,66 @@ def _backward(
             g = _fold(torch.cat((g, -coarse, (coarse - delta).to(q.dtype)), -1), part)  # (g,G m,Dv+2)
             pure = g[..., :-2].contiguous()
             sum_q = torch.zeros_like(folded, dtype=high)
-            for tile in plan.tiles(part, rows):
+            tiles = _begin(bias, list(plan.tiles(part, rows)))
+            if bias.reads_scores:
+                for tile in tiles:  # for the running sums alone
+                    n = tile.keys
+                    if bias.finished:
+                        break
+                    _fill(scratch.scores(*shape, n.stop - n.start), bias, tile, folded, keys[:, n], scale * LOG2_E)
+                tiles.reverse()
+            for tile in tiles:
                 n = tile.keys
                 scores = scratch.scores(*shape, n.stop - n.start)
-                torch.sub(bias.block(tile).expand_as(scores), norm, out=scores)
+                _fill(scores, bias, tile, folded, keys[:, n], scale * LOG2_E, norm)
                 scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
-                _add_product(scores, folded, keys[:, n], scale * LOG2_E)
                 weights = scratch.rounded(scores.exp2_())
                 sum_v[:, n] += torch.bmm(weights.mT, pure)
                 wide = F.pad(values[:, n], (0, 2), value=1.0)  # (g,n,Dv+2)
                 ds = torch.bmm(g, wide.mT, out=scratch.gradient(weights.shape)).mul_(weights)
+                if bias.reads_scores and plan.span.training:
+                    bias.collect(tile, ds.view(*shape, -1))
                 sum_q += torch.bmm(ds, keys[:, n])
                 sum_k[:, n] += torch.bmm(ds.mT, folded)
-                if plan.span.training:
+                if not bias.reads_scores and plan.span.training:
                     bias.collect(tile, ds.view(*shape, -1))
             dq[part.batch, part.heads, rows] = (sum_q * scale).view(*shape, -1).flip(2)
         dk[part.batch, part.kv, : part.n_keys] = _unfold(sum_k.mul_(scale), part)
         dv[part.batch, part.kv, : part.n_keys] = _unfold(sum_v, part)
     return dq, dk, dv
+
+
+def _begin(bias: BiasTiles | ScoreTiles, tiles: list[Tile]) -> list[Tile]:
+    """The tiles of a block of queries, announced to a bias that keeps running sums."""
+    if bias.reads_scores and tiles:
+        bias.begin(tiles[0])  # type: ignore[union-attr]
+    return tiles
+
+
+def _fill(
+    scores: Tensor,
+    bias: BiasTiles | ScoreTiles,
+    tile: Tile,
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    norm: Tensor | None = None,
+) -> None:
+    """scores (b,h,m,n) = scale q k^T + bias - norm, in units of ln 2, from folded queries (g,G m,D) and keys (g,n,D)."""
+    folded = scores.view(*queries.shape[:2], -1)
+    if bias.reads_scores:
+        scores.zero_()
+        _add_product(folded, queries, keys, scale)
+        bias.add(tile, scores)  # type: ignore[union-attr]
+        if norm is not None:
+            scores.sub_(norm)
+        return
+    block = bias.block(tile)  # type: ignore[union-attr]
+    if norm is None:
+        scores.copy_(block)
+    else:
+        torch.sub(block.expand_as(scores), norm, out=scores)
+    _add_product(folded, queries, keys, scale)
 
 
 def _fold(x: Tensor, part: _Part) -> Tensor:

@@ -27,7 +27,7 @@ class Position(nn.Module):
       tables(positions, dtype)          once: whatever `query` and `key` need of the positions (cosines, columns);
       prepare(x, layer, carry)          every block: (state, carry), what the hooks below need of the block's input;
       query(q, tables, state), key(k, tables, state)    every block;
-      bias(n_queries, n_keys, state, device)            every block; Toeplitz schemes write `distance_bias` instead.
+      bias(q, n_keys, state)            every block; Toeplitz schemes write `distance_bias` instead.
 
     One instance serves all layers; a scheme with parameters of their own for each makes n_layers of them.
     """
@@ -128,12 +128,12 @@ class Position(nn.Module):
         """The bias of each head at signed distances i - j, (n,) int64 -> (H,n). Of form `toeplitz` only."""
         raise NotImplementedError(f"{type(self).__name__} is of form {self.form}")
 
-    def bias(self, n_queries: int, n_keys: int, state: Any, device: torch.device) -> Bias | None:
-        """What is added to the scaled scores of the last n_queries of n_keys positions, or None."""
+    def bias(self, q: Tensor, n_keys: int, state: Any) -> Bias | None:
+        """What is added to the scaled scores of the last T of n_keys positions, or None. q (B,H,T,D): before `query`."""
         if self.form != "toeplitz":
             return None
         first = 0 if self.causal else 1 - n_keys
-        distances = torch.arange(first, n_keys, device=device)
+        distances = torch.arange(first, n_keys, device=q.device)
         return Toeplitz(self.distance_bias(distances, state), first, constant_from=self.max_span)
 
 

@@ -65,12 +65,12 @@ class FIRE(Position):
     def prepare(self, x: Tensor, layer: int, carry: Any) -> tuple[int, None]:
         return layer, None
 
-    def bias(self, n_queries: int, n_keys: int, state: Any, device: torch.device) -> Bias:
+    def bias(self, q: Tensor, n_keys: int, state: Any) -> Bias:
         assert isinstance(self.config, FIRE.Config)
         c, span = self.c[state].double(), self.m[state].double().abs() * self.config.span
-        positions = torch.arange(n_keys, dtype=torch.float64, device=device)
+        positions = torch.arange(n_keys, dtype=torch.float64, device=q.device)
         psi = torch.log1p((c * positions).abs())  # of distances 0 .. S-1
-        normalizer = torch.log1p((c * torch.maximum(positions[n_keys - n_queries :], span)).abs()) + _EPSILON
+        normalizer = torch.log1p((c * torch.maximum(positions[n_keys - q.shape[2] :], span)).abs()) + _EPSILON
         return PiecewiseLinear(
             psi, normalizer, *_pieces(*(p[state].double() for p in (self.w1, self.b1, self.w2, self.b2)))
         )
@@ -118,6 +118,7 @@ class PiecewiseLinear:
 
 
 class _PiecewiseTiles:
+    reads_scores = False
     constant: Tensor | None = None
 
     def __init__(self, psi: Tensor, normalizer: Tensor, coefficients: Tensor, knots: Tensor, span: Span) -> None:

@@ -55,7 +55,7 @@ class FoX(Position):
             f = torch.cat([carry, carry[..., -1:] + f], dim=-1)
         return f, f
 
-    def bias(self, n_queries: int, n_keys: int, state: Any, device: torch.device) -> Bias:
+    def bias(self, q: Tensor, n_keys: int, state: Any) -> Bias:
         return Difference(state)
 
 
@@ -103,6 +103,7 @@ class Difference:
 
 
 class _DifferenceTiles:
+    reads_scores = False
     constant: Tensor | None = None
 
     def __init__(self, f: Tensor, span: Span) -> None:

@@ -1,7 +1,8 @@
 """A corpus and a tokenizer to tokens on disk: made once, found again by what they are made of.
 
-In the cache folder: corpora/ (what was fetched), splits/KEY.npz (which document goes where), tokens/KEY/ (ids, and the
-tokenizer that made them). A key is a hash of the corpus' facts and of the tokenizer's settings or content.
+In the cache folder: corpora/ (what was fetched), splits/KEY.npz (which document goes where), tokenizers/KEY/ (trained ones),
+tokens/KEY/ (ids, and the tokenizer that made them). A key is a hash of the corpus' facts and of what else decides: the
+tokenizer's settings where it is trained, its content where it is used.
 """
 
 from __future__ import annotations
@@ -63,34 +64,44 @@ def prepare(
     corpus = CORPORA.get(data.name)(data)
     corpus.fetch(root, progress)
     facts = corpus.facts()
-    given = tokenizer if isinstance(tokenizer, Tokenizer) else _untrained(tokenizer)
-    identity = given.sha256 if given else tokenizer.model_dump(mode="json")  # type: ignore[union-attr]
-    folder = root / "tokens" / _key(facts, identity)
+    made = tokenizer if isinstance(tokenizer, Tokenizer) else _tokenizer(tokenizer, corpus, facts, root, progress)
+    folder = root / "tokens" / _key(facts, made.sha256)
     if not (folder / _FACTS).exists():
         with locked(folder):
             if not (folder / _FACTS).exists():
-                _make(folder, corpus, facts, given or tokenizer, root, progress)
+                _make(folder, corpus, facts, made, root, progress)
     return _read(folder)
 
 
-def _untrained(config: Tokenizer.Config) -> Tokenizer | None:
-    """The tokenizer, where its settings alone make it."""
+def _tokenizer(
+    config: Tokenizer.Config, corpus: Corpus, facts: dict[str, Any], root: Path, progress: Progress
+) -> Tokenizer:
+    """The tokenizer of some settings: made from them alone, or trained on the train split, once."""
     kind = TOKENIZERS.get(config.name)
-    return None if "vocab_size" in kind.Config.model_fields else kind.make(config, ())
+    if not kind.learns:
+        return kind.make(config, ())
+    folder = root / "tokenizers" / _key(facts, config.model_dump(mode="json"))
+    with locked(folder):
+        if not folder.exists():
+            splits = _splits(corpus, facts, root, progress)
+            advance = progress(f"training the tokenizer ({config.name})", 1)
+            made = kind.make(config, _sample(corpus, splits))
+            draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+            try:
+                made.save(draft)
+                os.replace(draft, folder)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            advance(1)
+    return load_tokenizer(folder)
 
 
 def _make(
-    folder: Path, corpus: Corpus, facts: dict[str, Any], tokenizer: Tokenizer | Tokenizer.Config, root: Path,
-    progress: Progress,
-) -> None:  # fmt: skip
+    folder: Path, corpus: Corpus, facts: dict[str, Any], made: Tokenizer, root: Path, progress: Progress
+) -> None:
     splits = _splits(corpus, facts, root, progress)
     total = int(splits.n_bytes.sum())
-    if not isinstance(tokenizer, Tokenizer):
-        advance = progress(f"training the tokenizer ({tokenizer.name})", 1)
-        made = TOKENIZERS.get(tokenizer.name).make(tokenizer, _sample(corpus, splits))
-        advance(1)
-    else:
-        made = tokenizer
     draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:
         made.save(draft / "tokenizer")

@@ -69,8 +69,8 @@ def test_bloom(n_heads: int) -> None:
         )
     )
     ours = build(
-        "alibi", d_model=width, n_heads=n_heads, n_kv_heads=n_heads, d_ff=4 * width, activation="gelu_tanh", norm="layernorm", bias=True,
-        embedding_norm=True,
+        "alibi", d_model=width, n_heads=n_heads, n_kv_heads=n_heads, d_ff=4 * width, activation="gelu_tanh",
+        norm="layernorm", bias=True, embedding_norm=True,
     )  # fmt: skip
     source = theirs.transformer.state_dict()
     weights = {"embedding.weight": source["word_embeddings.weight"]}
@@ -106,7 +106,7 @@ def test_llama(layout: str) -> None:
                 rms_norm_eps=1e-5,
                 rope_theta=500.0,
                 tie_word_embeddings=False,
-            )  # fmt: skip
+            )
         )
     )
     ours = build(Rope.Config(theta=500.0, layout=layout), head_dim=16, tie_embeddings=False)  # type: ignore[arg-type]

@@ -26,6 +26,8 @@ class Tokenizer(ABC):
 
     source: ClassVar[str] = ""
     """What it is, for `ctxlab list`."""
+    learns: ClassVar[bool] = False
+    """Whether it is trained on text."""
 
     class Config(ComponentConfig):
         name: str

@@ -66,6 +66,8 @@ class Pieces(Tokenizer):
 class TrainedPieces(Pieces):
     """Pieces learned from the train split."""
 
+    learns = True
+
     class Config(Tokenizer.Config):
         name: str
         vocab_size: int = Field(2048, ge=300, le=1_000_000, description="pieces, with 256 bytes and 5 special ones")

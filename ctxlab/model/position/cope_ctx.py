@@ -18,9 +18,9 @@ from ctxlab.model.position.base import POSITIONS, Position
 class CoPE(Position):
     """bias_ij = q_i . e[p_ij] / sqrt(D), p_ij = sum_{t=j..i} sigmoid(q_i . k_t / sqrt(D)).
 
-    Golovneva et al. 2024, arXiv:2405.18719. p is cut off at n - 1, e (n rows, one set a layer, shared by its heads) starts at 0 and is interpolated between whole
-    positions. Gates, sums and interpolation are fp32; nothing of them is kept for the backward pass.
-    Not the later CoPE that clips RoPE's frequencies.
+    Golovneva et al. 2024, arXiv:2405.18719. p is cut off at n - 1, e (n rows, one set a layer, shared by its heads) starts at
+    0 and is interpolated between whole positions. Gates, sums and interpolation are fp32; nothing of them is kept for the
+    backward pass. Not the later CoPE that clips RoPE's frequencies.
     """
 
     class Config(Position.Config):

@@ -23,8 +23,8 @@ _ROWS = 128  # of a tile at a time: their products with n + 127 distances are li
 class TransformerXL(Position):
     """A_ij = (q_i + u) . k_j + (q_i + v) . r_{i-j}, r_d = W R_d, R sinusoidal, all over sqrt(D).
 
-    Dai et al. 2019, arXiv:1901.02860, section 3.3. u and v (their biases) belong to a head and are shared by the layers, W belongs to a layer. Sinusoids
-    are computed in float64. With `clamp` all distances from it on are one.
+    Dai et al. 2019, arXiv:1901.02860, section 3.3. u and v (their biases) belong to a head and are shared by the layers, W
+    belongs to a layer. Sinusoids are computed in float64. With `clamp` all distances from it on are one.
     """
 
     class Config(Position.Config):

@@ -11,27 +11,37 @@ _FIRST_ROOM = 64
 
 
 class Growing:
-    """A tensor that grows along one dimension. Its room doubles, so appending n tokens copies O(n) numbers in all."""
+    """A tensor that grows along one dimension, and may lose its beginning.
+
+    Its room doubles, so appending n tokens copies O(n) numbers in all.
+    """
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
         self.length = 0
+        self._start = 0  # of what is held, in the room
         self._room: Tensor | None = None
 
     def append(self, new: Tensor) -> Tensor:
         """Adds `new` behind what is there and returns all of it, as a view."""
         room = self._room
         length = self.length + new.shape[self.dim]
-        if room is None or length > room.shape[self.dim]:
+        if room is None or self._start + length > room.shape[self.dim]:
             size = list(new.shape)
-            size[self.dim] = max(length, _FIRST_ROOM if room is None else 2 * room.shape[self.dim])
+            size[self.dim] = max(length, _FIRST_ROOM if room is None else 2 * self.length)
             grown = new.new_empty(size)
             if room is not None:
-                grown.narrow(self.dim, 0, self.length).copy_(room.narrow(self.dim, 0, self.length))
-            room = self._room = grown
-        room.narrow(self.dim, self.length, new.shape[self.dim]).copy_(new.detach())
+                grown.narrow(self.dim, 0, self.length).copy_(room.narrow(self.dim, self._start, self.length))
+            room, self._start = grown, 0
+            self._room = room
+        room.narrow(self.dim, self._start + self.length, new.shape[self.dim]).copy_(new.detach())
         self.length = length
-        return room.narrow(self.dim, 0, length)
+        return room.narrow(self.dim, self._start, length)
+
+    def drop(self, n: int) -> None:
+        """Forgets the first n entries."""
+        self._start += n
+        self.length -= n
 
     @property
     def bytes(self) -> int:
@@ -42,15 +52,20 @@ class Growing:
 
 
 class LayerCache:
-    """One layer's keys (as the positional scheme's `key` returns them, or raw where the scheme says so), values and carry."""
+    """One layer's keys (as the scheme's `key` returns them, or raw where the scheme says so), values and carry."""
 
     def __init__(self) -> None:
         self._keys = Growing(dim=2)
         self._values = Growing(dim=2)
+        self.seen = 0  # tokens, those that are forgotten included
         self.carry: Any = None  # what the scheme's `prepare` continues: running sums, an earlier segment
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds keys (B,Hkv,T,D) and values (B,Hkv,T,Dv) and returns all held, (B,Hkv,S,D) and (B,Hkv,S,Dv)."""
+    def append(self, k: Tensor, v: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Forgets keys before position `first`, adds keys (B,Hkv,T,D) and values (B,Hkv,T,Dv), and returns all held."""
+        gone = max(0, first - (self.seen - self._keys.length))
+        self._keys.drop(gone)
+        self._values.drop(gone)
+        self.seen += k.shape[2]
         return self._keys.append(k), self._values.append(v)
 
     @property

@@ -48,8 +48,9 @@ def flops_per_token(config: ModelConfig, attention: Attention.Config, *, vocab_s
     is counted, recomputation is not. Norms, activations and softmax are not counted either.
     """
     multiplied = config.n_layers * _block_matrices(config) + vocab_size * config.d_model
-    mixing = ATTENTIONS.get(attention.name).flops(attention, config, context)
-    return 6.0 * multiplied + 3.0 * config.n_layers * mixing
+    mechanism = ATTENTIONS.get(attention.name)
+    mixing = sum(mechanism.flops(attention, config, context, layer) for layer in range(config.n_layers))
+    return 6.0 * multiplied + 3.0 * mixing
 
 
 def kv_cache_bytes(
@@ -63,8 +64,9 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of the keys and values of `length` tokens in `rows` sequences: L Hkv (2 D + the scheme's columns) e a token."""
     columns = POSITIONS.get(position.name).key_columns(position, config)
-    held = ATTENTIONS.get(attention.name).cached_tokens(attention, length)
-    return config.n_layers * config.n_kv_heads * (2 * config.head_dim + columns) * held * rows * _BYTES[precision]
+    mechanism = ATTENTIONS.get(attention.name)
+    held = sum(mechanism.cached_tokens(attention, length, layer) for layer in range(config.n_layers))
+    return config.n_kv_heads * (2 * config.head_dim + columns) * held * rows * _BYTES[precision]
 
 
 def activation_bytes(

@@ -128,7 +128,8 @@ class SelfAttention(nn.Module):
                 k, v = cache.append(k, v)
                 k = position.key(k, keys, state)
             else:
-                k, v = cache.append(position.key(k, keys, state), v)  # (B,Hkv,S,D) twice
+                first = self.mechanism.first_needed(cache.seen)
+                k, v = cache.append(position.key(k, keys, state), v, first=first)  # (B,Hkv,S,D) twice
         bias = position.bias(raw, k.shape[2], state)
         out, _ = self.mechanism.attend(q, k, v, scale=position.scale, causal=True, bias=bias)
         return out.transpose(1, 2).flatten(2)  # (B,T,H*D)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from ctxlab.model import count
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.attention.bias import Toeplitz
+from ctxlab.model.cache import KVCache
 from tests.model.builders import VOCAB, build, small, tokens
 
 NAMES = ATTENTIONS.names()
@@ -19,8 +22,19 @@ CONF = Path(__file__).parents[2] / "conf" / "attention"
 every = pytest.mark.parametrize("name", NAMES)
 
 
-def mechanism(name: str) -> Attention:
-    return ATTENTIONS.get(name)(ATTENTIONS.get(name).Config(name=name), small(), 0)
+# Settings small enough that a sequence of 40 goes beyond them; layer 1 of a pattern of 2 is global.
+SMALL: dict[str, dict[str, Any]] = {"sliding_window": {"size": 11}, "chunked": {"size": 11}}
+CASES = [(name, {}) for name in NAMES] + list(SMALL.items())
+CASES += [(name, settings | {"global_every": 2}) for name, settings in SMALL.items()]
+cases = pytest.mark.parametrize(("name", "settings"), CASES)
+
+
+def config_of(name: str, settings: dict[str, Any]) -> Attention.Config:
+    return ATTENTIONS.get(name).Config(name=name, **settings)
+
+
+def mechanism(name: str, settings: dict[str, Any], layer: int = 0) -> Attention:
+    return ATTENTIONS.get(name)(config_of(name, settings), small(), layer)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -43,11 +57,13 @@ def test_every_file_has_a_mechanism() -> None:
     assert sorted(path.stem for path in CONF.glob("*.yaml")) == NAMES
 
 
-@every
+@cases
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("T", "S"), [(40, 40), (1, 40), (7, 40)])
-def test_equals_dense_attention_under_its_mask(name: str, T: int, S: int, causal: bool, with_bias: bool) -> None:
+def test_equals_dense_attention_under_its_mask(
+    name: str, settings: dict[str, Any], T: int, S: int, causal: bool, with_bias: bool
+) -> None:
     """Values, log-sum-exps and gradients, in float64, two key-value heads for four queries."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64, requires_grad=True) for h, n in ((4, T), (2, S), (2, S)))
@@ -55,7 +71,7 @@ def test_equals_dense_attention_under_its_mask(name: str, T: int, S: int, causal
     i, j = torch.arange(S - T, S), torch.arange(S)
     matrix = values[:, i[:, None] - j[None, :] + S - 1] if with_bias else 0.0
     inputs = (q, k, v, values) if with_bias else (q, k, v)
-    made = mechanism(name)
+    made = mechanism(name, settings)
     out, lse = made.attend(
         q, k, v, scale=8**-0.5, causal=causal, bias=Toeplitz(values, 1 - S) if with_bias else None
     )  # fmt: skip
@@ -67,30 +83,63 @@ def test_equals_dense_attention_under_its_mask(name: str, T: int, S: int, causal
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
 
 
-@every
-def test_padded_keys_are_not_seen_without_a_causal_mask(name: str) -> None:
+@cases
+def test_padded_keys_are_not_seen_without_a_causal_mask(name: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 4, 20, 8, dtype=torch.float64) for _ in range(3))
     lengths = torch.tensor([13, 20])
-    made = mechanism(name)
+    made = mechanism(name, settings)
     out, _ = made.attend(q, k, v, scale=8**-0.5, causal=False, lengths=lengths)
     mask = made.visible(20, 20, causal=False) & (torch.arange(20) < lengths[:, None])[:, None, None, :]
     torch.testing.assert_close(out, dense(q, k, v, mask, 0.0)[0], atol=1e-10, rtol=0)
 
 
-@every
-def test_flops_and_cache_follow_who_sees_whom(name: str) -> None:
-    """Four operations a visible pair and column, where a causal mechanism's hidden half counts as seen (PaLM's convention)."""
-    kind, model = ATTENTIONS.get(name), small()
-    config = kind.Config(name=name)
-    pairs = kind(config, model, 0).visible(96, 96, causal=False).sum().item() / 96
-    assert kind.flops(config, model, 96) == 4 * model.n_heads * model.head_dim * pairs
-    assert kind.cached_tokens(config, 96) == kind(config, model, 0).visible(1, 96, causal=True).sum().item()
+@cases
+@pytest.mark.parametrize("layer", [0, 1])
+def test_flops_and_cache_follow_who_sees_whom(name: str, settings: dict[str, Any], layer: int) -> None:
+    """Four operations a column and key that the best-placed query sees: a causal mask's hidden half counts as seen."""
+    kind, model, config = ATTENTIONS.get(name), small(), config_of(name, settings)
+    made = kind(config, model, layer)
+    seen = made.visible(96, 96, causal=True).sum(1)
+    assert kind.flops(config, model, 96, layer) == 4 * model.n_heads * model.head_dim * int(seen.max())
+    assert [kind.cached_tokens(config, n, layer) for n in range(1, 97)] == seen.tolist()
+    first = [int(row.nonzero()[0]) for row in made.visible(96, 96, causal=True)]
+    assert [made.first_needed(position) for position in range(96)] == first
 
 
-@every
-def test_no_token_sees_the_future(name: str) -> None:
-    model = build("rope", attention=name)
+@cases
+def test_a_local_layer_sees_no_more_than_it_says_and_the_pattern_is_by_layer(
+    name: str, settings: dict[str, Any]
+) -> None:
+    for layer in range(4):
+        is_global = name not in SMALL or not settings or (settings.get("global_every") == 2 and layer % 2 == 1)
+        seen = mechanism(name, settings, layer).visible(40, 40, causal=True).sum(1)
+        assert int(seen.max()) == (40 if is_global else 11)
+
+
+@cases
+@pytest.mark.parametrize("position", ["rope", "alibi", "t5", "fire", "fox", "cope_ctx", "transformer_xl"])
+def test_cached_chunks_equal_one_forward_and_hold_no_more_than_they_need(
+    name: str, settings: dict[str, Any], position: str
+) -> None:
+    model = build(position, attention=config_of(name, settings)).double()
+    x = tokens(2, 64)
+    with torch.no_grad():
+        expected = model(x)
+        for sizes in ([1] * 64, [17, 1, 1, 30, 15]):
+            cache = KVCache(model.config.n_layers)
+            found = torch.cat([model(part, cache=cache) for part in x.split(sizes, dim=1)], dim=1)
+            torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+            if max(sizes) == 1:
+                held = count.kv_cache_bytes(
+                    model.config, model.position.config, config_of(name, settings), length=64, rows=2
+                )  # fmt: skip
+                assert cache.bytes == 2 * held  # float64 here, fp32 there
+
+
+@cases
+def test_no_token_sees_the_future(name: str, settings: dict[str, Any]) -> None:
+    model = build("rope", attention=config_of(name, settings))
     x = tokens(1, 40)
     other = x.clone()
     other[0, 25] = (other[0, 25] + 1) % VOCAB

@@ -56,10 +56,10 @@ def biased(bias: Bias, score: Tensor, T: int, S: int) -> Tensor:
 @torch.no_grad()
 def weights(made: Position, x: Tensor, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Dense causal attention weights from the scheme's hooks, (B,H,T,S); x is what queries and keys come from."""
-    state, _ = made.prepare(x, 0, None)
+    S = len(j) if made.relative else int(j[-1]) + 1
+    state, _ = made.prepare(x if made.relative else x.new_zeros(1, S, x.shape[2]), 0, None)
     queries, keys = made.tables(i, q.dtype), made.tables(j, q.dtype)
     score = made.query(q, queries, state) @ made.key(k, keys, state).mT * made.scale
-    S = len(j) if made.relative else int(j[-1]) + 1
     bias = made.bias(q, S, state)
     if bias is not None:
         score = biased(bias, score, len(i), S)
@@ -113,8 +113,10 @@ def test_a_common_shift_of_positions(name: str) -> None:
     elif made.form == "embedding":
         assert (made.embed(x, here) - made.embed(x, there)).abs().max() > 0.1
     else:  # what the last of many positions see of one another, against the first of all
-        state, _ = made.prepare(x, 0, None)
-        near, far = (biased(made.bias(q, n, state), torch.zeros(1, 4, 12, 12), 12, n) for n in (12, 12 + 7919))
+        near, far = (
+            biased(made.bias(q, n, made.prepare(torch.zeros(1, n, 32), 0, None)[0]), torch.zeros(1, 4, 12, 12), 12, n)
+            for n in (12, 12 + 7919)
+        )
         assert (near - far).tril().abs().max() > 0.1
 
 

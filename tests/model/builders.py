@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.transformer import Transformer
@@ -25,14 +25,14 @@ def build(
     context: int = 64,
     vocab_size: int = VOCAB,
     seed: int = 0,
-    attention: str = "full",
+    attention: str | Attention.Config = "full",
     **settings: Any,
 ) -> Transformer:
     """A model in eval mode, every matrix drawn with standard deviation 0.25 (at 0.02 attention is nearly uniform)."""
     torch.manual_seed(seed)
     if isinstance(position, str):
         position = POSITIONS.get(position).Config(name=position)
-    mechanism = ATTENTIONS.get(attention).Config(name=attention)
+    mechanism = ATTENTIONS.get(attention).Config(name=attention) if isinstance(attention, str) else attention
     model = Transformer(small(**settings), position, mechanism, vocab_size=vocab_size, context=context)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -45,14 +45,18 @@ class Attention(nn.Module):
         """Whether query t may see key j, (T,S) bool: the mechanism's definition, for tests and drawings only."""
         raise NotImplementedError
 
+    def first_needed(self, position: int) -> int:
+        """The first key that a query at `position` or later sees; a cache forgets the keys before it."""
+        return 0
+
     @classmethod
-    def flops(cls, config: Config, model: ModelConfig, context: int) -> float:
-        """Floating-point operations of scores and weighted sums, forward, a token and layer."""
+    def flops(cls, config: Config, model: ModelConfig, context: int, layer: int) -> float:
+        """Floating-point operations of scores and weighted sums, forward, a token of one layer."""
         raise NotImplementedError
 
     @classmethod
-    def cached_tokens(cls, config: Config, length: int) -> int:
-        """How many tokens' keys and values a layer's cache holds after `length` tokens."""
+    def cached_tokens(cls, config: Config, length: int, layer: int) -> int:
+        """How many tokens' keys and values a layer's cache holds when token number `length` has come, one by one."""
         raise NotImplementedError
 
 

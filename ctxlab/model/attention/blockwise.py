@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, ScoreTiles, Span, Tile, no_bias
+from ctxlab.model.attention.visible import Visible
 
 BLOCKS = (512, 512)
 """Queries and keys in a tile."""
@@ -36,6 +37,7 @@ def blockwise_attention(
     causal: bool,
     bias: Bias | None = None,
     lengths: Tensor | None = None,
+    visible: Visible | None = None,
     blocks: tuple[int, int] = BLOCKS,
 ) -> tuple[Tensor, Tensor]:
     """out = softmax(scale q k^T + bias) v and its log-sum-exp, without T x S scores; every tensor gets its gradient.
@@ -47,8 +49,8 @@ def blockwise_attention(
 
     q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H, T <= S. Query row t sits at position
     S - T + t; causal, it sees the keys up to that position. lengths (B,): keys from lengths[b] on are padding that
-    nobody sees; positions stay as they are. A query that sees no key gets out 0 and lse -inf. Tiles that nobody sees
-    are not visited.
+    nobody sees; positions stay as they are. visible hides further pairs. A query that sees no key gets out 0 and
+    lse -inf. Tiles that nobody sees are not visited.
     Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries no gradient.
     Scores and all sums over tiles are fp32 (fp64 for fp64); weights and their gradients are rounded to q's dtype.
     blocks: queries and keys in a tile; any sizes give the same result. Raises ValueError on shapes that do not fit.
@@ -60,7 +62,7 @@ def blockwise_attention(
     tensors = () if bias is None else bias.tensors
     counts = None if lengths is None else tuple(int(n) for n in lengths.tolist())
     with torch.autocast(q.device.type, enabled=False):
-        return _Blockwise.apply(q, k, v, scale, causal, bias, counts, blocks, *tensors)
+        return _Blockwise.apply(q, k, v, scale, causal, bias, visible, counts, blocks, *tensors)
 
 
 def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
@@ -99,6 +101,7 @@ class _Plan(NamedTuple):
     G: int
     span: Span
     counts: tuple[int, ...] | None
+    visible: Visible | None
     n_cols: int
 
     def parts(self) -> Iterator[_Part]:
@@ -121,30 +124,36 @@ class _Plan(NamedTuple):
         """The visible tiles of a block of queries, nearest keys first."""
         before = self.span.S - self.span.T
         queries = range(before + rows.stop - 1, before + rows.start - 1, -1)
-        stop = min(part.n_keys, queries[0] + 1) if self.span.causal else part.n_keys
-        while stop > 0:
-            start = max(stop - self.n_cols, 0)
+        low, stop = 0, part.n_keys
+        if self.span.causal:
+            stop = min(stop, queries[0] + 1)
+        if self.visible is not None:
+            low, stop = self.visible.low(queries[-1]), min(stop, self.visible.high(queries[0]))
+        while stop > low:
+            start = max(stop - self.n_cols, low)
             yield Tile(part.batch, part.heads, queries, slice(start, stop))
             stop = start
 
 
 def _plan(
-    q: Tensor, k: Tensor, causal: bool, counts: tuple[int, ...] | None, blocks: tuple[int, int], training: bool
-) -> _Plan:
+    q: Tensor, k: Tensor, causal: bool, counts: tuple[int, ...] | None, visible: Visible | None, blocks: tuple[int, int],
+    training: bool,
+) -> _Plan:  # fmt: skip
     B, H, T, _ = q.shape
     Hkv, S = k.shape[1:3]
     high = torch.promote_types(q.dtype, torch.float32)
-    return _Plan(B, Hkv, H // Hkv, Span(T, S, causal, blocks[0], high, q.device, training), counts, blocks[1])
+    span = Span(T, S, causal, blocks[0], high, q.device, training)
+    return _Plan(B, Hkv, H // Hkv, span, counts, visible, blocks[1])
 
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, scale, causal, bias, counts, blocks, *tensors):  # type: ignore[no-untyped-def]
-        plan = _plan(q, k, causal, counts, blocks, training=False)
+    def forward(ctx: Any, q, k, v, scale, causal, bias, visible, counts, blocks, *tensors):  # type: ignore[no-untyped-def]
+        plan = _plan(q, k, causal, counts, visible, blocks, training=False)
         tiles = no_bias(plan.span) if bias is None else bias.open(tensors, plan.span)
         out, lse = _forward(plan, tiles, q, k, v, scale * LOG2_E)
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
-        ctx.settings = (scale, causal, bias, counts, blocks)
+        ctx.settings = (scale, causal, bias, visible, counts, blocks)
         if tiles.constant is not None:
             lse = lse + tiles.constant[:, None]
         ctx.mark_non_differentiable(lse)
@@ -154,15 +163,15 @@ class _Blockwise(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out, _):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        scale, causal, bias, counts, blocks = ctx.settings
-        learned = any(ctx.needs_input_grad[8:])
-        plan = _plan(q, k, causal, counts, blocks, training=learned)
+        scale, causal, bias, visible, counts, blocks = ctx.settings
+        learned = any(ctx.needs_input_grad[9:])
+        plan = _plan(q, k, causal, counts, visible, blocks, training=learned)
         tiles = no_bias(plan.span) if bias is None else bias.open(tuple(tensors), plan.span)
         with torch.autocast(q.device.type, enabled=False):
             dq, dk, dv = _backward(plan, tiles, q, k, v, out, lse, grad_out, scale)
         grads = tiles.gradients() if learned else ()
-        wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[8:])]
-        return dq, dk, dv, None, None, None, None, None, *(wanted or [None] * len(tensors))
+        wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[9:])]
+        return dq, dk, dv, None, None, None, None, None, None, *(wanted or [None] * len(tensors))
 
 
 def _forward(
@@ -186,7 +195,7 @@ def _forward(
             for tile in _begin(bias, list(plan.tiles(part, rows))):
                 n = tile.keys
                 scores = scratch.scores(*shape, n.stop - n.start)
-                _fill(scores, bias, tile, folded, keys[:, n], scale)
+                _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale)
                 scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
                 higher = torch.maximum(top, scores.amax(-1, keepdim=True))
                 weights = scores.sub_(higher).exp2_()
@@ -244,12 +253,13 @@ def _backward(
                     n = tile.keys
                     if bias.finished:
                         break
-                    _fill(scratch.scores(*shape, n.stop - n.start), bias, tile, folded, keys[:, n], scale * LOG2_E)
+                    scores = scratch.scores(*shape, n.stop - n.start)
+                    _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale * LOG2_E)
                 tiles.reverse()
             for tile in tiles:
                 n = tile.keys
                 scores = scratch.scores(*shape, n.stop - n.start)
-                _fill(scores, bias, tile, folded, keys[:, n], scale * LOG2_E, norm)
+                _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale * LOG2_E, norm)
                 scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
                 weights = scratch.rounded(scores.exp2_())
                 sum_v[:, n] += torch.bmm(weights.mT, pure)
@@ -277,6 +287,7 @@ def _begin(bias: BiasTiles | ScoreTiles, tiles: list[Tile]) -> list[Tile]:
 def _fill(
     scores: Tensor,
     bias: BiasTiles | ScoreTiles,
+    visible: Visible | None,
     tile: Tile,
     queries: Tensor,
     keys: Tensor,
@@ -285,9 +296,12 @@ def _fill(
 ) -> None:
     """scores (b,h,m,n) = scale q k^T + bias - norm, in units of ln 2, from folded queries (g,G m,D) and keys (g,n,D)."""
     folded = scores.view(*queries.shape[:2], -1)
+    hidden = None if visible is None else visible.hidden(tile, scores.device)
     if bias.reads_scores:
         scores.zero_()
         _add_product(folded, queries, keys, scale)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
         bias.add(tile, scores)  # type: ignore[union-attr]
         if norm is not None:
             scores.sub_(norm)
@@ -298,6 +312,8 @@ def _fill(
     else:
         torch.sub(block.expand_as(scores), norm, out=scores)
     _add_product(folded, queries, keys, scale)
+    if hidden is not None:
+        scores.masked_fill_(hidden, -torch.inf)
 
 
 def _fold(x: Tensor, part: _Part) -> Tensor:

@@ -38,21 +38,26 @@ class Full(Attention):
         bias: Bias | None = None,
         lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if causal:
-            lengths = None
-        if bias is None and lengths is None:
-            return fused_attention(q, k, v, scale=scale, causal=causal)
-        return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
+        return attend_to_all(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
 
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
         everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
         return everything.tril(n_keys - n_queries) if causal else everything
 
     @classmethod
-    def flops(cls, config: Attention.Config, model: ModelConfig, context: int) -> float:
+    def flops(cls, config: Attention.Config, model: ModelConfig, context: int, layer: int) -> float:
         """4 H D context: two products of a query with `context` keys, the causal half not taken off (PaLM's convention)."""
         return 4.0 * model.n_heads * model.head_dim * context
 
     @classmethod
-    def cached_tokens(cls, config: Attention.Config, length: int) -> int:
+    def cached_tokens(cls, config: Attention.Config, length: int, layer: int) -> int:
         return length
+
+
+def attend_to_all(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, bias: Bias | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention to every key, or every earlier one: fused where there is nothing to add or hide, else blockwise."""
+    if bias is None and (causal or lengths is None):
+        return fused_attention(q, k, v, scale=scale, causal=causal)
+    return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths)

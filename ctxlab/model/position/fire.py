@@ -62,17 +62,20 @@ class FIRE(Position):
         ):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
-    def prepare(self, x: Tensor, layer: int, carry: Any) -> tuple[int, None]:
-        return layer, None
+    def prepare(self, x: Tensor, layer: int, carry: Any) -> tuple[tuple[int, int], int]:
+        """(layer, tokens so far): the bias depends on where a query stands."""
+        seen = (carry or 0) + x.shape[1]
+        return (layer, seen), seen
 
     def bias(self, q: Tensor, n_keys: int, state: Any) -> Bias:
         assert isinstance(self.config, FIRE.Config)
-        c, span = self.c[state].double(), self.m[state].double().abs() * self.config.span
-        positions = torch.arange(n_keys, dtype=torch.float64, device=q.device)
-        psi = torch.log1p((c * positions).abs())  # of distances 0 .. S-1
-        normalizer = torch.log1p((c * torch.maximum(positions[n_keys - q.shape[2] :], span)).abs()) + _EPSILON
+        layer, seen = state
+        c, span = self.c[layer].double(), self.m[layer].double().abs() * self.config.span
+        psi = torch.log1p((c * torch.arange(n_keys, dtype=torch.float64, device=q.device)).abs())  # of distances
+        positions = torch.arange(seen - q.shape[2], seen, dtype=torch.float64, device=q.device)  # of queries
+        normalizer = torch.log1p((c * torch.maximum(positions, span)).abs()) + _EPSILON
         return PiecewiseLinear(
-            psi, normalizer, *_pieces(*(p[state].double() for p in (self.w1, self.b1, self.w2, self.b2)))
+            psi, normalizer, *_pieces(*(p[layer].double() for p in (self.w1, self.b1, self.w2, self.b2)))
         )
 
 

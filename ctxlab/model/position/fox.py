@@ -56,7 +56,7 @@ class FoX(Position):
         return f, f
 
     def bias(self, q: Tensor, n_keys: int, state: Any) -> Bias:
-        return Difference(state)
+        return Difference(state[..., -n_keys:])
 
 
 class _GateSums(torch.autograd.Function):

@@ -1,0 +1,76 @@
+"""What local mechanisms share: full attention under a rule of visibility, with every n-th layer left global."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ctxlab.fields import OrNone
+from ctxlab.model.attention.base import Attention
+from ctxlab.model.attention.bias import Bias
+from ctxlab.model.attention.blockwise import BLOCKS, blockwise_attention
+from ctxlab.model.attention.full import attend_to_all
+from ctxlab.model.attention.visible import Visible
+from ctxlab.model.config import ModelConfig
+
+_FEWEST = 64  # queries and keys in a tile: smaller ones cost more a score than hidden pairs do
+
+
+class Local(Attention):
+    """Attention within a neighbourhood of `size` tokens; layer l (from 0) sees everything where (l + 1) % global_every = 0."""
+
+    class Config(Attention.Config):
+        size: int = Field(ge=1)
+        global_every: OrNone | int = Field("none", description="every n-th layer sees everything; none: no layer does")
+
+    def __init__(self, config: Config, model: ModelConfig, layer: int) -> None:
+        super().__init__(config, model, layer)
+        self.size = None if is_global(config, layer) else config.size
+
+    @abstractmethod
+    def rule(self, size: int) -> Visible:
+        """Who is in the neighbourhood."""
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        bias: Bias | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.size is None or self.size >= k.shape[2]:
+            return attend_to_all(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
+        side = max(_FEWEST, min(BLOCKS[0], 1 << (self.size - 1).bit_length()))
+        return blockwise_attention(
+            q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths,
+            visible=self.rule(self.size), blocks=(side, side),
+        )  # fmt: skip
+
+    def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
+        i = torch.arange(n_keys - n_queries, n_keys)[:, None]
+        j = torch.arange(n_keys)[None, :]
+        seen = torch.ones(n_queries, n_keys, dtype=torch.bool) if self.size is None else self.near(i, j, self.size)
+        return seen & (j <= i) if causal else seen
+
+    @staticmethod
+    @abstractmethod
+    def near(i: Tensor, j: Tensor, size: int) -> Tensor:
+        """The rule again, for single pairs of positions."""
+
+    @classmethod
+    def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
+        """4 H D min(context, size): what the last query of a long sequence costs."""
+        seen = context if is_global(config, layer) else min(context, config.size)
+        return 4.0 * model.n_heads * model.head_dim * seen
+
+
+def is_global(config: Local.Config, layer: int) -> bool:
+    return config.global_every != "none" and (layer + 1) % config.global_every == 0

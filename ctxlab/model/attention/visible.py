@@ -1,0 +1,66 @@
+"""Who sees whom, beyond causality: which keys a block of queries can reach at all, and which pairs of a tile are hidden."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ctxlab.model.attention.bias import Tile
+
+
+class Visible(Protocol):
+    """A rule of visibility by position. Causality is not its business."""
+
+    def low(self, first: int) -> int:
+        """The first key that any query from position `first` on sees."""
+        ...
+
+    def high(self, last: int) -> int:
+        """One behind the last key that any query up to position `last` sees, if the mask is not causal."""
+        ...
+
+    def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
+        """Which pairs of a tile are hidden, (m,n) bool; None where none is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """|i - j| < size: the query itself counts."""
+
+    size: int
+
+    def low(self, first: int) -> int:
+        return max(0, first - self.size + 1)
+
+    def high(self, last: int) -> int:
+        return last + self.size
+
+    def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
+        if tile.queries[0] - tile.keys.start < self.size and tile.nearest > -self.size:
+            return None
+        return tile.distances(device).abs() >= self.size
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """i // size = j // size: positions are cut into chunks, counted from the first key, that do not see one another."""
+
+    size: int
+
+    def low(self, first: int) -> int:
+        return first // self.size * self.size
+
+    def high(self, last: int) -> int:
+        return self.low(last) + self.size
+
+    def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
+        start, stop = self.low(tile.queries[-1]), self.high(tile.queries[-1])
+        if start <= tile.keys.start and max(tile.keys.stop - 1, tile.queries[0]) < stop:
+            return None
+        i = torch.arange(tile.queries.start, tile.queries.stop, -1, device=device)
+        j = torch.arange(tile.keys.start, tile.keys.stop, device=device)
+        return (i // self.size)[:, None] != (j // self.size)[None, :]

@@ -71,6 +71,14 @@ def p_rope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return plain(at, turned(q, i, f, at.config.layout), turned(k, j, f, at.config.layout), i, j)
 
 
+def rope_nope(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """RoPE's score, or in every n-th layer the plain one of queries that grow with the logarithm of their position."""
+    if (at.layer + 1) % at.config.every:
+        return rope(at, q, k, i, j)
+    growth = [1 + at.config.query_scale * math.log(1 + (p + 1) // at.config.scale_span) for p in i.tolist()]
+    return plain(at, q, k, i, j) * torch.tensor(growth, dtype=torch.float64)[:, None]
+
+
 def xpos(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """RoPE's score, the part of pair n times zeta_n^((i - j) / 512)."""
     D = q.shape[-1]
@@ -208,6 +216,7 @@ SCORES: dict[str, Score] = {
     "partial_rope": partial_rope,
     "p_rope": p_rope,
     "xpos": xpos,
+    "rope_nope": rope_nope,
     "kerple": kerple,
     "sandwich": sandwich,
     "pope": pope,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,6 +22,20 @@ from tests.model.builders import VOCAB, build, small, tokens
 NAMES = POSITIONS.names()
 CONF = Path(__file__).parents[2] / "conf" / "position"
 every = pytest.mark.parametrize("name", NAMES)
+# Settings that are another formula than the default's.
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "rope": ({"layout": "half", "theta": 500.0},),
+    "partial_rope": ({"fraction": 0.5, "layout": "half"},),
+    "p_rope": ({"p": 0.5, "layout": "half"},),
+    "xpos": ({"layout": "half"},),
+    "kerple": ({"kind": "power"},),
+    "rope_nope": ({"every": 2, "query_scale": 0.1, "scale_span": 16},),
+    "cope_ctx": ({"rows": 4},),
+    "fire": ({"hidden": 5, "span": 30.0},),
+}
+variants = pytest.mark.parametrize(
+    ("name", "settings"), [(n, {}) for n in NAMES] + [(n, s) for n, every in VARIANTS.items() for s in every]
+)
 # Relative error of an output in bf16, absolute error of a log-sum-exp: those of the rounding of the output and its inputs.
 BF16_ERROR = (0.004, 0.02)
 # The sums q + u and q + v and the table of distances are bf16 numbers themselves, and here make scores of up to 20.
@@ -82,11 +96,13 @@ def test_every_file_has_a_scheme() -> None:
     assert sorted(path.stem for path in CONF.glob("*.yaml")) == NAMES
 
 
-@every
-def test_logits_and_gradients_equal_the_dense_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@variants
+def test_logits_and_gradients_equal_the_dense_reference(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Forward and every parameter's gradient in float64, across block borders of the blockwise function."""
     monkeypatch.setitem(blockwise_attention.__kwdefaults__, "blocks", (40, 56))
-    model = build(name, context=160).double()
+    model = build(POSITIONS.get(name).Config(name=name, **settings), context=160).double()
     x = tokens(2, 160)
     ours = model(x)
     theirs = reference.logits(model, x)

@@ -26,7 +26,9 @@ class Parameters:
         return self.total - self.embeddings
 
 
-def parameters(config: ModelConfig, position: Position.Config, *, vocab_size: int, context: int) -> Parameters:
+def parameters(
+    config: ModelConfig, position: Position.Config, attention: Attention.Config, *, vocab_size: int, context: int
+) -> Parameters:
     """Exactly what building the model would allocate. `without_embeddings` is the N of Kaplan et al. 2020, arXiv:2001.08361."""
     norm = config.d_model * (2 if config.norm == "layernorm" and config.bias else 1)
     outputs = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.d_model  # of q, k, v and out
@@ -37,6 +39,7 @@ def parameters(config: ModelConfig, position: Position.Config, *, vocab_size: in
     vocabulary = vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     embeddings = vocabulary + (positional if scheme.form == "embedding" else 0)
     norms = norm * (2 if config.embedding_norm else 1)
+    block += config.n_heads if attention.sink else 0
     return Parameters(total=config.n_layers * block + norms + vocabulary + positional, embeddings=embeddings)
 
 

@@ -26,6 +26,7 @@ every = pytest.mark.parametrize("name", NAMES)
 SMALL: dict[str, dict[str, Any]] = {"sliding_window": {"size": 11}, "chunked": {"size": 11}}
 CASES = [(name, {}) for name in NAMES] + list(SMALL.items())
 CASES += [(name, settings | {"global_every": 2}) for name, settings in SMALL.items()]
+CASES += [(name, settings | {"sink": True}) for name, settings in [("full", {}), *SMALL.items()]]
 cases = pytest.mark.parametrize(("name", "settings"), CASES)
 
 
@@ -37,10 +38,16 @@ def mechanism(name: str, settings: dict[str, Any], layer: int = 0) -> Attention:
     return ATTENTIONS.get(name)(config_of(name, settings), small(), layer)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float) -> tuple[Tensor, Tensor]:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A sink is one more key, of the same score for all queries, whose value is 0."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = (q @ k.mT / math.sqrt(q.shape[-1]) + bias).masked_fill(~mask, -torch.inf)
+    if sink is not None:
+        score = torch.cat([score, sink[:, None, None].expand(*score.shape[:3], 1)], dim=-1)
+        v = torch.cat([v, torch.zeros_like(v[:, :, :1])], dim=2)
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
@@ -72,10 +79,13 @@ def test_equals_dense_attention_under_its_mask(
     matrix = values[:, i[:, None] - j[None, :] + S - 1] if with_bias else 0.0
     inputs = (q, k, v, values) if with_bias else (q, k, v)
     made = mechanism(name, settings)
+    if made.sink is not None:
+        made.double().sink.data.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+        inputs = (*inputs, made.sink)
     out, lse = made.attend(
         q, k, v, scale=8**-0.5, causal=causal, bias=Toeplitz(values, 1 - S) if with_bias else None
     )  # fmt: skip
-    expected, expected_lse = dense(q, k, v, made.visible(T, S, causal=causal), matrix)
+    expected, expected_lse = dense(q, k, v, made.visible(T, S, causal=causal), matrix, made.sink)
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=0)
     upstream = torch.randn_like(out)
@@ -89,9 +99,9 @@ def test_padded_keys_are_not_seen_without_a_causal_mask(name: str, settings: dic
     q, k, v = (torch.randn(2, 4, 20, 8, dtype=torch.float64) for _ in range(3))
     lengths = torch.tensor([13, 20])
     made = mechanism(name, settings)
-    out, _ = made.attend(q, k, v, scale=8**-0.5, causal=False, lengths=lengths)
+    out, _ = made.double().attend(q, k, v, scale=8**-0.5, causal=False, lengths=lengths)
     mask = made.visible(20, 20, causal=False) & (torch.arange(20) < lengths[:, None])[:, None, None, :]
-    torch.testing.assert_close(out, dense(q, k, v, mask, 0.0)[0], atol=1e-10, rtol=0)
+    torch.testing.assert_close(out, dense(q, k, v, mask, 0.0, made.sink)[0], atol=1e-10, rtol=0)
 
 
 @cases
@@ -112,7 +122,9 @@ def test_a_local_layer_sees_no_more_than_it_says_and_the_pattern_is_by_layer(
     name: str, settings: dict[str, Any]
 ) -> None:
     for layer in range(4):
-        is_global = name not in SMALL or not settings or (settings.get("global_every") == 2 and layer % 2 == 1)
+        is_global = (
+            name not in SMALL or "size" not in settings or (settings.get("global_every") == 2 and layer % 2 == 1)
+        )
         seen = mechanism(name, settings, layer).visible(40, 40, causal=True).sum(1)
         assert int(seen.max()) == (40 if is_global else 11)
 

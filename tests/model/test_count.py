@@ -46,7 +46,9 @@ def test_a_size_has_the_parameters_that_its_file_states(name: str) -> None:
     stated = re.search(r"Parameters without embeddings: ([\d,]+)\.", text)
     assert stated is not None
     expected = int(stated[1].replace(",", ""))
-    counted = count.parameters(config, POSITIONS.get("nope").Config(name="nope"), vocab_size=1000, context=256)
+    counted = count.parameters(
+        config, POSITIONS.get("nope").Config(name="nope"), Full.Config(), vocab_size=1000, context=256
+    )
     assert counted.without_embeddings == expected
     assert on_meta(config, "nope", 1000, 256).n_parameters(embeddings=False) == expected
 
@@ -63,7 +65,9 @@ def test_small_becomes_gpt2_by_settings() -> None:
     """124,439,808: the size of the released GPT-2 small."""
     config = read("small", activation="gelu_tanh", norm="layernorm", bias=True)
     assert on_meta(config, "learned", 50_257, 1024).n_parameters() == 124_439_808
-    counted = count.parameters(config, POSITIONS.get("learned").Config(name="learned"), vocab_size=50_257, context=1024)
+    counted = count.parameters(
+        config, POSITIONS.get("learned").Config(name="learned"), Full.Config(), vocab_size=50_257, context=1024
+    )
     assert (counted.total, counted.embeddings) == (124_439_808, (50_257 + 1024) * 768)
 
 
@@ -77,8 +81,11 @@ def test_small_becomes_gpt2_by_settings() -> None:
     ],
 )
 def test_parameters_are_those_built(position: str, settings: dict[str, Any]) -> None:
-    model = build(position, **settings)
-    counted = count.parameters(model.config, model.position.config, vocab_size=model.vocab_size, context=model.context)
+    attention = Full.Config(sink="bias" in settings)
+    model = build(position, attention=attention, **settings)
+    counted = count.parameters(
+        model.config, model.position.config, attention, vocab_size=model.vocab_size, context=model.context
+    )
     assert counted.total == model.n_parameters()
     assert counted.without_embeddings == model.n_parameters(embeddings=False)
 

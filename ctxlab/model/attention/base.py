@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ctxlab.model.attention.bias import Bias
@@ -16,12 +18,14 @@ class Attention(nn.Module):
 
     class Config(ComponentConfig):
         name: str
+        sink: bool = Field(False, description="a learned logit a head in the denominator of every softmax")
 
     paper: ClassVar[str]
 
     def __init__(self, config: Config, model: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
+        self.sink = nn.Parameter(torch.zeros(model.n_heads)) if config.sink else None
 
     def attend(
         self,
@@ -38,7 +42,28 @@ class Attention(nn.Module):
 
         q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv), T <= S: query t stands at position S - T + t. `lengths` (B,) marks keys
         from lengths[b] on as padding. Returns out (B,H,T,Dv) and the log-sum-exp of the scores (B,H,T), fp32.
+
+        With a sink (Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; Miller 2023 with a fixed one) the softmax has one more key,
+        of score `sink` in every row and without a value: out is multiplied by exp(lse) / (exp(lse) + exp(sink)).
         """
+        out, lse = self.mix(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
+        if self.sink is None:
+            return out, lse
+        with_sink = torch.logaddexp(lse, self.sink.to(lse.dtype)[:, None])  # (B,H,T)
+        return (out * torch.exp(lse - with_sink).unsqueeze(-1)).to(out.dtype), with_sink
+
+    def mix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        bias: Bias | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend` without the sink; lse carries a gradient where there is one."""
         raise NotImplementedError
 
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:

@@ -76,8 +76,11 @@ class BiasTiles(Protocol):
         """Takes the gradient (b, h, m, n) of the tile that `block` gave last; it may overwrite it."""
         ...
 
-    def gradients(self) -> tuple[Tensor, ...]:
-        """The gradient of every tensor of the bias, in their order, when all tiles are collected."""
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of every tensor of the bias, in their order, when all tiles are collected.
+
+        surplus (H,): what the gradients of a head's scores sum to, which is the gradient of its log-sum-exps.
+        """
         ...
 
 
@@ -109,7 +112,7 @@ class ScoreTiles(Protocol):
         scores through the bias."""
         ...
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         """As in BiasTiles."""
         ...
 
@@ -133,7 +136,7 @@ class Toeplitz:
     0 to S - 1 when causal, 1 - T to S - 1 otherwise. Which keys are visible is not a bias's business: no -inf here.
     constant_from: all distances >= constant_from share one value per head, values[:, constant_from - first] (T5 beyond
     its last bucket); values may end there. The tiles beyond then need no bias, and the whole gradient of the shared
-    value is returned at that entry: minus the sum of the others, since the gradients of a softmax row sum to 0.
+    value is returned at that entry: what the sum of the others leaves of the sum of all.
     """
 
     values: Tensor
@@ -212,14 +215,14 @@ class _ToeplitzTiles:
         start = self._start(tile)
         self.grad[tile.heads, start : start + m + n - 1] += sums
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         assert self.grad is not None
         found = torch.zeros_like(self.values, dtype=self.span.dtype)
         if self.tail is None:
             return (found.index_add_(1, self.index, self.grad),)
         beyond = self.span.S - self.tail  # entries of the line at distances >= tail
         found.index_add_(1, self.index[beyond:], self.grad[:, beyond:])
-        found[:, self.tail - self.first] = -found.sum(1)
+        found[:, self.tail - self.first] = surplus - found.sum(1)
         return (found,)
 
     def _start(self, tile: Tile) -> int:
@@ -272,7 +275,7 @@ class _BlockTiles:
             if one is not None:
                 self.grads[n] += one
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.grads)
 
 

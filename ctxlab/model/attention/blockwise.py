@@ -51,7 +51,7 @@ def blockwise_attention(
     S - T + t; causal, it sees the keys up to that position. lengths (B,): keys from lengths[b] on are padding that
     nobody sees; positions stay as they are. visible hides further pairs. A query that sees no key gets out 0 and
     lse -inf. Tiles that nobody sees are not visited.
-    Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries no gradient.
+    Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64); both carry gradients.
     Scores and all sums over tiles are fp32 (fp64 for fp64); weights and their gradients are rounded to q's dtype.
     blocks: queries and keys in a tile; any sizes give the same result. Raises ValueError on shapes that do not fit.
     """
@@ -156,20 +156,22 @@ class _Blockwise(torch.autograd.Function):
         ctx.settings = (scale, causal, bias, visible, counts, blocks)
         if tiles.constant is not None:
             lse = lse + tiles.constant[:, None]
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out, _):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_out, grad_lse):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         scale, causal, bias, visible, counts, blocks = ctx.settings
         learned = any(ctx.needs_input_grad[9:])
         plan = _plan(q, k, causal, counts, visible, blocks, training=learned)
         tiles = no_bias(plan.span) if bias is None else bias.open(tuple(tensors), plan.span)
         with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv = _backward(plan, tiles, q, k, v, out, lse, grad_out, scale)
-        grads = tiles.gradients() if learned else ()
+            grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(lse == -torch.inf, 0.0)
+            dq, dk, dv = _backward(plan, tiles, q, k, v, out, lse, grad_out, grad_lse, scale)
+        grads = tiles.gradients(grad_lse.sum((0, 2))) if learned else ()
         wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[9:])]
         return dq, dk, dv, None, None, None, None, None, None, *(wanted or [None] * len(tensors))
 
@@ -220,11 +222,12 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     grad: Tensor,
+    grad_lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; the bias collects its own. With g the gradient of out and sums over the width in delta:
+    """dq, dk, dv; the bias collects its own. With g the gradient of out, h that of lse, and sums over the width in delta:
 
-    p = exp(s - lse),  dv = p^T g,  delta = sum g out,  ds = p (g v^T - delta),  dq = scale ds k,  dk = scale ds^T q
+    p = exp(s - lse),  dv = p^T g,  delta = sum g out - h,  ds = p (g v^T - delta),  dq = scale ds k,  dk = scale ds^T q
     """
     high = plan.span.dtype
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -242,6 +245,7 @@ def _backward(
             norm = norm.masked_fill(norm == -torch.inf, 0.0) * LOG2_E
             g = grad[part.batch, part.heads, rows].flip(2)
             delta = (g.to(high) * out[part.batch, part.heads, rows].flip(2).to(high)).sum(-1, keepdim=True)
+            delta -= grad_lse[part.batch, part.heads, rows].flip(2).unsqueeze(-1)
             # delta rides in the product with v as two more columns, as two numbers of q's precision.
             coarse = delta.to(q.dtype)
             g = _fold(torch.cat((g, -coarse, (coarse - delta).to(q.dtype)), -1), part)  # (g,G m,Dv+2)

@@ -27,7 +27,7 @@ class Full(Attention):
 
     paper = "Vaswani et al. 2017, arXiv:1706.03762"
 
-    def attend(
+    def mix(
         self,
         q: Tensor,
         k: Tensor,
@@ -35,10 +35,12 @@ class Full(Attention):
         *,
         scale: float,
         causal: bool,
-        bias: Bias | None = None,
-        lengths: Tensor | None = None,
+        bias: Bias | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return attend_to_all(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
+        return attend_to_all(
+            q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None
+        )
 
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
         everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
@@ -55,9 +57,17 @@ class Full(Attention):
 
 
 def attend_to_all(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, bias: Bias | None, lengths: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: Bias | None,
+    lengths: Tensor | None,
+    lse_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention to every key, or every earlier one: fused where there is nothing to add or hide, else blockwise."""
     if bias is None and (causal or lengths is None):
-        return fused_attention(q, k, v, scale=scale, causal=causal)
+        return fused_attention(q, k, v, scale=scale, causal=causal, lse_gradient=lse_gradient)
     return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,14 +13,17 @@ from ctxlab.model.attention.blockwise import autocast, blockwise_attention, chec
 _ops = torch.ops.aten
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, lse_gradient: bool = False
+) -> tuple[Tensor, Tensor]:
     """out = softmax(scale q k^T) v and its log-sum-exp, as fast as torch's fused kernel, never holding T x S scores.
 
         lse_i = ln sum_j exp(s_ij),    out_i = sum_j exp(s_ij - lse_i) v_j,    s_ij = scale q_i . k_j
 
     q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H, T <= S. Query row t sits at position
     S - T + t; causal, it sees the keys up to that position. (torch's own `is_causal` lets it see those up to t.)
-    Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries no gradient.
+    Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries a gradient where
+    `lse_gradient` asks for it (on CPU, here; elsewhere blockwise).
     T = S, T = 1 and no causality go to torch's kernel, on CPU without copying key-value heads. The rest, new tokens
     that also attend to a past, goes blockwise, and so does what a device has no fused kernel for. Widths are padded
     with zeros to one multiple of 8: unequal ones fall off the kernel. Raises ValueError on shapes that do not fit.
@@ -28,11 +33,11 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bo
     T, S, width = q.shape[2], k.shape[2], v.shape[3]
     causal = causal and T > 1
     kernel = _kernel(q)
-    if kernel is None or (causal and T < S):
+    if kernel is None or (causal and T < S) or (lse_gradient and kernel is not _cpu):
         return blockwise_attention(q, k, v, scale=scale, causal=causal)
     padded = -(-max(q.shape[3], width) // 8) * 8
     q, k, v = _aligned(q, padded), _aligned(k, padded), _aligned(v, padded)
-    out, lse = kernel(q, k, v, causal, scale)
+    out, lse = _WithLseGradient.apply(q, k, v, causal, scale, width) if lse_gradient else kernel(q, k, v, causal, scale)
     return out if width == padded else out[..., :width], lse
 
 
@@ -46,6 +51,45 @@ def _aligned(x: Tensor, width: int) -> Tensor:
 def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return out, lse
+
+
+class _WithLseGradient(torch.autograd.Function):
+    """The CPU kernel, whose log-sum-exp has a gradient too.
+
+    With g and h the gradients of out and lse, ds = p (g v^T - sum g out + h). One more column gives the last term: ones in v,
+    h in g, and 0 in what the backward is told was the output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, width: int
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _cpu(q, k, v, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = causal, scale, width
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse = ctx.saved_tensors
+        causal, scale, width = ctx.settings
+        grad = torch.zeros_like(out) if grad_out is None else grad_out
+        full = q.shape[3]
+        if grad_lse is not None:
+            padded = -(-(width + 1) // 8) * 8
+            padded = max(full, padded)
+            q, k, v, out, grad = (_aligned(x, padded) for x in (q, k, v, out, grad))
+            v, out, grad = v.clone(), out.clone(), grad.clone()
+            v[..., width], out[..., width], grad[..., width] = 1.0, 0.0, grad_lse.to(grad.dtype)
+        dq, dk, dv = _ops._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad.contiguous(), q, k, v, out, lse, 0.0, causal, scale=scale
+        )
+        dv = dv[..., :full]
+        if width < full:  # the columns of v beyond its own are padding
+            dv = dv.clone()
+            dv[..., width:] = 0.0
+        return dq[..., :full], dk[..., :full], dv, None, None, None
 
 
 def _cuda_half(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Local(Attention):
     def rule(self, size: int) -> Visible:
         """Who is in the neighbourhood."""
 
-    def attend(
+    def mix(
         self,
         q: Tensor,
         k: Tensor,
@@ -43,11 +43,13 @@ class Local(Attention):
         *,
         scale: float,
         causal: bool,
-        bias: Bias | None = None,
-        lengths: Tensor | None = None,
+        bias: Bias | None,
+        lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.size is None or self.size >= k.shape[2]:
-            return attend_to_all(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths)
+            return attend_to_all(
+                q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None
+            )
         side = max(_FEWEST, min(BLOCKS[0], 1 << (self.size - 1).bit_length()))
         return blockwise_attention(
             q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths,

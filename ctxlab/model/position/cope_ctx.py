@@ -132,7 +132,7 @@ class _ContextualTiles:
         self.d_position = farther[..., -1:].clone()
         grad.copy_(ds.add_(farther.mul_(gates).mul_(1 - gates)))
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         self._keep()
         assert self.grad is not None
         return (self.grad,)

@@ -181,7 +181,7 @@ class _PiecewiseTiles:
         start = self._start(tile)
         self.d_line[start : start + sum(u.shape) - 1] += self.diagonals(du[None, None])[0, 0]
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         d_psi = torch.zeros_like(self.psi, dtype=self.high).index_add_(0, self.distances, self.d_line)
         return d_psi, self.d_normalizer, self.d_coefficients, self.d_knots
 

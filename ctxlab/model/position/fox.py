@@ -130,6 +130,6 @@ class _DifferenceTiles:
         here[..., first : last + 1] += grad.sum(-1, dtype=self.span.dtype).flip(-1)
         here[..., tile.keys] -= grad.sum(-2, dtype=self.span.dtype)
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         assert self.grad is not None
         return (self.grad,)

@@ -136,7 +136,7 @@ class _ProductTiles:
             self.d_line[tile.heads, line] += torch.bmm(product.mT, folded)
         self.d_q[place] += d_q.flip(2)
 
-    def gradients(self) -> tuple[Tensor, ...]:
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
         d_r = self.d_line.new_zeros(self.d_line.shape[0], self.n, self.d_line.shape[2])
         d_r[:, : self.span.S] = self.d_line[:, : self.span.S].flip(1)
         return self.d_q, d_r

@@ -23,10 +23,28 @@ def test_equals_dense_attention(Hkv: int, T: int, S: int, D: int, Dv: int, causa
     expected, expected_lse = dense_attention(q, k, v, scale=0.3, causal=causal)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
-    assert not lse.requires_grad
     leaves = [q, k, v]
     for found, wanted in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("D", "Dv"), [(8, 8), (5, 3), (8, 16), (12, 4)])
+@pytest.mark.parametrize(("T", "S"), [(1, 13), (7, 13), (13, 13)])
+def test_the_log_sum_exp_carries_a_gradient_where_asked(T: int, S: int, D: int, Dv: int, causal: bool) -> None:
+    q, k, v, grad = operands(2, 4, 2, T, S, D, Dv)
+    grad_lse = torch.randn(2, 4, T, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    found = fused_attention(q, k, v, scale=0.3, causal=causal, lse_gradient=True)
+    expected = dense_attention(q, k, v, scale=0.3, causal=causal)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    leaves = [q, k, v]
+    for upstream in ((grad, grad_lse), (grad, None), (torch.zeros_like(grad), grad_lse)):
+        outs, tops = zip(*((i, u) for i, u in enumerate(upstream) if u is not None))
+        a = torch.autograd.grad([found[i] for i in outs], leaves, tops, retain_graph=True)
+        b = torch.autograd.grad([expected[i] for i in outs], leaves, tops, retain_graph=True)
+        for one, other in zip(a, b):
+            torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.005)])

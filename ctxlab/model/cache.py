@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Growing:
 class LayerCache:
     """One layer's keys (as the scheme's `key` returns them, or raw where the scheme says so), values and carry."""
 
+    raw = False  # whether keys are held as they come, before the scheme's `key`, whatever the scheme says
+
     def __init__(self) -> None:
         self._keys = Growing(dim=2)
         self._values = Growing(dim=2)
@@ -80,8 +83,10 @@ class KVCache:
     model(first, cache=cache); model(rest, cache=cache)     # the logits of one forward over both
     """
 
+    raw = False
+
     def __init__(self, n_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(n_layers)]
+        self.layers: Sequence[LayerCache] = [LayerCache() for _ in range(n_layers)]
         self._positions = Growing(dim=0)
 
     @property
@@ -94,7 +99,70 @@ class KVCache:
         """Bytes of the keys and values held (room for more excluded)."""
         return sum(layer.bytes for layer in self.layers)
 
+    def last_after(self, n: int) -> int:
+        """The position of the last of n more tokens."""
+        return self.length + n - 1
+
     def advance(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Makes place for n more tokens: their positions (n,) and those of all tokens then held (S,), int64."""
         new = torch.arange(self.length, self.length + n, device=device)
         return new, self._positions.append(new)
+
+
+class StreamingLayer(LayerCache):
+    """The first `sinks` tokens and the last `window` ones, raw."""
+
+    raw = True
+
+    def __init__(self, sinks: int, window: int) -> None:
+        super().__init__()
+        self.sinks, self.window = sinks, window
+        self._first: tuple[Tensor, Tensor] | None = None  # keys and values of the first tokens
+
+    def append(self, k: Tensor, v: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
+        self.seen += k.shape[2]
+        keys, values = self._keys.append(k), self._values.append(v)
+        if self._first is None and self.seen > self.sinks + self.window:
+            self._first = keys[:, :, : self.sinks].clone(), values[:, :, : self.sinks].clone()
+        if self._first is None:
+            return keys, values
+        gone = keys.shape[2] - self.window
+        self._keys.drop(gone)
+        self._values.drop(gone)
+        return torch.cat([self._first[0], keys[:, :, gone:]], 2), torch.cat([self._first[1], values[:, :, gone:]], 2)
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + (sum(t.numel() * t.element_size() for t in self._first) if self._first else 0)
+
+
+class StreamingCache(KVCache):
+    """A cache of constant size for endless text: the first `sinks` tokens and the last `window` ones.
+
+    Xiao et al. 2024 (StreamingLLM), arXiv:2309.17453. Positions count within the cache, so none is ever larger than
+    sinks + window - 1, and the keys are held before the scheme has turned them. It does not lengthen the context: what has
+    left the window is gone. Once it is full, tokens come one at a time. Schemes that carry something from token to token
+    (FoX, FIRE), and those that are added to the embeddings, have no meaning in it and are refused by the model.
+    """
+
+    raw = True
+
+    def __init__(self, n_layers: int, *, sinks: int, window: int) -> None:
+        super().__init__(n_layers)
+        self.layers = [StreamingLayer(sinks, window) for _ in range(n_layers)]
+        self.capacity = sinks + window
+        self._held = 0
+
+    @property
+    def length(self) -> int:
+        return self._held
+
+    def last_after(self, n: int) -> int:
+        return min(self._held + n, self.capacity) - 1
+
+    def advance(self, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if n > 1 and self._held + n > self.capacity:
+            raise ValueError(f"StreamingCache: {n} tokens at once do not fit beside {self._held} in {self.capacity}")
+        self._held = min(self._held + n, self.capacity)
+        held = torch.arange(self._held, device=device)
+        return held[-n:], held

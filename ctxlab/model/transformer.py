@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.cache import KVCache, LayerCache
 from ctxlab.model.config import ModelConfig
@@ -123,8 +124,12 @@ class SelfAttention(nn.Module):
         if cache is None:
             k = position.key(k, keys, state)
         else:
+            if cache.raw and carry is not None:
+                raise IncompatibleError(
+                    f"position: {position.config.name} carries sums over all tokens, of which a streaming cache drops most"
+                )
             cache.carry = carry
-            if position.caches_raw_keys:
+            if position.caches_raw_keys or cache.raw:
                 k, v = cache.append(k, v)
                 k = position.key(k, keys, state)
             else:
@@ -282,13 +287,19 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         if segments is None:
-            self.position.require_defined((0 if cache is None else cache.length) + T - 1)
             if cache is None:
+                self.position.require_defined(T - 1)
                 positions = held = torch.arange(T, device=device)
             else:
+                if cache.raw and self.position.form == "embedding":
+                    raise IncompatibleError(
+                        f"position: {self.position.config.name} is part of the keys and values themselves, which a "
+                        "streaming cache cannot move to other positions"
+                    )
+                self.position.require_defined(cache.last_after(T))
                 positions, held = cache.advance(T, device)
             tables = self.position.tables(positions, dtype)
-            raw = cache is not None and self.position.caches_raw_keys
+            raw = cache is not None and (self.position.caches_raw_keys or cache.raw)
             return Frame(dtype, positions, None, [tables], [self.position.tables(held, dtype) if raw else tables])
         if cache is not None:
             raise ValueError("Transformer: a packed batch has no cache")

@@ -93,9 +93,9 @@ def format_seconds(seconds: float) -> str:
     """`0.0123` -> `12.3 ms`; `75` -> `1:15 min`; `4000` -> `1:06 h`."""
     if not math.isfinite(seconds):
         return "?"
-    if seconds < 1e-3:
+    if seconds < 0.9995e-3:
         return f"{seconds * 1e6:.3g} us"
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def student_t_cdf(t: float, df: int) -> float:
-    """P(T <= t) for a whole number of degrees of freedom, by its finite series (Abramowitz and Stegun 26.7.3, 26.7.4)."""
+    """P(T <= t) for a whole number of degrees of freedom, by its finite series (Abramowitz and Stegun 26.7.3 and 4)."""
     theta = math.atan2(abs(t), math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
     if df % 2:

@@ -8,8 +8,10 @@ every length scores every target of every segment once, and a difference between
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +31,15 @@ from ctxlab.train.scoring import score_windows
 
 PROTOCOL = "non-overlapping"
 AUTO_MULTIPLES = (0.5, 1, 2, 4, 8)
+_LARGEST_NATS = math.log(sys.float_info.max)
 
 
 class PerplexityConfig(ComponentConfig):
     """Which lengths are scored, on what cut of the split."""
 
-    lengths: OrAuto | tuple[Length, ...] = Field("auto", description="auto: 1/2, 1, 2, 4 and 8 times the trained context")
+    lengths: OrAuto | tuple[Length, ...] = Field(
+        "auto", description="auto: 1/2, 1, 2, 4 and 8 times the trained context"
+    )
     segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
     min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
     max_tokens: OrNone | Count = Field(200_000, description="scored at each length, shared by the documents; none: all")
@@ -59,11 +64,12 @@ def auto_lengths(context: int) -> tuple[int, ...]:
 def document_scores(segments: EvalSegments, nats: np.ndarray, token_bytes: np.ndarray) -> DocumentScores:
     """Segment sums gathered by document."""
     scores = DocumentScores()
+    last = -1
     for index in range(segments.n):
         document, tokens = segments.segment(index)
-        name = segments.split.names[document]
-        if not scores.names or scores.names[-1] != name:
-            scores.names.append(name)
+        if document != last:  # told apart by number: two documents may have one name
+            last = document
+            scores.names.append(segments.split.names[document])
             scores.nats.append(0.0)
             scores.targets.append(0)
             scores.n_bytes.append(0)
@@ -84,7 +90,7 @@ def perplexity_measurements(scores: DocumentScores, *, context: int, split: str,
     token_range = ratio_interval(scores.nats, scores.targets)
     in_bits = [n / math.log(2) for n in scores.nats]
     byte_range = ratio_interval(in_bits, scores.n_bytes)
-    common = {
+    common: dict[str, Any] = {
         "context": context,
         "split": split,
         "protocol": PROTOCOL,
@@ -100,11 +106,16 @@ def perplexity_measurements(scores: DocumentScores, *, context: int, split: str,
     return [
         row("nats_per_token", "nats/token", "token", per_token, token_range),
         row(
-            "perplexity", "1", "token", math.exp(per_token),
-            None if token_range is None else (math.exp(token_range[0]), math.exp(token_range[1])),
+            "perplexity", "1", "token", _exp(per_token),
+            None if token_range is None else (_exp(token_range[0]), _exp(token_range[1])),
         ),
         row("bits_per_byte", "bits/byte", "byte", sum(in_bits) / sum(scores.n_bytes), byte_range),
     ]  # fmt: skip
+
+
+def _exp(nats: float) -> float:
+    """exp, infinite where it has no number: the record says so, the other lengths go on."""
+    return math.exp(nats) if nats < _LARGEST_NATS else math.nan if math.isnan(nats) else math.inf
 
 
 def missing_measurements(context: int, split: str, status: str, reason: str) -> list[Measurement]:
@@ -120,10 +131,16 @@ def missing_measurements(context: int, split: str, status: str, reason: str) -> 
 
 
 def segment_length(config: PerplexityConfig, lengths: Sequence[int], dataset: TextDataset, split: str) -> int | None:
-    """The length of the segments: the longest of the lengths asked for that enough documents fill; None if none is."""
-    candidates = [config.segment] if config.segment != "auto" else list(lengths)
-    candidates += [length for length in lengths if length <= max(candidates)]
-    return longest_length(dataset.splits[split], sorted(set(candidates)), min_docs=config.min_documents)
+    """The length of the segments: the longest of the lengths asked for that enough documents fill; None if none is.
+
+    A given length that too few documents fill gives way to the longest one that enough of them do, whatever lengths are
+    asked for: the cells of a sweep share that setting, not their lengths, and have to cut the text alike.
+    """
+    if config.segment == "auto":
+        return longest_length(dataset.splits[split], lengths, min_docs=config.min_documents)
+    targets = np.sort(dataset.splits[split].sizes - 1)[::-1]
+    filled = int(targets[config.min_documents - 1]) if len(targets) >= config.min_documents else 0
+    return min(config.segment, filled) if filled > 0 else None
 
 
 def _segments(config: PerplexityConfig, split: Split, length: int) -> EvalSegments:
@@ -144,7 +161,7 @@ def evaluate_perplexity(
     split: str = "test",
     progress: Callable[[str, int], Callable[[int], None]] = lambda *_: lambda _: None,
 ) -> tuple[list[Measurement], dict[int, DocumentScores]]:
-    """Perplexity of `model` at every length of the config, and the per-document sums behind it (for paired intervals)."""
+    """Perplexity of `model` at every length of the config, and the sums by document behind it (to compare in pairs)."""
     lengths = auto_lengths(trained_context) if config.lengths == "auto" else tuple(sorted(set(config.lengths)))
     longest = segment_length(config, lengths, dataset, split)
     was_training = model.training
@@ -154,7 +171,10 @@ def evaluate_perplexity(
     segments = None if longest is None else _segments(config, dataset.splits[split], longest)
     for length in lengths:
         if segments is None or length > segments.length:
-            reason = f"fewer than {config.min_documents} {split} documents have {length + 1} tokens"
+            if segments is not None and segments.length == config.segment:
+                reason = f"longer than the segments, eval.perplexity.segment={config.segment}"
+            else:
+                reason = f"fewer than {config.min_documents} {split} documents have {length + 1} tokens"
             measurements += missing_measurements(length, split, "no_document", reason)
             continue
         advance = progress(f"scoring {split} at {length}", segments.n * segments.length)
@@ -167,7 +187,8 @@ def evaluate_perplexity(
             measurements += missing_measurements(length, split, "undefined", str(undefined))
             continue
         scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
-        documents[length] = scores
+        if math.isfinite(sum(scores.nats)):
+            documents[length] = scores
         measurements += perplexity_measurements(scores, context=length, split=split, segment=segments.length)
     model.train(was_training)
     return measurements, documents

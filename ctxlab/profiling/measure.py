@@ -18,8 +18,12 @@ from typing import Any
 from pydantic import Field
 
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
+from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.position.base import POSITIONS
 from ctxlab.records.schema import Measurement
-from ctxlab.registry import ComponentConfig
+from ctxlab.registry import ComponentConfig, Registry
+from ctxlab.train.optim.base import OPTIMIZERS
+from ctxlab.units import format_seconds
 
 EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 PROTOCOL = "one training step, batch 1"
@@ -28,8 +32,10 @@ PROTOCOL = "one training step, batch 1"
 class MeasureConfig(ComponentConfig):
     """Which contexts are measured, and the limits of each point."""
 
-    contexts: OrAuto | OrNone | tuple[Length, ...] = Field("auto", description="auto: the lengths of the evaluation table")
-    memory: OrNone | Bytes = Field("none", description="limit of one point; above it the point is out_of_memory")
+    contexts: OrAuto | OrNone | tuple[Length, ...] = Field(
+        "auto", description="auto: the lengths of the evaluation table"
+    )
+    memory: OrNone | Bytes = Field("none", description="limit of one point's process; above it it is out_of_memory")
     timeout: Seconds = Field(300.0, description="limit of one point; above it the point is timed_out")
 
 
@@ -46,13 +52,14 @@ class Point:
     precision: str
     device: str
     recompute: bool = False
+    loss_chunk: int | None = None
     memory_limit: int | None = None
     enough_seconds: float = 3.0
 
 
 def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
     """Measures `what` ("memory" or "time") of one point; a dead child is a result with a status, not an exception."""
-    environment = dict(os.environ)
+    environment = {key: value for key, value in os.environ.items() if key not in EXACT_ALLOCATOR}
     if what == "memory":
         environment |= EXACT_ALLOCATOR
     child = subprocess.Popen(
@@ -61,26 +68,45 @@ def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        errors="replace",
         env=environment,
     )
+    spec = {**point.__dict__, "what": what, "plugins": plugin_files(point)}
     try:
-        out, err = child.communicate(json.dumps({**point.__dict__, "what": what}), timeout=timeout)
+        out, err = child.communicate(json.dumps(spec), timeout=timeout)
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
-        return {"status": "timed_out", "reason": f"took longer than {timeout:g} s"}
+        return {"status": "timed_out", "reason": f"took longer than {format_seconds(timeout)}"}
     except BaseException:
         child.kill()
         child.communicate()
         raise
     if child.returncode == -signal.SIGKILL:
         return {"status": "out_of_memory", "reason": "killed by the system"}
-    lines = out.strip().splitlines()
-    if child.returncode or not lines:
+    if child.returncode < 0:
+        return {"status": "failed", "reason": f"killed by {signal.Signals(-child.returncode).name}"}
+    if child.returncode or not out.strip():
         reason = err.strip().splitlines()[-1] if err.strip() else f"exit code {child.returncode}"
         return {"status": "failed", "reason": reason}
-    result: dict[str, Any] = json.loads(lines[-1])
+    result: dict[str, Any] = json.loads(out)
     return result
+
+
+def plugin_files(point: Point) -> list[tuple[str, str]]:
+    """(module, path) of each file outside the package that a component of the point comes from."""
+    found: dict[str, str] = {}
+    registries: tuple[tuple[Registry[Any], dict[str, Any]], ...] = (
+        (POSITIONS, point.position),
+        (ATTENTIONS, point.attention),
+        (OPTIMIZERS, point.optim),
+    )
+    for registry, settings in registries:
+        name = registry.get(settings["name"]).__module__
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if path is not None and not name.startswith("ctxlab."):
+            found[name] = path
+    return list(found.items())
 
 
 def measure_step(
@@ -90,14 +116,20 @@ def measure_step(
     timeout: float,
     advance: Callable[[str], None] = lambda _: None,
 ) -> list[Measurement]:
-    """peak_memory_bytes, step_seconds and tokens_per_second of one training step at each context."""
+    """peak_memory_bytes, step_seconds and tokens_per_second of one training step at each context.
+
+    A step that does not fit into memory is not run a second time for its time.
+    """
     rows: list[Measurement] = []
     for context in contexts:
         here = replace(point, context=context)
         advance(f"memory of a step at {context}")
-        rows += _rows(run_point(here, "memory", timeout), context, (("peak_memory_bytes", "B"),), ("total_bytes", "source"))
+        used = run_point(here, "memory", timeout)
+        rows += _rows(used, context, (("peak_memory_bytes", "B"),), ("total_bytes", "allocated_bytes", "source"))
         advance(f"time of a step at {context}")
-        timed = run_point(here, "time", timeout)
+        fits = used["status"] != "out_of_memory"
+        # The limit is on memory taken exactly: what the default allocator keeps besides does not decide what fits.
+        timed = run_point(replace(here, memory_limit=None), "time", timeout) if fits else dict(used)
         if timed["status"] == "done":
             timed["tokens_per_second"] = context / timed["step_seconds"]
         rows += _rows(

@@ -1,100 +1,189 @@
 """One measured point: a training step of one model at one context, alone in a process of its own.
 
-Run as `python -m ctxlab.profiling.point`: reads a JSON specification on standard input, prints one JSON line. It imports
-torch and the model only, so that the idle process is small and the same for every point.
+Run as `python -m ctxlab.profiling.point`: reads a JSON specification on standard input, prints one JSON line. It
+imports torch and the model only, so that the idle process is small and the same for every point.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import importlib.util
 import json
+import os
+import re
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that is no model's
 
+from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.memory import peak_memory_bytes
-from ctxlab.train.optim.base import OPTIMIZERS
-from ctxlab.train.precision import autocast
+from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
+from ctxlab.train.precision import Precision, autocast
+from ctxlab.units import format_bytes
 
 MIN_SECONDS, MIN_STEPS = 0.5, 3
+_WARM = 256  # width of the warm-up: wide enough for every thread to take part
+_NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C library, of cuBLAS
 
 
-def _reset_peak(device: torch.device) -> int:
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Builds the model and runs real steps (forward, backward, clipping, optimizer); memory or time, as `what` asks."""
+    device = torch.device(spec["device"])
+    _import_plugins(spec["plugins"])
+    config = ModelConfig.model_validate(spec["model"])
+    position, attention = POSITIONS.config(spec["position"]), ATTENTIONS.config(spec["attention"])
+    optim = OPTIMIZERS.get(spec["optim"]["name"])(OPTIMIZERS.config(spec["optim"]))
+    torch.manual_seed(0)
+    warm_up(optim, spec["precision"], device)
+    idle = start_peak(device)
+
+    limit, context = spec["memory_limit"], spec["context"]
+    with _limited(limit, idle, device):
+        model = Transformer(config, position, attention, vocab_size=spec["vocab_size"], context=context).to(device)
+        model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
+        optimizer = optim.build(model)
+        tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
+
+        def step() -> None:
+            with autocast(spec["precision"], device):
+                hidden = model.hidden(tokens[:, :-1])
+                loss = model.nats(hidden, tokens[:, 1:]).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        step()
+        if spec["what"] == "memory":
+            step()  # the first that runs with the optimizer's state there from its beginning
+            peak, source = peak_memory_bytes(device)
+            if limit is not None and peak > limit:
+                raise MemoryError
+            result = {"peak_memory_bytes": peak - idle, "total_bytes": peak, "source": source}
+            if device.type == "cuda":
+                result["allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+            return result
+        seconds: list[float] = []
+        while len(seconds) < MIN_STEPS or sum(seconds) < MIN_SECONDS:
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+            if sum(seconds) > spec["enough_seconds"]:
+                break
+        return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds), "n_steps": len(seconds)}
+
+
+def warm_up(optim: Optimizer, precision: Precision, device: torch.device) -> None:
+    """One step of a throw-away matrix: what the first of all steps brings into a process stays, the matrix goes.
+
+    That is threads with their stacks, the code of matmul, backward and optimizer, and what libraries set up once. The
+    code of the model's own kernels and whatever is made to the measure of its shapes is left to the model.
+    """
+    layer = torch.nn.Linear(_WARM, _WARM).to(device)
+    optimizer = optim.build(layer)
+    with autocast(precision, device):
+        loss = layer(torch.randn(_WARM, _WARM, device=device)).square().mean()
+    loss.backward()
+    optimizer.step()
+    loss.item()
+
+
+def start_peak(device: torch.device) -> int:
     """Starts a new peak at what is in use now, and returns that: the idle process."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_reserved(device)
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # VmHWM := VmRSS
+    with contextlib.suppress(AttributeError):  # room that imports left free would hide as much of the model
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):  # not there, or closed to us: then the peak so far stands for the idle process
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     return peak_memory_bytes(device)[0]
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Builds the model and runs real steps (forward, backward, optimizer); memory or time, as `what` asks."""
-    device = torch.device(spec["device"])
-    if spec["memory_limit"] is not None and device.type == "cpu":
-        resource.setrlimit(resource.RLIMIT_DATA, (spec["memory_limit"], spec["memory_limit"]))
-    torch.manual_seed(0)
-    warm = torch.randn(256, 256, device=device)
-    (warm @ warm).sum().item()
-    idle = _reset_peak(device)
+@contextlib.contextmanager
+def _limited(limit: int | None, idle: int, device: torch.device) -> Iterator[None]:
+    """Lets the process grow to `limit` bytes in all and no further.
 
-    context = spec["context"]
-    model = Transformer(
-        ModelConfig.model_validate(spec["model"]),
-        POSITIONS.config(spec["position"]),
-        ATTENTIONS.config(spec["attention"]),
-        vocab_size=spec["vocab_size"],
-        context=context,
-    ).to(device)
-    model.recompute = spec["recompute"]
-    optimizer = OPTIMIZERS.get(spec["optim"]["name"])(OPTIMIZERS.config(spec["optim"])).build(model)
-    tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
+    On a CPU the kernel limits what is mapped, not what is used: from what is mapped now the process may go as far as
+    `limit` is from what it uses now.
+    """
+    if limit is None:
+        yield
+        return
+    if device.type == "cuda":
+        everything = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / everything))
+        yield
+        return
+    if limit <= idle:
+        raise MemoryError(f"the process takes {format_bytes(idle)} before there is a model")
+    status = Path("/proc/self/status")
+    mapped = re.search(r"VmData:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if mapped is None:
+        yield  # nothing to go by: the peak is compared in the end
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(mapped[1]) * 1024 + limit - idle, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
-    def step() -> None:
-        with autocast(spec["precision"], device):
-            hidden = model.hidden(tokens[:, :-1])
-            loss = model.nats(hidden, tokens[:, 1:]).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    step()
-    if spec["what"] == "memory":
-        step()  # the optimizer's state exists from the second step on
-        peak, source = peak_memory_bytes(device)
-        return {"peak_memory_bytes": peak - idle, "total_bytes": peak, "source": source}
-    seconds: list[float] = []
-    while len(seconds) < MIN_STEPS or sum(seconds) < MIN_SECONDS:
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-        if sum(seconds) > spec["enough_seconds"]:
-            break
-    return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds), "n_steps": len(seconds)}
+def _import_plugins(files: Sequence[tuple[str, str]]) -> None:
+    """Imports the files, (module name, path) each, that register components from outside the package."""
+    for name, path in files:
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec is not None
+        assert module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module
+        module_spec.loader.exec_module(module)
+
+
+def _without_result(error: Exception, limit: int | None) -> dict[str, Any]:
+    """What a point that ended in an error is, and why, in one line."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    if isinstance(error, UndefinedBeyondTraining):
+        return {"status": "undefined", "reason": text}
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text.lower() for words in _NO_ROOM)
+    )
+    if not full:
+        kind = "" if isinstance(error, CtxlabError) and text else type(error).__name__
+        return {"status": "failed", "reason": ": ".join(filter(None, (kind, text)))}
+    if limit is None:
+        return {"status": "out_of_memory", "reason": text or "no memory is left"}
+    more = f" ({text})" if isinstance(error, MemoryError) and text else ""
+    return {"status": "out_of_memory", "reason": f"does not fit in {format_bytes(limit)}{more}"}
 
 
 def main() -> int:
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is not the answer
     spec = json.load(sys.stdin)
     try:
         result = {"status": "done", **measure(spec)}
-    except (RuntimeError, MemoryError) as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate" in str(error)
-        result = {"status": "out_of_memory" if full else "failed", "reason": text}
-    print(json.dumps(result), flush=True)
+    except Exception as error:
+        result = _without_result(error, spec["memory_limit"])
+    print(json.dumps(result), file=answer, flush=True)
     return 0
 
 

@@ -48,13 +48,22 @@ class Sweep:
 
 
 def new_sweep_id(root: Path, stem: str) -> str:
-    """Makes a new folder for a sweep and returns its name: the stem and four random characters."""
+    """Makes a new folder for a sweep and returns its name: the stem and four random characters.
+
+    Raises RecordError where that is impossible.
+    """
     while True:
         name = f"{stem}-{''.join(secrets.choice(_ALPHABET) for _ in range(4))}"
+        folder = root / SWEEPS / name
         try:
-            (root / SWEEPS / name).mkdir(parents=True)
-        except FileExistsError:
-            continue
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError as error:
+            if folder.exists():
+                continue
+            raise RecordError(f"paths.runs: {folder.parent} is not a folder") from error
+        except OSError as error:
+            raise RecordError(f"paths.runs: {folder} cannot be made: {error.strerror or error}") from error
         return name
 
 
@@ -63,11 +72,14 @@ def sweep_folder(root: Path, sweep_id: str) -> Path:
 
 
 def write_sweep(root: Path, sweep: Sweep) -> None:
-    """Writes sweep.json, whole or not at all."""
+    """Writes sweep.json, whole or not at all. Raises RecordError where the disk refuses."""
     path = sweep_folder(root, sweep.id) / "sweep.json"
     draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(asdict(sweep), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(draft, path)
+    try:
+        draft.write_text(json.dumps(asdict(sweep), indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def read_sweep(root: Path, sweep_id: str) -> Sweep:
@@ -82,12 +94,15 @@ def read_sweep(root: Path, sweep_id: str) -> Sweep:
         raise RecordError(
             f"sweep.resume: there is no sweep '{sweep_id}' in {root}{nearest(sweep_id, known)}"
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise RecordError(f"sweep.resume: {path} cannot be read: {error}") from error
-    for name in ("swept", "cells"):
-        plain[name] = tuple(plain[name])
-    plain["plugins"] = tuple((path, sha256) for path, sha256 in plain["plugins"])
-    return Sweep(**plain)
+    try:
+        for name in ("swept", "cells"):
+            plain[name] = tuple(plain[name])
+        plain["plugins"] = tuple((plugin, sha256) for plugin, sha256 in plain["plugins"])
+        return Sweep(**plain)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"sweep.resume: {path} is no sweep ({type(error).__name__}: {error})") from error
 
 
 def cell_command(run: Run) -> list[str]:
@@ -102,6 +117,7 @@ class Child:
     run: Run
     process: subprocess.Popen[bytes]
     started: float
+    finished_before: str | None = None  # when its last attempt ended: what its record says until this one begins
     ended_by: str = ""  # the status that we, not the cell, decided on
     reason: str = ""
     peak: int = 0
@@ -160,7 +176,7 @@ class Pool:
                 env=environment,
                 start_new_session=True,
             )
-        return Child(run, process, time.monotonic())
+        return Child(run, process, time.monotonic(), run.record.finished)
 
     def _limit(self, child: Child) -> None:
         elapsed = time.monotonic() - child.started
@@ -183,7 +199,7 @@ class Pool:
         record = run.reload()
         if child.ended_by:
             run.finish(child.ended_by, child.reason)
-        elif record.finished is None:
+        elif record.finished in (None, child.finished_before):
             run.finish(*(otherwise or _end_of(child.process.returncode, run.path / LOG)))
         self.finished(run)
 

@@ -147,6 +147,14 @@ def gone(pid: int, patience: float = 10.0) -> bool:
     return False
 
 
+def test_a_cell_that_dies_before_it_begins_again_says_how_it_died(store: RunStore) -> None:
+    """Its record still tells of the attempt before."""
+    run = cell(store)
+    run.finish("failed", "as it was")
+    Pool(jobs=1, command=script("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")).execute([run])
+    assert store.open(run.id).record.status == "killed"
+
+
 def test_jobs_run_side_by_side_and_in_order(store: RunStore) -> None:
     runs = [cell(store, number) for number in range(5)]
     most, started = 0, list[str]()

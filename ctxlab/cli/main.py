@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if _wants_traceback():
             traceback.print_exc()
-        _say(_explain_os(error))
+        _say(explain_os(error))
         return DIED if error.errno == errno.ENOSPC else REFUSED
     except Exception as error:
         if _wants_traceback():
@@ -140,7 +140,8 @@ def _wants_traceback() -> bool:
     return os.environ.get("CTXLAB_TRACEBACK", "") not in ("", "0")
 
 
-def _explain_os(error: OSError) -> str:
+def explain_os(error: OSError) -> str:
+    """One line for what the system refused: which file, and why."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
 

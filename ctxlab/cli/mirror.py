@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ctxlab.cli.execute import is_first_rank
-from ctxlab.cli.main import DIED, DONE, INTERRUPTED
-from ctxlab.errors import CtxlabError
+from ctxlab.cli.execute import exit_code, is_first_rank
+from ctxlab.cli.main import DONE
 from ctxlab.records.sinks import LoggerConfig, NullSink, RunSink, Sink, open_mirror
 from ctxlab.records.store import Run
 
@@ -31,17 +30,8 @@ def recording(run: Run, logger: LoggerConfig, job_type: str) -> Iterator[Recordi
     opened = Recording(RunSink(run, open_mirror(run, logger, group=group, job_type=job_type)))
     try:
         yield opened
-    except KeyboardInterrupt:
-        opened.exit_code = INTERRUPTED
-        raise
-    except SystemExit as stop:
-        opened.exit_code = stop.code if isinstance(stop.code, int) else DIED
-        raise
-    except CtxlabError as error:
-        opened.exit_code = error.exit_code
-        raise
-    except BaseException:
-        opened.exit_code = DIED
+    except BaseException as error:
+        opened.exit_code = exit_code(error, run)
         raise
     finally:
         opened.sink.finish(opened.exit_code)

@@ -109,6 +109,7 @@ def step_point(config: Any, *, vocab_size: int, precision: Precision, device: to
         precision=precision,
         device=device.type,
         recompute=config.trainer.recompute,
+        loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ctxlab.cli import console
 from ctxlab.cli.environment import set_thread_defaults
 from ctxlab.cli.invocation import Invocation
+from ctxlab.cli.preflight import check, check_cells
 from ctxlab.config.overrides import Line, key_of, split
 from ctxlab.errors import ConfigError
 
@@ -25,10 +26,11 @@ def start(command: str, argv: list[str]) -> int:
     line = split(command, argv)
     if line.multirun and command not in _RECORDED:
         raise ConfigError(f"-m: ctxlab {command} makes no record, so there is nothing to sweep over")
+    threads_are_given = "OMP_NUM_THREADS" in os.environ
     set_thread_defaults()
     from ctxlab.config.prepare import prepare
 
-    if line.selectors.get("resume", ("none",)) != ("none",):
+    if line.selectors.get("resume", ("none",)) != ("none",) or "resume" in map(key_of, line.overrides):
         return _resume(line)
     with console.progress_bar(console.stderr()) as bar:
         prepared = prepare(line, validate=not line.print_config, each=lambda rows: _counted(rows, bar))
@@ -39,7 +41,10 @@ def start(command: str, argv: list[str]) -> int:
     if prepared.is_sweep or going_on:
         from ctxlab.cli.sweep import run_sweep
 
-        return run_sweep(prepared)
+        if not going_on:  # the cells of one that goes on were checked when they were written down
+            with console.progress_bar(console.stderr()) as bar:
+                check_cells(prepared.cells, bar)
+        return run_sweep(prepared, share_threads=not threads_are_given)
     return _run_once(prepared)
 
 
@@ -48,6 +53,8 @@ def _run_once(prepared: Prepared) -> int:
     command = prepared.line.command
     if cell.skipped:
         raise ConfigError(cell.skipped)
+    with console.progress_bar(console.stderr()) as bar:
+        check(cell.typed, bar)
     invocation = Invocation(
         command=command,
         line=prepared.line.text,
@@ -59,26 +66,37 @@ def _run_once(prepared: Prepared) -> int:
         from ctxlab.cli.commands import generate
 
         return int(generate.run(cell.typed, invocation))
-    from ctxlab.cli.execute import execute
+    from ctxlab.cli.execute import discard, execute
 
     run = invocation.store.create(command, stem(command, cell.typed), **record_fields(cell, prepared))
-    return execute(command, cell.typed, run, invocation)
+    return execute(command, cell.typed, run, invocation, undo=lambda: discard(run))
 
 
 def _resume(line: Line) -> int:
-    from ctxlab.cli.execute import execute
+    from ctxlab.cli.execute import execute, put_back
     from ctxlab.config.prepare import prepare_resume
 
     if line.command != "train" or line.multirun:
         raise ConfigError("resume: goes on with one training run; a sweep goes on with sweep.resume=ID")
     runs = Path(line.free_text.get("paths.runs") or os.environ.get("CTXLAB_RUNS") or "runs").expanduser()
     cell = prepare_resume(line, runs)
+    if line.print_config:
+        _print_config(cell)
+        return 0
+    with console.progress_bar(console.stderr()) as bar:
+        check(cell.typed, bar)
     invocation = Invocation(command=line.command, line=line.text, runs=runs, overrides=line.overrides)
     run = invocation.store.open(cell.typed.resume)
     if run.record.status == "running":
         raise ConfigError(f"resume: {run.id} is running")
+    before = run.record
+    # What the run is from now on; the other ranks of a distributed run read it there.
+    said = {key_of(o) for o in line.overrides} | line.free_text.keys()
+    now = {"tags": tuple(cell.typed.tags), "note": cell.typed.note}
+    changes = {key: value for key, value in now.items() if key in said}
+    run.update(config={**cell.config, "resume": "none"}, line=cell.line, **changes)
     run.restart()
-    return execute(line.command, cell.typed, run, invocation)
+    return execute(line.command, cell.typed, run, invocation, undo=lambda: put_back(run, before))
 
 
 def stem(command: str, config: Any) -> str:
@@ -86,7 +104,7 @@ def stem(command: str, config: Any) -> str:
     if config.name != "auto":
         return str(config.name)
     if command == "eval":
-        return f"eval-{config.run[0].rpartition('-')[0]}"
+        return f"eval-{Path(config.run[0]).name.rpartition('-')[0]}"
     parts = f"{config.model.name}-{config.position.name}"
     return f"profile-{parts}" if command == "profile" else f"{parts}-{config.context}"
 
@@ -96,9 +114,9 @@ def record_fields(cell: Cell, prepared: Prepared) -> dict[str, Any]:
     config = cell.typed
     parent = None
     if prepared.line.command == "eval":
-        parent = config.run[0] if len(config.run) == 1 else None
+        parent = Path(config.run[0]).name if len(config.run) == 1 else None
     elif getattr(config, "init", "none") != "none":
-        parent = config.init
+        parent = Path(config.init).name
     return {
         "config": cell.config,
         "line": cell.line,
@@ -111,15 +129,19 @@ def record_fields(cell: Cell, prepared: Prepared) -> dict[str, Any]:
 
 
 def _print_configs(prepared: Prepared) -> None:
-    import yaml  # type: ignore[import-untyped]
-
     for number, cell in enumerate(prepared.cells):
         if prepared.is_sweep:
             swept = " ".join(o for o in cell.overrides if key_of(o) in prepared.swept)
             print(f"# cell {number}{f': {swept}' if swept else ''}")
-        print(yaml.safe_dump(json.loads(json.dumps(cell.config)), allow_unicode=True, sort_keys=False), end="")
+        _print_config(cell)
         if prepared.is_sweep and number + 1 < len(prepared.cells):
             print("---")
+
+
+def _print_config(cell: Cell) -> None:
+    import yaml  # type: ignore[import-untyped]
+
+    print(yaml.safe_dump(json.loads(json.dumps(cell.config)), allow_unicode=True, sort_keys=False), end="")
 
 
 def _counted(rows: Iterable[list[str]], bar: Any) -> Iterator[list[str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +47,10 @@ if TYPE_CHECKING:
 _FREE_ON_RESUME = ("sweep.", "paths.", "hydra.")
 
 
-def run_sweep(prepared: Prepared) -> int:
+def run_sweep(prepared: Prepared, *, share_threads: bool) -> int:
     """Writes a sweep down (or reads one that goes on), runs its unfinished cells, prints the comparison.
 
+    With `share_threads` each of the cells that run side by side gets its part of the cores, whatever this process has.
     Exit code 0 when every cell is done or skipped, 1 when one died, 130 and 143 when it was stopped.
     """
     store = RunStore(prepared.runs)
@@ -63,6 +66,8 @@ def run_sweep(prepared: Prepared) -> int:
     if alive:
         raise RecordError(f"sweep.resume: {', '.join(alive)} of {sweep.id} is running")
 
+    if share_threads:
+        os.environ.pop("OMP_NUM_THREADS", None)
     set_thread_defaults(share=min(settings.jobs, max(1, len(to_run))))
     view = SweepView(console.stderr(), sweep, {run.id: run for run in runs})
     pool = Pool(
@@ -84,32 +89,39 @@ def run_sweep(prepared: Prepared) -> int:
 
 
 def write_cells(prepared: Prepared, store: RunStore) -> Sweep:
-    """Every cell's record, `waiting` or `skipped` with the reason, then the sweep itself."""
+    """Every cell's record, `waiting` or `skipped` with the reason, then the sweep itself: all of it or nothing."""
     command = prepared.line.command
     first = prepared.cells[0].typed
     name = first.experiment if first.experiment != "none" else "-".join(k.rpartition(".")[2] for k in prepared.swept)
     sweep_id = new_sweep_id(store.root, name or "sweep")
-    ids = []
-    for number, cell in enumerate(prepared.cells):
-        run = store.create(
-            command,
-            stem(command, cell.typed),
-            **record_fields(cell, prepared),
-            sweep={"id": sweep_id, "cell": number},
-            status="waiting",
+    runs: list[Run] = []
+    try:
+        for number, cell in enumerate(prepared.cells):
+            run = store.create(
+                command,
+                stem(command, cell.typed),
+                **record_fields(cell, prepared),
+                sweep={"id": sweep_id, "cell": number},
+                status="waiting",
+            )
+            runs.append(run)
+            if cell.skipped:
+                run.finish("skipped", cell.skipped)
+        sweep = Sweep(
+            id=sweep_id,
+            command=command,
+            line=prepared.line.text,
+            swept=prepared.swept,
+            cells=tuple(run.id for run in runs),
+            plugins=tuple((str(plugin.path), plugin.sha256) for plugin in prepared.plugins),
         )
-        if cell.skipped:
-            run.finish("skipped", cell.skipped)
-        ids.append(run.id)
-    sweep = Sweep(
-        id=sweep_id,
-        command=command,
-        line=prepared.line.text,
-        swept=prepared.swept,
-        cells=tuple(ids),
-        plugins=tuple((str(plugin.path), plugin.sha256) for plugin in prepared.plugins),
-    )
-    write_sweep(store.root, sweep)
+        write_sweep(store.root, sweep)
+    except BaseException:  # a full disk, Ctrl-C: half a sweep cannot go on
+        for path in (*(run.path for run in runs), sweep_folder(store.root, sweep_id)):
+            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # unless it holds other sweeps
+            sweep_folder(store.root, sweep_id).parent.rmdir()
+        raise
     return sweep
 
 

@@ -85,7 +85,7 @@ class Composer:
             _refuse_targets(OmegaConf.to_container(_without_hydra(loaded), resolve=False))
             self._refuse_hydra_changes(loaded)
             config = OmegaConf.to_container(_without_hydra(loaded), resolve=True)
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise ConfigError(explain_hydra(error, self.command, overrides, self.folders)) from error
         assert isinstance(config, dict)
         choices = {k: v for k, v in loaded.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
@@ -146,19 +146,32 @@ class Composer:
             raise ConfigError(
                 f"{key}: '_target_' is refused; components are chosen by name and code comes from --plugin"
             )
+        if key == "hydra":
+            raise ConfigError(
+                "hydra: not allowed; of hydra only mode, sweeper.params, run.dir and sweep.dir may be set"
+            )
         if key.startswith("hydra.") and not _allowed(key.removeprefix("hydra.")):
             raise ConfigError(_hydra_refusal(key.removeprefix("hydra.")))
         if key.startswith("hydra/"):
             raise ConfigError(_hydra_refusal(key.removeprefix("hydra/").replace("/", ".")))
+        said = text.partition("=")[2]
+        if key.startswith("hydra.sweeper.params"):
+            swept = key.removeprefix("hydra.sweeper.params").lstrip(".") or "KEY"
+            raise ConfigError(f"{key}: is for experiment files; on the line write -m {swept}={said}")
         groups = {default.group for default in catalog.defaults(self.command)}
         group, _, field = key.partition(".")
         if field == "name" and group in groups - {"model"}:
-            raise ConfigError(f"{key}: is chosen with its settings, by {group}={text.partition('=')[2] or 'NAME'}")
-        if key in groups and isinstance(override.value(), bool | int | float | dict):
+            raise ConfigError(f"{key}: is chosen with its settings, by {group}={said or 'NAME'}")
+        if key not in groups:
+            return
+        if override.is_delete():
+            raise ConfigError(f"{key}: cannot be left out; choose one of its options")
+        if override.is_add():
+            raise ConfigError(f"{key}: is there already; write {key}={said}")
+        value = override.value()
+        if value is None or isinstance(value, bool | int | float | dict):
             known = [option.name for option in catalog.groups(self.folders).get(key, [])]
-            raise ConfigError(
-                f"{key}: no {key} is called '{text.partition('=')[2]}'{nearest(text.partition('=')[2], known)}"
-            )
+            raise ConfigError(f"{key}: no {key} is called '{said}'{nearest(said, known)}")
 
     def _refuse_hydra_changes(self, loaded: DictConfig) -> None:
         flat = _flat_hydra(loaded)

@@ -38,12 +38,17 @@ _KINDS = {
     "path_type": "a path",
 }
 _WORDS = ("literal_error", "enum")
+_LISTS = {"tuple_type", "list_type"}
+_EMPTY = {"too_short": "at least one value", "string_too_short": "text that is not empty"}
 _BOUNDS = {
     "greater_than": (">", "gt"),
     "greater_than_equal": (">=", "ge"),
     "less_than": ("<", "lt"),
     "less_than_equal": ("<=", "le"),
 }
+# Commands that take the model from a record, and what they leave as it is there.
+_OF_A_RUN = ("eval", "generate")
+_RECORDED = ("model", "position", "tokenizer", "context", "optim", "init")
 _CLOSE_ENDING = 0.75  # similarity from which the last part of a key elsewhere is worth a guess
 
 
@@ -68,9 +73,13 @@ def explain_hydra(error: Exception, command: str, overrides: Sequence[str], fold
             return f"{link.full_key}: {_first_line(str(link))}"
         if isinstance(link, OmegaConfBaseException) and link.full_key and "is not in struct" in str(link):
             return unknown_key(_as_typed(str(link.full_key), overrides), command, overrides, folders)
-    deleted = re.search(r"Could not delete from config\. '(?P<key>.*?)' does not exist", text)
-    if deleted:
-        return unknown_key(deleted["key"], command, overrides, folders)
+    refused = re.search(
+        r"Could not delete from config\. '(?P<deleted>.*?)' does not exist"
+        r"|Could not (?:override|delete) '(?P<group>.*?)'\. No match in the defaults list",
+        text,
+    )
+    if refused:
+        return unknown_key((refused["deleted"] or refused["group"]).split("@")[0], command, overrides, folders)
     return text
 
 
@@ -79,6 +88,11 @@ def unknown_key(key: str, command: str, overrides: Sequence[str] = (), folders: 
     options = catalog.groups(folders)
     groups = {default.group for default in catalog.defaults(command)}
     known = {*catalog.keys(command, folders), *groups}
+    top = key.replace("/", ".").split(".")[0]
+    if command in _OF_A_RUN and top in _RECORDED:
+        return f"{key}: is as in the recorded run; ctxlab {command} --help lists what may differ"
+    if key == "run" and command == "train":
+        return "run: ctxlab train starts from a run with init=RUN and goes on with one with resume=RUN"
     if "/" in key and key.replace("/", ".") in known:
         return f"{key}: write it as {key.replace('/', '.')}"
     group = key.split(".")[0]
@@ -94,6 +108,7 @@ def unknown_key(key: str, command: str, overrides: Sequence[str] = (), folders: 
         ends = {k.rpartition(".")[2]: k for k in known}
         close = difflib.get_close_matches(key.rpartition(".")[2], ends, n=1, cutoff=_CLOSE_ENDING)
         end = f"; did you mean '{ends[close[0]]}'?" if close else f"; see ctxlab {command} --help"
+        end += '; a prompt with a = in it is given as prompt="..."' if command == "generate" else ""
     return f"{key}: no such key{end}"
 
 
@@ -108,7 +123,7 @@ def _of_another_option(key: str, group: str, overrides: Sequence[str], options: 
     owners = [o.name for o in options[group] if any(e.key == field for e in catalog.entries(o.path))]
     chosen = next((o.partition("=")[2] for o in reversed(overrides) if key_of(o) == group), None)
     where = f"{group}={chosen}" if chosen else f"the chosen {group}"
-    return f"{key}: {where} has no '{field}'; it belongs to {group}={' or '.join(owners)}"
+    return f"{key}: {where} has no '{field}'; it belongs to {group}={_either(owners)}"
 
 
 def _missing_option(error: MissingConfigException, folders: Sequence[Path]) -> str:
@@ -171,6 +186,8 @@ def _explain_field(path: str, details: list[ErrorDetails], known: dict[str, list
     if said:
         words = said[0] + (f" ({expected} is allowed too)" if expected else "")
         return _with_path(path, words)
+    if _LISTS & {detail["type"] for detail in details} and not isinstance(got, bool | dict | None):
+        return f"{path}: expected {expected}, got {_shown(got)}; write [{got}]"
     literals = [str(detail["ctx"]["expected"]) for detail in details if detail["type"] in _WORDS]
     choices = [word for literal in literals for word in re.findall(r"'(.*?)'", literal)]
     close = nearest(got, choices) if isinstance(got, str) else ""
@@ -200,6 +217,8 @@ def _expected(detail: ErrorDetails) -> list[str]:
     if kind in _BOUNDS:
         sign, name = _BOUNDS[kind]
         return [f"a number {sign} {detail['ctx'][name]:g}"]
+    if kind in _EMPTY:
+        return [_EMPTY[kind]]
     if kind in _WORDS:
         return re.findall(r"'(.*?)'", str(detail["ctx"]["expected"]))
     if kind in ("value_error", "assertion_error"):

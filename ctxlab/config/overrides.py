@@ -16,7 +16,7 @@ from ctxlab.errors import ConfigError
 from ctxlab.registry import nearest
 
 # Values that are text, not Hydra's grammar: whole keys, every key under a prefix, and every key with such a last part.
-FREE_TEXT_KEYS = frozenset({"prompt", "text", "note", "name", "logger.project", "logger.entity"})
+FREE_TEXT_KEYS = frozenset({"prompt", "text", "note", "name", "data.field", "logger.project", "logger.entity"})
 FREE_TEXT_PREFIXES = ("paths.",)
 FREE_TEXT_ENDINGS = frozenset({"path", "file", "prompt_file"})
 

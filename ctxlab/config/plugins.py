@@ -45,7 +45,7 @@ def load(path: Path, expected: str = "") -> Plugin:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script that ends itself is no plugin, and must not end us
             del sys.modules[name]
             raise ConfigError(f"--plugin: {path}: {type(error).__name__}: {error}") from error
     return Plugin(path, sha256)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from ctxlab.config import catalog, plugins, rules, schema
 from ctxlab.config.compose import Composed, Composer, set_key
 from ctxlab.config.explain import unknown_key
 from ctxlab.config.overrides import SELECTOR_KEYS, Line, key_of, split_selector
-from ctxlab.errors import ConfigError, IncompatibleError
-from ctxlab.records.store import RunStore
+from ctxlab.errors import ConfigError, IncompatibleError, RecordError
+from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths
+from ctxlab.records.store import Run, RunStore
+from ctxlab.train.budget import plan_budget
+from ctxlab.train.checkpoint import find_checkpoint
 
 # What `train init=RUN` takes over from the run, unless the line chooses another.
 INHERITED = ("model", "position", "attention", "tokenizer")
@@ -64,10 +68,12 @@ def prepare(
         with Composer(line.command, line.config_dirs, (generated,)) as composer:
             first = _without_sweeps(composer, line)
             runs = Path(line.free_text.get("paths.runs", first.config["paths"]["runs"])).expanduser()
-            work = _Work(line, composer, RunStore(runs), generated, validate)
+            work = _Work(line, composer, RunStore(runs), generated, validate, first.multirun)
             is_sweep = line.multirun or first.multirun
             if not is_sweep:
-                return Prepared(line, (work.cell(list(line.overrides)),), False, (), loaded, runs)
+                as_it_is = not any(override.is_sweep_override() for override in composer.parse(line.overrides))
+                cell = work.cell(list(line.overrides), first if as_it_is else None)
+                return Prepared(line, (cell,), False, (), loaded, runs)
             rows = composer.cells(line.overrides, first.sweep_params)
             swept = tuple(key_of(row) for index, row in enumerate(rows[0]) if len({r[index] for r in rows}) > 1)
             return Prepared(line, tuple(work.sweep(each(rows))), True, swept, loaded, runs)
@@ -80,6 +86,7 @@ class _Work:
     store: RunStore
     generated: Path
     validate: bool
+    sweeps_by_itself: bool  # the config says so, not the flag: a cell's line then has to say that it does not
 
     def sweep(self, rows: Iterable[list[str]]) -> list[Cell]:
         """All cells, or one ConfigError with every mistake and the cells that make it."""
@@ -88,29 +95,33 @@ class _Work:
         for number, row in enumerate(rows):
             try:
                 cells.append(self.cell(row))
-            except ConfigError as error:
+            except (ConfigError, RecordError) as error:
                 for text in str(error).splitlines():
                     wrong.setdefault(text, []).append(str(number))
         if wrong:
             raise ConfigError("\n".join(f"{text} (cell {', '.join(numbers)})" for text, numbers in wrong.items()))
-        return cells
+        return self._same_segments(cells) if self.validate else cells
 
-    def cell(self, overrides: list[str]) -> Cell:
-        """Composes one config, looks its runs up, sets its free text, reads it through the schema."""
+    def cell(self, overrides: list[str], composed: Composed | None = None) -> Cell:
+        """Composes one config (unless it is `composed`), looks its runs up, sets its free text, reads it typed."""
         selectors = dict(self.line.selectors)
         for override in overrides:
             if key_of(override) in SELECTOR_KEYS:
                 selectors[key_of(override)] = split_selector(override.partition("=")[2])
         plain = [override for override in overrides if key_of(override) not in SELECTOR_KEYS]
         inherited = self._inherit(selectors.get("init", ("none",)), plain)
-        config = self.composer.compose([*inherited, *plain]).config
-        self._refuse_unknown(config, [*self.line.free_text, *selectors])
+        if composed is None or inherited:
+            composed = self.composer.compose([*inherited, *plain])
+        config = composed.config
+        self._refuse_unknown(config, [*self.line.free_text, *selectors], overrides)
         for key, value in self.line.free_text.items():
             set_key(config, key, value)
         ids = self._resolve(config, selectors)
         line = self._text(overrides, ids)
         if not self.validate:
             return Cell(tuple(overrides), config, None, line)
+        if config.get("resume", "none") != "none":
+            raise ConfigError("resume: goes on with one training run, and only from the line: ctxlab train resume=RUN")
         typed = schema.parse(self.line.command, config)
         try:
             rules.check(typed)
@@ -118,11 +129,39 @@ class _Work:
             return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line, skipped=str(error))
         return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line)
 
+    def _same_segments(self, cells: list[Cell]) -> list[Cell]:
+        """Cells that are scored at different lengths get test segments of one length: the longest that any asks for.
+
+        Left to itself each would cut the test text by its own longest length, and the cells' numbers would not be of
+        the same tokens.
+        """
+        lengths = [self._lengths(cell) for cell in cells]
+        if len({asked for asked in lengths if asked}) < 2:
+            return cells
+        longest = max(length for asked in lengths for length in asked)
+        return [
+            _with_segment(cell, longest) if asked and cell.typed.eval.perplexity.segment == "auto" else cell
+            for cell, asked in zip(cells, lengths, strict=True)
+        ]
+
+    def _lengths(self, cell: Cell) -> tuple[int, ...]:
+        """The lengths that a cell is scored at, none where it is not."""
+        perplexity = getattr(getattr(cell.typed, "eval", None), "perplexity", "none")
+        if cell.skipped or not isinstance(perplexity, PerplexityConfig):
+            return ()
+        if perplexity.lengths != "auto":
+            return tuple(sorted(set(perplexity.lengths)))
+        if isinstance(cell.typed, schema.EvalConfig):
+            contexts = [self.store.open(run_id).record.config["context"] for run_id in cell.typed.run]
+        else:
+            contexts = [cell.typed.context]
+        return tuple(sorted({length for context in contexts for length in auto_lengths(context)}))
+
     def _inherit(self, init: tuple[str, ...], overrides: list[str]) -> list[str]:
         """The recorded parts of a run as group options, for the groups that the line does not choose itself."""
         if init == ("none",):
             return []
-        run = self.store.resolve(_single("init", init))
+        run = _found(self.store, "init", init)
         chosen = {key_of(override) for override in overrides}
         parts = []
         for group in INHERITED:
@@ -142,23 +181,37 @@ class _Work:
             if wanted is None or wanted == ("none",) or key not in config:
                 continue
             if key == "run" and self.line.command == "eval":
-                found = [self.store.resolve(selector).id for selector in wanted]
+                found = self._resolve_all(wanted)
                 config[key] = found
                 ids[key] = found[0] if len(found) == 1 else f"[{','.join(found)}]"
             else:
-                config[key] = ids[key] = self.store.resolve(_single(key, wanted)).id
+                config[key] = ids[key] = _name(self.store, _found(self.store, key, wanted))
         return ids
 
-    def _refuse_unknown(self, config: dict[str, Any], keys: Iterable[str]) -> None:
+    def _resolve_all(self, selectors: tuple[str, ...]) -> list[str]:
+        """The ids of several runs. Raises ConfigError with a line for each that cannot be found."""
+        found, wrong = [], []
+        for selector in selectors:
+            try:
+                found.append(_name(self.store, _found(self.store, "run", (selector,))))
+            except (ConfigError, RecordError) as error:
+                wrong.append(str(error))
+        if wrong:
+            raise ConfigError("\n".join(dict.fromkeys(wrong)))
+        return found
+
+    def _refuse_unknown(self, config: dict[str, Any], keys: Iterable[str], overrides: list[str]) -> None:
         """Free text did not pass through Hydra, which would have refused a key that the config does not have."""
         known = catalog.keys(self.line.command, self.line.config_dirs)
         for key in keys:
             top, _, _ = key.partition(".")
             if top not in config or (key in known and not _has(config, key)):
-                raise ConfigError(unknown_key(key, self.line.command, self.line.overrides, self.line.config_dirs))
+                raise ConfigError(unknown_key(key, self.line.command, overrides, self.line.config_dirs))
 
     def _text(self, overrides: list[str], ids: dict[str, str]) -> str:
         words = [override for override in overrides if key_of(override) not in ids]
+        if self.sweeps_by_itself:
+            words = [word for word in words if key_of(word) != "hydra.mode"] + ["hydra.mode=RUN"]
         words += [f"{key}={value}" for key, value in ids.items()]
         words += [f"{key}={value}" for key, value in self.line.free_text.items()]
         words += [word for path in self.line.plugins for word in ("--plugin", str(path))]
@@ -168,28 +221,60 @@ class _Work:
 
 def prepare_resume(line: Line, runs: Path) -> Cell:
     """The config of a run that goes on: the recorded one, with a larger budget, other devices, another logger."""
+    known = {*catalog.keys(line.command), *(default.group for default in catalog.defaults(line.command))}
     for key in (*map(key_of, line.overrides), *line.free_text, *(k for k in line.selectors if k != "resume")):
+        if key not in known:
+            raise ConfigError(unknown_key(key, line.command, line.overrides))
         if not any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in RESUMABLE):
             allowed = ", ".join(entry.rstrip(".") for entry in RESUMABLE)
             raise ConfigError(f"{key}: is as in the run that goes on; resume=RUN accepts only {allowed}")
-    run = RunStore(runs).resolve(_single("resume", line.selectors["resume"]))
-    config = dict(run.record.config)
+    run = _found(RunStore(runs), "resume", line.selectors["resume"])
+    if run.record.command != "train":
+        raise ConfigError(f"resume: {run.id} is no training run but one of ctxlab {run.record.command}")
+    for path, sha256 in run.record.plugins:
+        plugins.load(Path(path), sha256)
+    config = copy.deepcopy(run.record.config)
     with Composer(line.command) as composer:
         composer.compose(line.overrides)  # refuses what does not exist
         for override in composer.parse(line.overrides):
             set_key(config, key_of(override.input_line or ""), override.value())
     for key, value in line.free_text.items():
         set_key(config, key, value)
-    config["resume"] = run.id
+    config["resume"] = _name(RunStore(runs), run)
     typed = schema.parse(line.command, config)
     rules.check(typed)
-    return Cell(line.overrides, typed.model_dump(mode="json"), typed, line.text)
+    _refuse_spent(run, typed)
+    words = [*shlex.split(run.record.line), *line.overrides, *(f"{k}={v}" for k, v in line.free_text.items())]
+    return Cell(line.overrides, typed.model_dump(mode="json"), typed, shlex.join(words))
+
+
+def _refuse_spent(run: Run, config: schema.TrainConfig) -> None:
+    """Refuses a run that has nothing left to do. One that was stopped in its evaluation still has that."""
+    if not run.has_weights:
+        return
+    saved = find_checkpoint(run.checkpoints)
+    trainer = config.trainer
+    budget = plan_budget(trainer, config.context, world=trainer.devices, fitting_rows=lambda _: 1)
+    limit = budget.spent(saved.step, saved.seconds)
+    if limit is not None and (run.record.status == "done" or saved.step > budget.n_steps):
+        raise ConfigError(
+            f"trainer.{limit}: {run.id} is at step {saved.step} and has reached {getattr(trainer, limit)}; "
+            f"give a larger trainer.{limit} to go on"
+        )
 
 
 def _without_sweeps(composer: Composer, line: Line) -> Composed:
     """One composition that tells where runs are kept and whether an experiment is a sweep, before that is expanded."""
     overrides = [o.input_line or "" for o in composer.parse(line.overrides) if not o.is_sweep_override()]
     return composer.compose([o for o in overrides if key_of(o) not in SELECTOR_KEYS])
+
+
+def _with_segment(cell: Cell, segment: int) -> Cell:
+    """The cell with `eval.perplexity.segment` set, in its config and in the line that does it again."""
+    perplexity = cell.typed.eval.perplexity.model_copy(update={"segment": segment})
+    typed = cell.typed.model_copy(update={"eval": cell.typed.eval.model_copy(update={"perplexity": perplexity})})
+    line = f"{cell.line} eval.perplexity.segment={segment}"
+    return replace(cell, typed=typed, config=typed.model_dump(mode="json"), line=line)
 
 
 def _has(config: dict[str, Any], key: str) -> bool:
@@ -201,7 +286,21 @@ def _has(config: dict[str, Any], key: str) -> bool:
     return True
 
 
-def _single(key: str, selectors: tuple[str, ...]) -> str:
-    if len(selectors) != 1 or not selectors[0]:
+def _found(store: RunStore, key: str, selectors: tuple[str, ...]) -> Run:
+    """The one run that the value of `key` names. Raises ConfigError and RecordError that begin with that key."""
+    if selectors == ("",):
+        raise ConfigError(f"{key}: expected a run id, a unique prefix of one, a path or last, got nothing")
+    if len(selectors) != 1:
         raise ConfigError(f"{key}: expected one run, got '[{','.join(selectors)}]'")
-    return selectors[0]
+    try:
+        run = store.resolve(selectors[0])
+    except RecordError as error:
+        raise RecordError(f"{key}: {error}".replace(f"{key}: run: ", f"{key}: ", 1)) from error
+    if key != "resume" and not run.has_weights:
+        raise RecordError(f"{key}: {run.id} (ctxlab {run.record.command}, {run.record.status}) has no weights")
+    return run
+
+
+def _name(store: RunStore, run: Run) -> str:
+    """What finds a run again: its id, or its whole path where it lies in another folder than the runs of this line."""
+    return run.id if (store.root / run.id).resolve() == run.path.resolve() else str(run.path.resolve())

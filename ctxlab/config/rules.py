@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from ctxlab.config.schema import CommandConfig, ProfileConfig, TrainConfig
-from ctxlab.errors import IncompatibleError
+from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, TrainConfig
+from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.units import format_length
 
 
 def check(config: CommandConfig) -> None:
-    """Raises IncompatibleError, one line, for the first rule that a config breaks."""
+    """Raises IncompatibleError, one line, for the first rule that a config breaks.
+
+    What no other value would make right is a plain ConfigError: it refuses a sweep whole instead of skipping a cell.
+    """
+    if isinstance(config, TrainConfig | EvalConfig | ProfileConfig) and config.profile.contexts == ():
+        raise ConfigError("profile.contexts: expected at least one context, or none, got []")
+    if isinstance(config, GenerateConfig) and config.prompt and config.prompt_file != "none":
+        raise ConfigError("prompt_file: is given beside prompt; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig):
         POSITIONS.get(config.position.name).check(config.position, config.model)
+    if isinstance(config, TrainConfig | EvalConfig):
+        _lengths(config)
     if isinstance(config, TrainConfig):
         _budget(config)
         _curriculum(config)
-        _lengths(config)
 
 
 def _budget(config: TrainConfig) -> None:
@@ -27,9 +35,11 @@ def _budget(config: TrainConfig) -> None:
         )
     rows = trainer.batch_tokens // config.context
     if trainer.devices > rows or rows % trainer.devices:
+        sharing = [n for n in range(1, rows + 1) if rows % n == 0]
+        nearest = min(sharing, key=lambda n: (abs(n - trainer.devices), n))
         raise IncompatibleError(
             f"trainer.devices: {trainer.devices} processes cannot share the {rows} windows of a step evenly "
-            f"(batch_tokens {trainer.batch_tokens} / context {config.context})"
+            f"(batch_tokens {trainer.batch_tokens} / context {config.context}); the nearest valid value is {nearest}"
         )
     only_time = trainer.max_tokens == trainer.max_steps == "none"
     if only_time and config.optim.schedule == "cosine":
@@ -48,9 +58,13 @@ def _curriculum(config: TrainConfig) -> None:
             )
 
 
-def _lengths(config: TrainConfig) -> None:
+def _lengths(config: TrainConfig | EvalConfig) -> None:
     perplexity = config.eval.perplexity
-    if perplexity == "none" or perplexity.lengths == "auto" or perplexity.segment == "auto":
+    if perplexity == "none" or perplexity.lengths == "auto":
+        return
+    if not perplexity.lengths:
+        raise ConfigError("eval.perplexity.lengths: expected at least one length, or auto, got []")
+    if perplexity.segment == "auto":
         return
     longest = max(perplexity.lengths)
     if longest > perplexity.segment:

@@ -24,6 +24,7 @@ from ctxlab.model.config import ModelConfig
 from ctxlab.model.generation import DecodingConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.profiling.measure import MeasureConfig
+from ctxlab.records.schema import known_metric
 from ctxlab.records.sinks import LoggerConfig
 from ctxlab.registry import ComponentConfig, Registry, nearest
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
@@ -83,7 +84,9 @@ class SweepConfig(ComponentConfig):
     memory: OrNone | Bytes = Field("none", description="limit of one cell, all its processes together")
     timeout: OrNone | Seconds = Field("none", description="limit of one cell")
     resume: str = Field("none", description="id of a sweep to go on with")
-    metric: str = Field("bits_per_byte", description="the measurement that the comparison is about")
+    metric: Annotated[str, AfterValidator(known_metric)] = Field(
+        "bits_per_byte", description="the measurement that the comparison is about"
+    )
 
 
 class Evaluations(ComponentConfig):
@@ -215,7 +218,7 @@ def _narrowed(base: type[CommandConfig], chosen: tuple[tuple[str, type[Component
 
 
 def _not_values(node: Any, path: str = "") -> Iterator[str]:
-    """What no field takes, whatever its type: a value that is still to be given, infinities and NaN."""
+    """What no field takes, whatever its type: a value that is still to be given, infinities and NaN, broken text."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _not_values(value, f"{path}.{key}" if path else str(key))
@@ -226,6 +229,13 @@ def _not_values(node: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: expected a finite number, got {node}"
     elif node == MISSING:
         yield f"{path}: a value is needed here"
+    elif isinstance(node, str) and not _is_unicode(node):
+        yield f"{path}: expected UTF-8 text, got {node!r}"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written down: bytes of the command line that were none stand in it as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _fields(model: type[BaseModel], path: str = "") -> dict[str, list[str]]:

@@ -93,14 +93,14 @@ class SelfAttention(nn.Module):
             mixed = self._attend(x, q, k, v, position, frame.queries[0], frame.keys[0], cache)
         else:  # documents side by side: each attends within itself
             sizes = [size for size, _ in frame.pieces]
-            whole = [t.flatten(0, 1).split(sizes) for t in (x, q, k, v)]  # B*T tokens, cut
+            parts = (t.flatten(0, 1).unsqueeze(0).split(sizes, dim=1) for t in (x, q, k, v))  # B*T tokens, cut
             mixed = torch.cat(
                 [
-                    self._attend(*(t.unsqueeze(0) for t in piece), position, queries, keys, None)
+                    self._attend(one_x, one_q, one_k, one_v, position, queries, keys, None)
                     if is_document
-                    else piece[1].new_zeros(1, size, self.out.in_features)
-                    for (size, is_document), *piece, queries, keys in zip(
-                        frame.pieces, *whole, frame.queries, frame.keys
+                    else one_q.new_zeros(1, size, self.out.in_features)
+                    for (size, is_document), one_x, one_q, one_k, one_v, queries, keys in zip(
+                        frame.pieces, *parts, frame.queries, frame.keys
                     )
                 ],
                 dim=1,

@@ -14,7 +14,7 @@ from ctxlab.errors import ConfigError
 from ctxlab.fields import OrAuto, OrNone
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
-from ctxlab.records.wandb_sink import WandbSink
+from ctxlab.records.wandb_sink import WandbSink, require_key
 from ctxlab.registry import ComponentConfig, nearest
 
 Mode = Literal["offline", "online", "disabled"]
@@ -84,6 +84,15 @@ def resolve_mode(config: LoggerConfig) -> Mode:
     if said.lower() not in _MODES:
         raise ConfigError(f"WANDB_MODE: there is no mode '{said}'{nearest(said, ('offline', 'online', 'disabled'))}")
     return _MODES[said.lower()]
+
+
+def check_mirror(config: LoggerConfig) -> None:
+    """Raises ConfigError where `open_mirror` would refuse without asking a server: a wrong mode, online without a key."""
+    if resolve_mode(config) == "online":
+        import wandb
+
+        wandb.setup(settings=wandb.Settings(silent=True))
+        require_key(wandb)
 
 
 def open_mirror(

@@ -47,7 +47,7 @@ class RunStore:
         path = self._new_folder(stem)
         running = status == "running"
         record = RunRecord(
-            schema=SCHEMA,
+            schema_number=SCHEMA,
             id=path.name,
             name=stem,
             command=command,

@@ -122,7 +122,7 @@ class WandbSink:
         # Said before init, so that the sign-in is silent too.
         wandb.setup(settings=wandb.Settings(silent=True))
         if mode == "online":
-            _require_key(wandb)
+            require_key(wandb)
         timeouts = {name: value for name, value in _TIMEOUTS.items() if f"WANDB_{name.upper()}" not in os.environ}
 
         def init(mode: Literal["online", "offline"]) -> Any:
@@ -138,7 +138,7 @@ class WandbSink:
                 tags=list(self._record.tags) or None,
                 notes=self._record.note or None,
                 config=_config(self._record.config),
-                dir=str(run.path),
+                dir=str(run.path.resolve()),  # its helper was started in whatever folder the first run was
                 reinit="finish_previous",
                 settings=wandb.Settings(
                     silent=True,
@@ -226,7 +226,7 @@ def _defaults(values: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _require_key(wandb: Any) -> None:
+def require_key(wandb: Any) -> None:
     """Online needs a key, and wandb would ask for one at the terminal: say so before anything starts."""
     from wandb.sdk.lib import wbauth
 

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -56,26 +55,26 @@ def test_help_of_a_composed_command(command: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "words", [("--help",), ("train", "--help"), ("eval", "-h"), ("list",), ("_complete", "train", "po")]
+    "words",
+    [
+        ("--help",),
+        ("--version",),
+        *((command, "--help") for command in COMPOSED),
+        ("runs", "--help"),
+        ("list",),
+        ("_complete", "train", "po"),
+        ("_complete", "train", "position=al"),
+        ("completion", "bash"),
+    ],
 )
 def test_help_and_completion_import_nothing_heavy(words: tuple[str, ...]) -> None:
     code = (
         "import sys; from ctxlab.cli.main import main; main(sys.argv[1:]);"
-        "print(sorted({'torch', 'wandb', 'hydra', 'omegaconf', 'lightning'} & set(sys.modules)), file=sys.stderr)"
+        "heavy = {'torch', 'wandb', 'hydra', 'omegaconf', 'lightning', 'numpy', 'yaml', 'altair'};"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
-
-
-@pytest.mark.parametrize(("words", "limit"), [(("--help",), 0.3), (("train", "--help"), 0.6)])
-def test_help_is_instant(words: tuple[str, ...], limit: float) -> None:
-    """The best of five: other processes on this machine only ever add to it."""
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        assert ctxlab(*words).returncode == 0
-        best = min(best, time.perf_counter() - start)
-    assert best <= limit
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_every_text_of_a_person_is_free_text() -> None:
         ({"position__name": "rop"}, r"^position.name: no position is called 'rop'; did you mean 'rope'\?$"),
         ({"optim__learning_rate": float("inf")}, r"^optim.learning_rate: expected a finite number, got inf$"),
         ({"optim__betas": [0.9]}, r"^optim.betas.1: a value is needed here$"),
-        ({"optim__betas": 0.9}, r"^optim.betas: expected a list, got 0.9$"),
+        ({"optim__betas": 0.9}, r"^optim.betas: expected a list, got 0.9; write \[0.9\]$"),
         (
             {"trainer__max_tokens": "lots"},
             r"^trainer.max_tokens: 'lots' is not a number with a unit \(none is allowed too\)$",

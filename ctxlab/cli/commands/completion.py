@@ -86,7 +86,8 @@ def complete(words: list[str]) -> list[str]:
     if command == "completion":
         return [shell for shell in _SCRIPTS if shell.startswith(current)]
     if command == "runs":
-        return [word for word in ("show", "diff", "tag", "note", "rm", *_run_ids()) if word.startswith(current)]
+        first = ("show", "diff", "tag", "note", "rm") if len(words) == 2 else ("last",)
+        return [word for word in (*first, *_run_ids()) if word.startswith(current)]
     if not any(c.name == command and c.composed for c in COMMANDS):
         return []
     if current.startswith("-"):

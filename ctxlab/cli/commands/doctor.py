@@ -143,10 +143,10 @@ def _flops_per_second(dtype: object) -> float:
 
 
 def _folders() -> Iterator[Check]:
-    import platformdirs
+    from ctxlab.data.prepare import default_cache
 
     runs = Path(os.environ.get("CTXLAB_RUNS") or "runs").expanduser().absolute()
-    for what, folder in (("runs", runs), ("cache", Path(platformdirs.user_cache_dir("ctxlab")))):
+    for what, folder in (("runs", runs), ("cache", default_cache())):
         problem = _why_not_writable(folder)
         existing = _nearest_existing(folder)
         free = shutil.disk_usage(existing).free

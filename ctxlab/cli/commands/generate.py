@@ -20,18 +20,18 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
     precision = resolve_precision(config.trainer.precision, device)
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
     prompt = config.prompt if config.prompt_file == "none" else _read(config.prompt_file)
-    out = invocation.stdout_console
-    out.out(prompt, end="", highlight=False)
+    out = invocation.stdout_console.file  # not through the console, which would turn tabs into spaces
+    out.write(prompt)
     try:
         with autocast(precision, device):
             for piece in loaded.stream(prompt, config.decoding, seed=config.seed):
-                out.out(piece, end="", highlight=False)
-                out.file.flush()
+                out.write(piece)
+                out.flush()
     except UndefinedBeyondTraining as end:
-        out.out("")
+        out.write("\n")
         invocation.stderr_console.print(f"stopped: {end}", soft_wrap=True, markup=False)
         return 0
-    out.out("")
+    out.write("\n")
     return 0
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import torch
 from rich.text import Text
 
 from ctxlab.cli.execute import is_first_rank
-from ctxlab.cli.main import DONE, INTERRUPTED, TERMINATED
+from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_text, score, step_point
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.errors import DataError, RunError
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
@@ -27,19 +30,44 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig, run: Run, invocation: Invocation) -> int:
     """Trains one run to its end, or to the signal that stops it, and returns the exit code."""
-    with recording(run, config.logger, job_type="train") as opened:
-        opened.exit_code = _train(config, run, opened, invocation)
-        return opened.exit_code
+    if not is_first_rank():
+        return _follow(config, run, invocation)
+    try:
+        with recording(run, config.logger, job_type="train") as opened:
+            opened.exit_code = _train(config, run, opened, invocation)
+            return opened.exit_code
+    except (KeyboardInterrupt, SystemExit) as stop:
+        _say_how_to_go_on(run, "interrupted" if isinstance(stop, KeyboardInterrupt) else "terminated", invocation)
+        raise
+
+
+def _follow(config: TrainConfig, run: Run, invocation: Invocation) -> int:
+    """Another rank of a distributed run: trains along, and is quiet where the first rank speaks or is no more."""
+    parent = os.getppid()
+    try:
+        with recording(run, config.logger, job_type="train") as opened:
+            return _train(config, run, opened, invocation)
+    except RunError:
+        return DIED
+    except Exception:
+        time.sleep(1.0)  # connections of a process that is killed close before it is gone
+        if os.getppid() != parent:
+            return DIED
+        raise
 
 
 def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocation) -> int:
     console = invocation.stderr_console
     resume = config.resume != "none" and run.has_weights
     dataset = prepare_text(config.data, _tokenizer(config, run, invocation), config.paths.cache, console)
+    if resume:
+        _require_same_text(run, dataset)
     if is_first_rank():
         if not resume:
             dataset.tokenizer.save(run.path / "tokenizer")
         run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins))
+    if config.resume != "none" and not resume and is_first_rank():
+        console.print(Text(f"{run.id} was stopped before its first checkpoint: it starts over"), soft_wrap=True)
     outcome = fit(
         TrainSettings(
             model=config.model,
@@ -58,7 +86,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         console=console,
         attempt=run.record.attempt,
         resume=resume,
-        initial=_initial_weights(config, invocation),
+        initial=None if resume else _initial_weights(config, invocation),
     )
     if outcome.rank > 0:
         return DONE
@@ -82,11 +110,20 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
 
 def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizer | Tokenizer.Config:
     """The run's own tokenizer when it goes on, the parent's when it starts from one, else what the config says."""
-    if (run.path / "tokenizer").is_dir():
+    if run.has_weights:
         return load_tokenizer(run.path / "tokenizer")
     if config.init != "none":
-        return load_tokenizer(invocation.store.open(config.init).path / "tokenizer")
+        parent = invocation.store.open(config.init)
+        if parent.record.config["tokenizer"] == config.tokenizer.model_dump(mode="json"):
+            return load_tokenizer(parent.path / "tokenizer")
     return config.tokenizer
+
+
+def _require_same_text(run: Run, dataset: TextDataset) -> None:
+    """A run that goes on reads the text that it began with, or it is another run."""
+    before, now = run.record.provenance.data.get("text_sha256"), dataset.facts["text_sha256"]
+    if before is not None and before != now:
+        raise DataError(f"data: the text has changed since {run.id} read it (sha256 {before[:12]}, now {now[:12]})")
 
 
 def _initial_weights(config: TrainConfig, invocation: Invocation) -> dict[str, torch.Tensor] | None:
@@ -109,14 +146,17 @@ def _record_outcome(config: TrainConfig, run: Run, dataset: TextDataset, outcome
                 "resolved": outcome.resolved,
             }
         ),
-        artifacts={"tokenizer": "tokenizer", "checkpoints": "checkpoints", "wandb": "wandb"},
+        artifacts={name: name for name in ("tokenizer", "checkpoints", "wandb") if (run.path / name).is_dir()},
     )
 
 
 def _interrupted(run: Run, outcome: Outcome, invocation: Invocation) -> int:
     terminated = outcome.signal == signal.SIGTERM
     run.finish("killed" if terminated else "interrupted", f"{outcome.signal.name} after step {outcome.step}")  # type: ignore[union-attr]
-    invocation.stderr_console.print(
-        Text(f"stopped after step {outcome.step}; saved. To go on:  ctxlab train resume={run.id}"), soft_wrap=True
-    )
+    _say_how_to_go_on(run, f"stopped after step {outcome.step}; saved", invocation)
     return TERMINATED if terminated else INTERRUPTED
+
+
+def _say_how_to_go_on(run: Run, what: str, invocation: Invocation) -> None:
+    how = f"  To go on:  ctxlab train resume={run.id}" if run.has_weights else ""
+    invocation.stderr_console.print(Text(f"{what}.{how}"), soft_wrap=True)

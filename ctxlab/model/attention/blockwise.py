@@ -255,7 +255,7 @@ def _backward(
             if bias.reads_scores:
                 for tile in tiles:  # for the running sums alone
                     n = tile.keys
-                    if bias.finished:
+                    if bias.finished:  # type: ignore[union-attr]
                         break
                     scores = scratch.scores(*shape, n.stop - n.start)
                     _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale * LOG2_E)

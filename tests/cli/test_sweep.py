@@ -1,0 +1,168 @@
+"""Sweeps with real cells: one process, one record and one W&B run each; killed, gone on with, limited."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from ctxlab.launch import Pool, read_sweep
+from ctxlab.records.run import Run
+from ctxlab.records.store import RunStore
+from tests.cli.lines import SMALL, ctxlab
+from tests.records import leet
+
+QUIET = (*SMALL, "logger.mode=disabled")
+
+
+def cells(sweep_id: str | None = None) -> list[Run]:
+    """The cells of the one sweep (or of this one), in order."""
+    store = RunStore(Path("runs"))
+    (name,) = [sweep_id] if sweep_id else [path.name for path in Path("runs/sweeps").iterdir()]
+    return [store.open(run_id) for run_id in read_sweep(store.root, name).cells]
+
+
+def wait_for(what: str, patience: float = 90.0) -> None:
+    """Waits until some cell of the one sweep is done and another one is running."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if any(Path("runs/sweeps").glob("*/sweep.json")):
+            statuses = [run.record.status for run in cells()]
+            if "done" in statuses and any(run.record.status == "running" and run.metrics() for run in cells()):
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: {[run.record.status for run in cells()]}")
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_killed_goes_on_where_it_was(place: Path) -> None:
+    """The parent is killed without a chance to say so; its cells end by themselves, and the sweep takes them up again."""
+    line = [sys.executable, "-m", "ctxlab", "train", "-m", *SMALL, "seed=1,2,3", "sweep.jobs=2", "trainer.max_steps=12"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        wait_for("a cell that is done and one that runs")
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    deadline = time.monotonic() + 60
+    while any(run.record.status == "running" for run in cells()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    before = cells()
+    sweep_id = before[0].path.resolve().parent / "sweeps"
+    (name,) = (path.name for path in sweep_id.iterdir())
+    statuses = [run.record.status for run in before]
+    assert "done" in statuses
+    assert set(statuses) <= {"done", "killed", "waiting"}
+    assert len(set(statuses)) > 1
+
+    gone_on = ctxlab("train", f"sweep.resume={name}", "sweep.jobs=2")
+    assert gone_on.code == 0, gone_on.err
+    for was, now in zip(before, cells(name), strict=True):
+        assert now.record.status == "done"
+        assert now.metrics()[-1]["step"] == 12
+        if was.record.status == "done":
+            assert now.record == was.record, "what was done stays as it was"
+        if was.record.status == "killed" and was.has_weights:
+            assert now.record.attempt == was.record.attempt + 1
+    assert f"sweep {name} in runs/sweeps/{name}" in gone_on.out
+    assert Path(f"runs/sweeps/{name}/loss_by_length.png").is_file()
+
+    fresh = [run for was, run in zip(before, cells(name), strict=True) if was.record.status in ("done", "waiting")]
+    for run in fresh:
+        (head,) = leet.inspect(run.path)["run"]
+        assert (head["run_id"], head["run_group"]) == (run.id, name)
+
+
+def test_limits_end_a_cell_and_not_the_sweep(place: Path) -> None:
+    """Time: the cell is still importing. Memory: less than a Python with torch takes."""
+    for limit, status, reason in (
+        ("sweep.timeout=1s", "timed_out", "sweep.timeout: longer than 1 s"),
+        ("sweep.memory=50MB", "out_of_memory", "47.7 MiB allowed"),
+    ):
+        before = {path.name for path in Path("runs").glob("sweeps/*")}
+        done = ctxlab("train", "-m", *QUIET, "seed=1,2", "sweep.jobs=2", limit)
+        assert done.code == 1
+        (name,) = {path.name for path in Path("runs").glob("sweeps/*")} - before
+        records = [run.record for run in cells(name)]
+        assert [record.status for record in records] == [status, status]
+        assert all(reason in record.reason for record in records)
+        assert f"ctxlab train sweep.resume={name} sweep.jobs=2 {limit}" in done.err
+        assert all(record.id in done.err for record in records)
+
+
+def test_a_cell_that_cannot_run_is_a_result(place: Path) -> None:
+    """Its documents are too short for one cell: that one fails with the reason and runs again when the sweep goes on."""
+    words = ("context=64,16k", "trainer.batch_tokens=16384", "trainer.max_steps=1", "sweep.jobs=2")
+    done = ctxlab("train", "-m", *SMALL, *words)
+    assert done.code == 1
+    short, long = cells()
+    assert (short.record.status, long.record.status) == ("done", "failed")
+    reason = "context: 16384 is longer than every document of the train split"
+    assert long.record.reason.startswith(reason)
+    assert f"{long.id}: failed: {reason}" in done.err
+    assert short.record.sweep is not None
+    name = short.record.sweep.id
+    assert f"ctxlab train sweep.resume={name} sweep.jobs=2" in done.err
+    for run, code in ((short, 0), (long, 2)):
+        records = leet.inspect(run.path)
+        assert (records["run"][0]["run_id"], records["run"][0]["run_group"]) == (run.id, name)
+        assert records["exit"][0].get("exit_code", 0) == code
+
+    assert ctxlab("train", f"sweep.resume={name}").code == 1
+    again_short, again_long = cells(name)
+    assert again_short.record == short.record, "what is done stays as it is"
+    assert (again_long.record.status, again_long.record.attempt) == ("failed", 2)
+
+
+def test_a_sweep_goes_on_only_as_it_was_written_down(place: Path) -> None:
+    done = ctxlab("train", "-m", *QUIET, "model.head_dim=33,35")
+    assert done.code == 0
+    assert [run.record.status for run in cells()] == ["skipped", "skipped"]
+    (name,) = (path.name for path in Path("runs/sweeps").iterdir())
+    same = ctxlab("train", "-m", *QUIET, "model.head_dim=33,35", f"sweep.resume={name}")
+    assert same.code == 0, same.err
+    for words, said in (
+        (
+            ("model.head_dim=33,37",),
+            f"cell 1 of {name} was written down with another config: model.head_dim is 37 here",
+        ),
+        (("model.head_dim=33,35,37",), f"this line has 3 cells, {name} has 2; to go on with it as it is: ctxlab train"),
+    ):
+        other = ctxlab("train", "-m", *QUIET, *words, f"sweep.resume={name}")
+        assert other.code == 2
+        assert said in other.errors[0]
+    other = ctxlab("profile", f"sweep.resume={name}")
+    assert (other.code, other.errors) == (2, [f"sweep.resume: {name} is a sweep of ctxlab train"])
+    Path(f"runs/sweeps/{name}/sweep.json").write_text(json.dumps({"id": name}))
+    other = ctxlab("train", f"sweep.resume={name}")
+    assert other.code == 2
+    assert f"sweep.resume: runs/sweeps/{name}/sweep.json is no sweep" in other.errors[0]
+
+
+@pytest.mark.parametrize(("given", "threads"), [(None, "4"), ("3", "3")])
+def test_cells_side_by_side_share_the_cores(
+    place: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, threads: str
+) -> None:
+    """Unless the user has said how many threads there are to be."""
+    seen = []
+
+    def execute(pool: Pool, runs: Sequence[Run]) -> None:
+        seen.append(os.environ["OMP_NUM_THREADS"])
+        for run in runs:
+            run.finish("failed", "not started")
+
+    monkeypatch.setattr(Pool, "execute", execute)
+    monkeypatch.setattr("ctxlab.cli.environment.available_cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    ctxlab("train", "-m", *QUIET, "seed=1,2,3", "sweep.jobs=2")
+    assert seen == [threads]

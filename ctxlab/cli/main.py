@@ -32,6 +32,7 @@ COMMANDS = (
     Command("eval", "RUN [key=value]", "evaluate one or more runs again, side by side", composed=True),
     Command("generate", 'RUN "PROMPT" [key=value]', "stream text from a trained run", composed=True),
     Command("profile", "[group=option] [key=value]", "memory and time of a training step by context", composed=True),
+    Command("show", "[position=NAME] [key=value]", "draw a positional scheme by distance, head by head", composed=True),
     Command("runs", "[FILTER...]", "list, show, compare, tag and remove run records"),
     Command("list", "[KIND]", "what can be composed, one line each, with its paper"),
     Command("doctor", "", "what this machine offers"),

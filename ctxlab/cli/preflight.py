@@ -21,7 +21,8 @@ def check(config: Any, progress: Progress) -> None:
     from ctxlab.records.sinks import check_mirror
     from ctxlab.train.precision import resolve_device
 
-    resolve_device(config.trainer.accelerator)
+    if hasattr(config, "trainer"):
+        resolve_device(config.trainer.accelerator)
     if hasattr(config, "logger"):
         check_mirror(config.logger)
     data: Any = getattr(config, "data", "none")

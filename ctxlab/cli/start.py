@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -63,9 +64,8 @@ def _run_once(prepared: Prepared) -> int:
         plugins=prepared.plugins,
     )
     if command not in _RECORDED:
-        from ctxlab.cli.commands import generate
-
-        return int(generate.run(cell.typed, invocation))
+        body = importlib.import_module(f"ctxlab.cli.commands.{command}")
+        return int(body.run(cell.typed, invocation))
     from ctxlab.cli.execute import discard, execute
 
     run = invocation.store.create(command, stem(command, cell.typed), **record_fields(cell, prepared))

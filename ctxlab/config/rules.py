@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, TrainConfig
+from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
 from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.units import format_length
@@ -17,7 +17,7 @@ def check(config: CommandConfig) -> None:
         raise ConfigError("profile.contexts: expected at least one context, or none, got []")
     if isinstance(config, GenerateConfig) and config.prompt and config.prompt_file != "none":
         raise ConfigError("prompt_file: is given beside prompt; give one of them")
-    if isinstance(config, TrainConfig | ProfileConfig):
+    if isinstance(config, TrainConfig | ProfileConfig | ShowConfig):
         POSITIONS.get(config.position.name).check(config.position, config.model)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)

@@ -173,11 +173,23 @@ class ProfileConfig(RecordedConfig):
     profile: MeasureConfig = MeasureConfig()
 
 
+class ShowConfig(CommandConfig):
+    """`ctxlab show`: a positional scheme, drawn by distance."""
+
+    context: Length
+    distances: Annotated[Length, Field(ge=2)] = 256
+    file: OrAuto | OrNone | str = "auto"
+    run: str = "none"
+    model: ModelConfig
+    position: SerializeAsAny[Position.Config]
+
+
 COMMANDS: dict[str, type[CommandConfig]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
     "profile": ProfileConfig,
+    "show": ShowConfig,
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.report.results import labels
-from ctxlab.report.terminal import Chart
+from ctxlab.report.terminal import MOST, Chart
 from ctxlab.units import format_bytes, format_count, format_length
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -88,6 +88,39 @@ def _by_context(
     )
 
 
+def distance_chart(heading: str, curves: Curves) -> Chart:
+    """Scores by distance in the terminal, one curve a head."""
+    far = max(distance for points in curves.values() for distance, _ in points)
+    some = dict(list(curves.items())[:: -(-len(curves) // MOST)])  # as many as can be told apart, evenly chosen
+    return Chart(
+        heading,
+        some,
+        x_ticks=[round(far * part / 4) for part in range(5)],
+        x_name=lambda x: format_length(int(x)),
+        y_name=lambda y: f"{y:g}",
+        log_x=False,
+        at=None,
+    )
+
+
+def distance_figure(curves: Curves, *, heading: str) -> Any:
+    """Scores by distance as a picture: a line a head, from light to dark."""
+    import altair
+
+    rows = [{"head": n, "distance": d, "score": v} for n, points in curves.items() for d, v in points]
+    names = list(curves)
+    colour = altair.Color(
+        "head:N", sort=names, legend=altair.Legend(title=None) if len(names) > 1 else None,
+        scale=altair.Scale(domain=names, scheme="viridis" if len(names) > len(PALETTE) else "tableau10"),
+    )  # fmt: skip
+    chart = altair.Chart(altair.Data(values=rows)).mark_line(strokeWidth=2).encode(
+        x=altair.X("distance:Q", axis=altair.Axis(title="distance from query to key (tokens)", grid=False)),
+        y=altair.Y("score:Q", axis=altair.Axis(title="score, against distance 0", gridOpacity=0.5)),
+        color=colour,
+    )  # fmt: skip
+    return _styled(chart.properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
+
+
 def save_loss_by_length(runs: Sequence[Run], path: Path) -> Path | None:
     """The curves of loss by length of some runs as PNG or SVG, by the ending of `path`; None when no run has one."""
     curves = loss_curves(runs)
@@ -145,9 +178,16 @@ def loss_figure(curves: Curves, trained: Sequence[int], *, heading: str) -> Any:
             x=altair.value(_WIDTH), y=altair.Y("label:Q", scale=y_scale), color=colour
         )
         layers.append(at_end.mark_text(align="left", dx=8, fontSize=13).encode(text="text:N"))
-    chart = altair.layer(*layers).properties(
-        width=_WIDTH, height=_HEIGHT, title=altair.Title(heading, anchor="start", offset=14, fontSize=15)
-    )
+    return _styled(altair.layer(*layers).properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
+
+
+def _title(heading: str) -> Any:
+    import altair
+
+    return altair.Title(heading, anchor="start", offset=14, fontSize=15)
+
+
+def _styled(chart: Any) -> Any:
     return (
         chart.configure_view(stroke=None)
         .configure_axis(labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titlePadding=10)

@@ -15,7 +15,7 @@ from ctxlab.config.identity import differences, identity, identity_fields
 from ctxlab.config.overrides import is_free_text
 from ctxlab.errors import ConfigError, IncompatibleError
 
-COMMANDS = ("train", "eval", "generate", "profile")
+COMMANDS = ("train", "eval", "generate", "profile", "show")
 
 
 def plain(*overrides: str, command: str = "train") -> dict[str, Any]:

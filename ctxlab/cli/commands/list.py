@@ -30,8 +30,15 @@ USAGE = f"""What can be composed, one line each, with its paper.
 
 Kinds: {", ".join(KINDS)}. One kind alone also shows what its components state about themselves."""
 
-# Facts that a component's class states, shown when its kind is listed alone.
-_FACTS = ("form", "relative", "bidirectional", "defined_beyond_training", "shared_across_layers")
+# Facts that a component's class states, in words: (attribute, {value: word}).
+_FACTS: tuple[tuple[str, dict[bool, str]], ...] = (
+    ("relative", {True: "relative", False: "absolute"}),
+    ("bidirectional", {True: "in encoders too", False: "causal only"}),
+    ("defined_beyond_training", {True: "any length", False: "trained length only"}),
+    ("shared_across_layers", {True: "shared by the layers", False: "a layer's own"}),
+)
+_EXAMPLE_SIZE = "tiny"  # whose heads and layers the cost of a scheme is stated for
+_EXAMPLE_CONTEXT = 256
 
 
 def run(argv: list[str]) -> int:
@@ -58,7 +65,7 @@ def run(argv: list[str]) -> int:
     kind = next((name for name, own in KINDS.items() if own == group), group)
     options = groups[group]
     written = {option.name for option in options}
-    options += [catalog.Option(name, Path(), row.pop("paper")) for name, row in facts.items() if name not in written]
+    options += [catalog.Option(name, Path(), paper) for name, (paper, _) in facts.items() if name not in written]
     _print(kind, options, facts)
     return 0
 
@@ -67,8 +74,8 @@ def _is_value(argv: list[str], index: int) -> bool:
     return index > 0 and argv[index - 1] in ("--plugin", "--config-dir", "-cd")
 
 
-def _facts(group: str, plugin_files: tuple[Path, ...]) -> dict[str, dict[str, str]]:
-    """name -> what its class states, for the kinds whose names are classes. (This is what takes the time of torch.)"""
+def _facts(group: str, plugin_files: tuple[Path, ...]) -> dict[str, tuple[str, str]]:
+    """name -> (paper, what its class states), where names are classes. (This is what takes the time of torch.)"""
     from ctxlab.config import plugins, schema
 
     for path in plugin_files:
@@ -76,22 +83,32 @@ def _facts(group: str, plugin_files: tuple[Path, ...]) -> dict[str, dict[str, st
     registry = schema.REGISTRIES.get(group)
     if registry is None:
         return {}
-    rows: dict[str, dict[str, str]] = {}
+    rows: dict[str, tuple[str, str]] = {}
     for name in registry.names():
         cls = registry.get(name)
-        stated = {fact: _word(getattr(cls, fact)) for fact in _FACTS if hasattr(cls, fact)}
-        rows[name] = stated | {"paper": str(getattr(cls, "paper", ""))}
+        stated = [str(cls.form)] if hasattr(cls, "form") else []
+        stated += [words[getattr(cls, fact)] for fact, words in _FACTS if hasattr(cls, fact)]
+        cost = _cost(cls, name) if group == "position" else ""
+        rows[name] = str(getattr(cls, "paper", "")), "; ".join(part for part in (", ".join(stated), cost) if part)
     return rows
 
 
-def _word(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
+def _cost(scheme: Any, name: str) -> str:
+    """What a scheme adds to a model, by closed form: columns of the product and the cache, trained numbers."""
+    import yaml  # type: ignore[import-untyped]
+
+    from ctxlab.model.config import ModelConfig
+
+    size = yaml.safe_load((catalog.conf_dir() / "model" / f"{_EXAMPLE_SIZE}.yaml").read_text(encoding="utf-8"))
+    model, config = ModelConfig.model_validate(size), scheme.Config(name=name)
+    columns = scheme.key_columns(config, model)
+    numbers = scheme.n_parameters(config, model, _EXAMPLE_CONTEXT)
+    parts = [f"{columns} more columns a key"] if columns else []
+    parts += [f"{numbers:,} parameters ({_EXAMPLE_SIZE} at {_EXAMPLE_CONTEXT})"] if numbers else []
+    return ", ".join(parts) or "nothing to train or to hold"
 
 
-def _print(kind: str, options: list[catalog.Option], facts: dict[str, dict[str, str]]) -> None:
-    from rich import box
+def _print(kind: str, options: list[catalog.Option], facts: dict[str, tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -99,16 +116,15 @@ def _print(kind: str, options: list[catalog.Option], facts: dict[str, dict[str, 
 
     if not options:
         return
-    shown = [fact for fact in _FACTS if any(fact in row for row in facts.values())]
-    table: Table = Table(box=box.SIMPLE_HEAD if shown else None, show_header=bool(shown), pad_edge=False, title=None)
-    table.add_column(kind, no_wrap=True, min_width=16)
-    for fact in shown:
-        table.add_column(fact.replace("_", " "))
-    table.add_column("what it is", overflow="fold")
+    table: Table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, min_width=16)
+    table.add_column(overflow="fold")
     for option in options:
-        facts_here = [facts.get(option.name, {}).get(fact, "") for fact in shown]
-        table.add_row(Text(option.name), *facts_here, Text(option.summary))
-    if not shown:
-        console.stdout().print(Text(kind, style="bold"))
+        stated = facts.get(option.name, ("", ""))[1]
+        text = Text(option.summary)
+        if stated:
+            text.append(f"\n{stated}", style="dim")
+        table.add_row(Text(option.name), text)
+    console.stdout().print(Text(kind, style="bold"))
     console.stdout().print(table)
     console.stdout().print()

@@ -97,9 +97,7 @@ def _tokenizer(
     return load_tokenizer(folder)
 
 
-def _make(
-    folder: Path, corpus: Corpus, facts: dict[str, Any], made: Tokenizer, root: Path, progress: Progress
-) -> None:
+def _make(folder: Path, corpus: Corpus, facts: dict[str, Any], made: Tokenizer, root: Path, progress: Progress) -> None:
     splits = _splits(corpus, facts, root, progress)
     total = int(splits.n_bytes.sum())
     draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))

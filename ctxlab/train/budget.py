@@ -14,10 +14,11 @@ UNBOUNDED_STEPS = 1 << 40  # a run that only the clock ends
 
 @dataclass(frozen=True)
 class Budget:
-    """The stages of a run, its length in optimizer steps, and its limit in seconds (infinite without `max_time`)."""
+    """The stages of a run, its limit in seconds (infinite without `max_time`), and which setting limits its steps."""
 
     stages: tuple[Stage, ...]
     max_seconds: float
+    limit: str  # max_tokens or max_steps; max_time where neither is set
 
     @property
     def n_steps(self) -> int:
@@ -44,9 +45,15 @@ class Budget:
         """The share of the budget that is spent: the larger of steps and seconds, what the learning rate follows."""
         return max(step / self.n_steps if self.bounded else 0.0, seconds / self.max_seconds)
 
+    def spent(self, step: int, seconds: float) -> str | None:
+        """The setting whose limit a run has reached, or None."""
+        if step >= self.n_steps:
+            return self.limit
+        return "max_time" if seconds >= self.max_seconds else None
+
 
 def rows_per_step(config: TrainerConfig, context: int, world: int) -> int:
-    """Rows of `context` tokens in one optimizer step over all ranks: `batch_tokens` / context, a multiple of the ranks."""
+    """Rows of `context` tokens in one optimizer step: `batch_tokens` / context, shared evenly by the ranks."""
     if context > config.batch_tokens:
         raise ConfigError(
             f"trainer.batch_tokens: {config.batch_tokens} tokens hold no window of context={context}; "
@@ -80,17 +87,20 @@ def plan_budget(config: TrainerConfig, context: int, *, world: int, fitting_rows
         return Stage(context=length, rows=rows, micro_rows=micro_rows(rows // world, largest), steps=steps)
 
     step_tokens = rows_per_step(config, context, world) * context
-    limits = []
+    limits = {}
     if config.max_tokens != "none":
-        limits.append(max(1, config.max_tokens // step_tokens))
+        limits["max_tokens"] = max(1, config.max_tokens // step_tokens)
     if config.max_steps != "none":
-        limits.append(config.max_steps)
+        limits["max_steps"] = config.max_steps
     seconds = float("inf") if config.max_time == "none" else config.max_time
     if not limits:
         if config.context_schedule:
-            raise ConfigError("trainer.context_schedule: a length curriculum needs max_tokens or max_steps, not max_time")
-        return Budget((stage(context, UNBOUNDED_STEPS),), seconds)
-    total = min(limits) * step_tokens
+            raise ConfigError(
+                "trainer.context_schedule: a length curriculum needs max_tokens or max_steps, not max_time"
+            )
+        return Budget((stage(context, UNBOUNDED_STEPS),), seconds, "max_time")
+    limit = min(limits, key=lambda name: limits[name])
+    total = limits[limit] * step_tokens
     stages, left = [], total
     for part in config.context_schedule:
         tokens = rows_per_step(config, part.context, world) * part.context
@@ -98,4 +108,4 @@ def plan_budget(config: TrainerConfig, context: int, *, world: int, fitting_rows
         stages.append(stage(part.context, steps))
         left -= steps * tokens
     stages.append(stage(context, max(1, left // step_tokens)))
-    return Budget(tuple(stages), seconds)
+    return Budget(tuple(stages), seconds, limit)

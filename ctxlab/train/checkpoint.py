@@ -1,14 +1,15 @@
-"""Checkpoints: a new folder a step, a pointer replaced atomically; weights in safetensors, the rest loaded weights-only.
+"""Checkpoints: a new folder a step, a pointer replaced atomically; safetensors, the rest loaded weights-only.
 
-    checkpoints/step-000261/weights.safetensors   names that know no parallelism
-                            training.pt           optimizer state, random generators, counters: what a resume needs
-                            checkpoint.json       step, tokens, seconds, validation loss
-    checkpoints/last, checkpoints/best            text files that hold the name of a folder
+checkpoints/step-000261/weights.safetensors   names that know no parallelism
+checkpoints/step-000261/training.pt           optimizer state, random generators: what a resume needs
+checkpoints/step-000261/checkpoint.json       step, tokens, seconds, validation loss
+checkpoints/last, checkpoints/best            text files that hold the name of a folder
 """
 
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import os
 import shutil
@@ -60,48 +61,64 @@ def save_checkpoint(
 
     Raises RunError with the system's reason (a full disk, say); what was there before stays untouched.
     """
-    final = folder / f"step-{step:06d}"
-    draft = folder / f".step-{step:06d}-{os.getpid()}"
+    draft = folder / f".step-{step:06d}"
+    facts = {"step": step, "tokens": tokens, "seconds": seconds, "validation_loss": validation_loss}
     try:
-        draft.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed while it wrote this very step
+        draft.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS)
-        torch.save(training, draft / TRAINING)
-        facts = {"step": step, "tokens": tokens, "seconds": seconds, "validation_loss": validation_loss}
+        with open(draft / TRAINING, "wb") as file:  # torch's own writer would not say why it failed
+            torch.save(training, file)
         (draft / FACTS).write_text(json.dumps(facts))
-        for name in (WEIGHTS, TRAINING, FACTS):
-            _flush(draft / name)
-        if final.exists():
-            shutil.rmtree(final)
+        for path in (draft / WEIGHTS, draft / TRAINING, draft / FACTS, draft):
+            _flush(path)
+        final = _free_name(folder, step)
         os.replace(draft, final)
         _flush(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors report a failed write as RuntimeError and SafetensorError.
         shutil.rmtree(draft, ignore_errors=True)
-        raise RunError(f"checkpoint of step {step} could not be written to {folder}: {error}") from error
+        raise RunError(f"the checkpoint of step {step} could not be written to {folder}: {_reason(error)}") from error
     return Checkpoint(final, step, tokens, seconds, validation_loss)
 
 
 def point(folder: Path, pointer: str, checkpoint: Checkpoint) -> None:
-    """Makes `last` or `best` name a checkpoint, atomically."""
-    draft = folder / f".{pointer}-{os.getpid()}"
+    """Makes `last` or `best` name a checkpoint, atomically. Raises RunError with the system's reason."""
+    draft = folder / f".{pointer}"
     try:
         draft.write_text(checkpoint.path.name + "\n")
         _flush(draft)
         os.replace(draft, folder / pointer)
+        _flush(folder)
     except OSError as error:
-        raise RunError(f"checkpoint pointer {folder / pointer} could not be written: {error}") from error
+        draft.unlink(missing_ok=True)
+        raise RunError(f"checkpoint={pointer} could not be written to {folder}: {_reason(error)}") from error
 
 
 def prune(folder: Path) -> None:
-    """Removes checkpoints that neither `last` nor `best` names, and drafts that a crash left behind."""
+    """Removes checkpoints that neither `last` nor `best` names, and what a crash left half written."""
     kept = {(folder / name).read_text().strip() for name in ("last", "best") if (folder / name).exists()}
     for path in folder.glob("*step-*"):
-        if path.name not in kept and (path.name.startswith("step-") or not _alive(path)):
+        if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(draft: Path) -> bool:
-    return draft.name.endswith(f"-{os.getpid()}")
+def _free_name(folder: Path, step: int) -> Path:
+    """A folder for a step that is not there yet: one that a pointer may name is never removed to be written anew."""
+    name = f"step-{step:06d}"
+    again = (folder / f"{name}-{number}" for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder / name], again) if not path.exists())
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, on one line: the system's word where there is one, in the error or behind it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
 
 
 def _flush(path: Path) -> None:
@@ -120,26 +137,34 @@ def find_checkpoint(folder: Path, which: str = "last") -> Checkpoint:
     pointer = folder / which
     if not pointer.exists():
         raise RecordError(f"checkpoint={which}: {folder} has no '{which}' checkpoint")
-    path = folder / pointer.read_text().strip()
+    path = folder
     try:
+        path = folder / pointer.read_text().strip()
         return Checkpoint(path, **json.loads((path / FACTS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RecordError(f"checkpoint={which}: {path} is not a whole checkpoint: {error}") from error
+        raise RecordError(f"checkpoint={which}: {path / FACTS} cannot be read: {_reason(error)}") from error
 
 
 def load_weights(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Raises RecordError when the file is not whole."""
+    path = checkpoint.path / WEIGHTS
     try:
-        return load_file(checkpoint.path / WEIGHTS, device=str(device))
+        return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
-        raise RecordError(f"{checkpoint.path / WEIGHTS} cannot be read: {error}") from error
+        raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Optimizer state, generators and counters; unpickles tensors and plain containers only."""
+    """Optimizer state and generators; unpickles tensors and plain containers only.
+
+    Raises RecordError when the file is not whole.
+    """
+    path = checkpoint.path / TRAINING
     try:
-        return torch.load(checkpoint.path / TRAINING, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("optimizer", "generators", "micro_rows")}
     except Exception as error:  # torch.load raises a dozen types for a damaged file; each means the same here
-        raise RecordError(f"{checkpoint.path / TRAINING} cannot be read: {error}") from error
+        raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
 
 
 def build_model(config: dict[str, Any], vocab_size: int) -> Transformer:

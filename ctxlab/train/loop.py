@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
+import subprocess
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,11 @@ from typing import Any
 import lightning
 import torch
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from ctxlab.data.prepare import TextDataset
-from ctxlab.data.stream import TrainStream, train_loader
-from ctxlab.errors import ConfigError
+from ctxlab.data.stream import Batch, TrainStream, train_loader
+from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.count import activation_bytes
@@ -24,11 +28,12 @@ from ctxlab.model.transformer import Transformer
 from ctxlab.records.sinks import Sink
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
+from ctxlab.train.callbacks.finite import RequireFinite
 from ctxlab.train.callbacks.interrupt import StopOnSignal
 from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
-from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
+from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
@@ -58,7 +63,7 @@ class TrainSettings:
 
 @dataclass
 class Outcome:
-    """What a finished `fit` hands on: the model in place, where and how it ran, and the signal that ended it, if any."""
+    """What a finished `fit` hands on: the model in place, where and how it ran, the signal that ended it, if any."""
 
     model: Transformer
     device: torch.device
@@ -69,25 +74,6 @@ class Outcome:
     signal: signal.Signals | None
     rank: int
     resolved: dict[str, Any]  # what `auto` settings became
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds torch for initial weights and dropout. Data order has its own key (seed, step) and reads no global state."""
-    torch.manual_seed(seed)
-
-
-def fitting_rows(settings: TrainSettings, vocab_size: int, precision: Precision, device: torch.device, context: int) -> int:
-    """How many rows of `context` tokens fit at once, by closed form from total (not free) memory: the same every time."""
-    row = activation_bytes(
-        settings.model,
-        settings.position,
-        context=context,
-        rows=1,
-        vocab_size=vocab_size,
-        precision=precision,
-        recompute=settings.trainer.recompute,
-    )
-    return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
 
 
 def fit(
@@ -106,69 +92,50 @@ def fit(
     `folder` is the checkpoints folder. With `resume` the run goes on from its last checkpoint: weights, optimizer,
     random generators and the data's one integer. `initial` are weights of another run to start from.
     """
-    trainer_config = settings.trainer
-    device = resolve_device(trainer_config.accelerator)
-    precision = resolve_precision(trainer_config.precision, device)
-    world = trainer_config.devices
-    seed_everything(settings.seed)
+    _quieten()
+    config = settings.trainer
+    device = resolve_device(config.accelerator)
+    precision = resolve_precision(config.precision, device)
+    vocab_size = dataset.tokenizer.vocab_size
+    saved = find_checkpoint(folder) if resume else None
+    state = load_training(saved) if saved else None
 
-    saved: Checkpoint | None = find_checkpoint(folder) if resume else None
-    state: dict[str, Any] = load_training(saved) if saved else {}
-
+    torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     model = Transformer(
-        settings.model,
-        settings.position,
-        settings.attention,
-        vocab_size=dataset.tokenizer.vocab_size,
-        context=settings.context,
+        settings.model, settings.position, settings.attention, vocab_size=vocab_size, context=settings.context
     )
-    model.recompute = trainer_config.recompute
-    model.loss_chunk = None if trainer_config.loss_chunk == "auto" else trainer_config.loss_chunk
-    weights = load_weights(saved) if saved else initial
-    if weights is not None:
-        load_into(model, weights)
+    model.recompute = config.recompute
+    model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
+    if saved:
+        load_into(model, load_weights(saved), "resume")
+    elif initial is not None:
+        load_into(model, initial, "init")
+    if config.compile:
+        require_compiler(device)
+        model.compile_blocks()
 
-    recorded_rows: dict[int, int] = state.get("micro_rows", {})
+    rows = state["micro_rows"] if state else {}
     budget = plan_budget(
-        trainer_config,
+        config,
         settings.context,
-        world=world,
+        world=config.devices,
         fitting_rows=lambda context: (
-            recorded_rows.get(context)
-            or fitting_rows(settings, dataset.tokenizer.vocab_size, precision, device, context)
+            rows.get(context) or fitting_rows(settings, vocab_size, precision, device, context)
         ),
     )
-    launched = lightning.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    launched = _lightning(device, config.devices, precision)
     stream = TrainStream(
         dataset.splits["train"],
         seed=settings.seed,
         stages=budget.stages,
         rank=launched.global_rank,
-        world=world,
+        world=config.devices,
         packed=settings.packed,
         pad_id=dataset.tokenizer.pad_id,
     )
     module = LanguageModel(model, OPTIMIZERS.get(settings.optim.name)(settings.optim), stream, budget)
     if saved:
         module.step, module.seconds = saved.step, saved.seconds
-        if budget.bounded and saved.step >= budget.n_steps:
-            raise ConfigError(
-                f"trainer.max_steps: the run is already at step {saved.step} of {budget.n_steps}; "
-                "give a larger budget to go on"
-            )
-    if trainer_config.compile:
-        model.compile_blocks()
 
     clock = Clock(budget.max_seconds)
     interrupt = StopOnSignal()
@@ -176,23 +143,22 @@ def fit(
         folder=folder,
         sink=sink,
         clock=clock,
-        validate=Validation(dataset, settings.context, max_tokens=trainer_config.validate_tokens, precision=precision),
-        validate_every=_every(trainer_config.validate_every, budget, VALIDATIONS_IN_A_RUN),
-        save_every=_every(trainer_config.checkpoint_every, budget, CHECKPOINTS_IN_A_RUN),
+        interrupt=interrupt,
+        validate=Validation(dataset, settings.context, max_tokens=config.validate_tokens, precision=precision),
+        validate_every=_every(config.validate_every, budget, VALIDATIONS_IN_A_RUN),
+        save_every=_every(config.checkpoint_every, budget, CHECKPOINTS_IN_A_RUN),
         attempt=attempt,
-        best=state.get("best"),
         micro_rows={stage.context: stage.micro_rows for stage in budget.stages},
+        saved=saved,
     )
-    callbacks: list[lightning.Callback] = [clock, interrupt, RestoreState(state)]
+    callbacks: list[lightning.Callback] = [RequireFinite(), clock, interrupt, SetState(settings.seed, state)]
     if launched.is_global_zero:
-        callbacks.append(LogMetrics(sink, trainer_config.log_every, attempt))
-        callbacks.append(ShowProgress(console))
-    callbacks.append(saver)
-    launched.callbacks.extend(callbacks)  # type: ignore[attr-defined]
+        callbacks += [LogMetrics(sink, config.log_every, attempt), ShowProgress(console)]
+    launched.callbacks.extend([*callbacks, saver])  # type: ignore[attr-defined]
 
-    _quieten()
     model.train()
-    launched.fit(module, train_dataloaders=train_loader(stream, module.step, settings.workers))
+    _run(launched, module, train_loader(stream, module.step, settings.workers))
+    model.to(device)  # Lightning has put it back on the CPU
     return Outcome(
         model=model,
         device=device,
@@ -211,32 +177,131 @@ def fit(
     )
 
 
-def load_into(model: Transformer, weights: dict[str, torch.Tensor]) -> None:
-    """Copies weights into a model of the same shape, or says which part does not fit."""
-    own = model.state_dict()
-    missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
-    wrong = [n for n in own.keys() & weights.keys() if own[n].shape != weights[n].shape]
-    if missing or extra or wrong:
-        first = sorted(missing | extra | set(wrong))[0]
-        raise ConfigError(f"init: the weights do not fit this model ({len(missing | extra) + len(wrong)} differ, first: {first})")
+def fitting_rows(
+    settings: TrainSettings, vocab_size: int, precision: Precision, device: torch.device, context: int
+) -> int:
+    """How many rows of `context` tokens fit at once, by closed form from total (not free) memory: always the same."""
+    row = activation_bytes(
+        settings.model,
+        settings.position,
+        context=context,
+        rows=1,
+        vocab_size=vocab_size,
+        precision=precision,
+        recompute=settings.trainer.recompute,
+    )
+    return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
+
+
+def load_into(model: Transformer, weights: dict[str, torch.Tensor], key: str) -> None:
+    """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    if wrong:
+        first = wrong[0]
+        raise ConfigError(
+            f"{key}: the weights do not fit this model: {first} is {_shape(given.get(first))} there, "
+            f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
+        )
     model.load_state_dict(weights)
 
 
-class RestoreState(lightning.Callback):
-    """Puts optimizer state and random generators back, once Lightning has built the optimizer."""
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile would find out, steps later, that there is no compiler for this device."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
-    def __init__(self, state: dict[str, Any]) -> None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError("trainer.compile: there is no C++ compiler here (g++); use trainer.compile=false") from error
+
+
+class SetState(lightning.Callback):
+    """Sets random generators, and puts back optimizer state, once Lightning has built the optimizer.
+
+    Every rank draws dropout from a generator of its own: ranks with equal ones would drop the same units.
+    """
+
+    def __init__(self, seed: int, state: dict[str, Any] | None) -> None:
+        self.seed = seed
         self.state = state
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
-        if not self.state:
+        rank = trainer.global_rank
+        if rank:
+            torch.manual_seed(self.seed + rank)
+        if self.state is None:
             return
         module.optimizers(use_pl_optimizer=False).load_state_dict(self.state["optimizer"])
         ranks = self.state["generators"]
-        if trainer.global_rank < len(ranks):
-            torch.set_rng_state(ranks[trainer.global_rank]["cpu"])
-            if module.device.type == "cuda" and "cuda" in ranks[trainer.global_rank]:
-                torch.cuda.set_rng_state(ranks[trainer.global_rank]["cuda"], module.device)
+        if rank < len(ranks):
+            torch.set_rng_state(ranks[rank]["cpu"])
+            if module.device.type == "cuda" and "cuda" in ranks[rank]:
+                torch.cuda.set_rng_state(ranks[rank]["cuda"], module.device)
+
+
+def _lightning(device: torch.device, world: int, precision: Precision) -> lightning.Trainer:
+    """Lightning as the machine that steps, with nothing of its own around it."""
+    return lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _run(launched: lightning.Trainer, module: LanguageModel, loader: DataLoader[Batch]) -> None:
+    """Lightning's loop, whose ends are made ours: Ctrl-C is Ctrl-C, and the other ranks end with the first."""
+    threads = torch.get_num_threads()
+    if launched.world_size > 1 and launched.strategy.root_device.type == "cpu":
+        torch.set_num_threads(max(1, threads // launched.world_size))
+    try:
+        launched.fit(module, train_dataloaders=loader)
+    except BaseException as error:
+        dead = None if isinstance(error, CtxlabError) else _dead_rank(_ranks(launched))
+        for rank in _ranks(launched):
+            rank.kill()
+        if dead is not None and isinstance(error, Exception):
+            raise RunError(f"{dead}, and the run cannot go on without it") from error
+        # Lightning turns a KeyboardInterrupt into sys.exit(1).
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        # Lightning's watch over the ranks would kill this process, in the middle of what comes next, because of one
+        # that has served its purpose.
+        _ranks(launched).clear()
+        torch.set_num_threads(threads)
+
+
+def _ranks(launched: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes of the other ranks that this one has started."""
+    ranks: list[subprocess.Popen[bytes]] = getattr(launched.strategy.launcher, "procs", [])
+    return ranks
+
+
+def _dead_rank(ranks: list[subprocess.Popen[bytes]]) -> str | None:
+    """Which rank has ended by itself, and how, where its end is why this one lost the connection."""
+    for number, rank in enumerate(ranks, start=1):
+        with suppress(subprocess.TimeoutExpired):
+            code = rank.wait(timeout=1.0)
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+            return f"rank {number} of {len(ranks) + 1} ended with {how}"
+    return None
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _every(setting: str | int, budget: Budget, in_a_run: int) -> int | None:
@@ -248,6 +313,8 @@ def _every(setting: str | int, budget: Budget, in_a_run: int) -> int | None:
 
 
 def _quieten() -> None:
-    """Lightning's hints and tips are not the user's business; its warnings about loaders do not fit our loader."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    """Lightning's hints and tips are not the user's business, nor what torch.compile thinks of what it is given."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("lightning", "torch._inductor"):
+        warnings.filterwarnings("ignore", module=re.escape(module))

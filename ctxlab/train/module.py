@@ -47,7 +47,7 @@ class LanguageModel(lightning.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Ranks exchange gradients once a step, with its last micro-batch (read by DDP at the start of its forward).
-        wrapped = self.trainer.strategy.model
+        wrapped: Any = self.trainer.strategy.model
         if hasattr(wrapped, "require_backward_grad_sync"):
             wrapped.require_backward_grad_sync = self._micro + 1 == self.stream.micro_batches(self.step)
 

@@ -12,6 +12,9 @@ from ctxlab.errors import ConfigError
 
 Precision = Literal["fp32", "bf16"]
 
+_CPUINFO = Path("/proc/cpuinfo")
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}  # the last one is Arm's
+
 
 def resolve_device(accelerator: str) -> torch.device:
     """`auto` takes a CUDA device when there is one; asking for a GPU that is not there is refused."""
@@ -23,11 +26,9 @@ def resolve_device(accelerator: str) -> torch.device:
 
 def cpu_accelerates_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AMX, AVX512-bf16, Arm bf16), not only stores it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
+    if not _CPUINFO.exists():
         return False
-    flags = set(cpuinfo.read_text().split())
-    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+    return not _BF16_FLAGS.isdisjoint(_CPUINFO.read_text().split())
 
 
 def resolve_precision(setting: str, device: torch.device) -> Precision:

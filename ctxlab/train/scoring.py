@@ -62,7 +62,7 @@ def _window_nats(model: Transformer, block: Tensor, precision: Precision) -> Ten
 
 
 class Validation:
-    """Scores a fixed part of the validation split at the trained context: the same tokens every time, shared by the ranks."""
+    """Scores a fixed part of the validation split at the trained context: always the same tokens, shared by the ranks."""
 
     def __init__(self, dataset: TextDataset, context: int, *, max_tokens: int, precision: Precision) -> None:
         split = dataset.splits["validation"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
 from ctxlab.registry import ComponentConfig
 
-UNCHANGED_BY = {"identity": False}  # a field that changes no number: left out of a cell's identity
+UNCHANGED_BY: dict[str, Any] = {"identity": False}  # a field that changes no number: left out of a cell's identity
 
 
 class ContextStage(ComponentConfig):
@@ -29,9 +29,13 @@ class TrainerConfig(ComponentConfig):
 
     max_tokens: OrNone | Count = Field("none", description="budget in training tokens, e.g. 5M")
     max_steps: OrNone | Count = Field("none", description="budget in optimizer steps")
-    max_time: OrNone | Seconds = Field("none", description="budget in seconds of training, e.g. 15min; needs schedule=wsd or constant")
+    max_time: OrNone | Seconds = Field(
+        "none", description="budget in seconds of training, e.g. 15min; alone it needs schedule=wsd or constant"
+    )
     batch_tokens: Count = Field(4096, description="tokens of one optimizer step, the same at every context")
-    micro_batch: OrAuto | int = Field("auto", description="rows in memory at once; auto fits total memory by closed form")
+    micro_batch: OrAuto | int = Field(
+        "auto", description="rows in memory at once; auto fits total memory by closed form"
+    )
     context_schedule: tuple[ContextStage, ...] = Field((), description="length curriculum before the final context")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -43,7 +47,9 @@ class TrainerConfig(ComponentConfig):
     validate_every: OrAuto | OrNone | Count = Field("auto", description="steps between validations; auto: 5 in a run")
     validate_tokens: Count = Field(32_768, description="validation tokens scored each time")
     log_every: Count = Field(1, json_schema_extra=UNCHANGED_BY)
-    checkpoint_every: OrAuto | OrNone | Count = Field("auto", description="steps between checkpoints; auto: 10 in a run")
+    checkpoint_every: OrAuto | OrNone | Count = Field(
+        "auto", description="steps between checkpoints; auto: 10 in a run"
+    )
 
     @model_validator(mode="after")
     def _some_budget(self) -> TrainerConfig:

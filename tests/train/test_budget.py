@@ -49,7 +49,9 @@ def test_ranks_share_the_global_batch() -> None:
 
 def test_curriculum_spends_its_share_and_leaves_the_rest() -> None:
     config = trainer(
-        max_steps=100, batch_tokens=1024, context_schedule=[{"context": 128, "share": 0.25}, {"context": 256, "share": 0.5}]
+        max_steps=100,
+        batch_tokens=1024,
+        context_schedule=({"context": 128, "share": 0.25}, {"context": 256, "share": 0.5}),
     )
     budget = plan(config, 512)
     assert [(s.context, s.rows, s.steps) for s in budget.stages] == [(128, 8, 25), (256, 4, 50), (512, 2, 25)]
@@ -70,12 +72,27 @@ def test_progress_is_the_budget_nearest_its_end() -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "step", "seconds", "limit"),
+    [
+        ({"max_steps": 10}, 9, 1e9, None),
+        ({"max_steps": 10}, 10, 0.0, "max_steps"),
+        ({"max_steps": 10, "max_tokens": 4096 * 4}, 4, 0.0, "max_tokens"),
+        ({"max_steps": 10, "max_time": 60.0}, 9, 59.9, None),
+        ({"max_steps": 10, "max_time": 60.0}, 9, 60.0, "max_time"),
+        ({"max_steps": "none", "max_time": 60.0}, 10**6, 59.9, None),
+    ],
+)
+def test_which_limit_is_reached(limits: dict[str, Any], step: int, seconds: float, limit: str | None) -> None:
+    assert plan(trainer(**limits), 256).spent(step, seconds) == limit
+
+
+@pytest.mark.parametrize(
     ("settings", "context", "world", "message"),
     [
         ({"batch_tokens": 4096}, 8192, 1, r"trainer.batch_tokens: 4096 tokens hold no window of context=8192.*8192"),
-        ({"batch_tokens": 768}, 256, 2, r"trainer.devices: 2 devices cannot share 3 rows.*trainer.batch_tokens is 1024"),
+        ({"batch_tokens": 768}, 256, 2, r"trainer.devices: 2 devices cannot share 3 rows.*is 1024"),
         (
-            {"max_steps": "none", "max_time": 60.0, "context_schedule": [{"context": 64, "share": 0.5}]},
+            {"max_steps": "none", "max_time": 60.0, "context_schedule": ({"context": 64, "share": 0.5},)},
             256, 1, r"trainer.context_schedule: .*needs max_tokens or max_steps",
         ),
     ],

@@ -22,6 +22,8 @@ class Clock(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._since = time.perf_counter()
+        if module.seconds >= self.max_seconds:  # a run that goes on when its time is up already
+            trainer.should_stop = True
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning
 
-from ctxlab.errors import RunError
 from ctxlab.records.sinks import Sink
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.module import LanguageModel
 
 
 class LogMetrics(lightning.Callback):
-    """Writes loss, rate, gradient norm, speed and peak memory every `every` optimizer steps; stops at a NaN loss."""
+    """Writes loss, rate, gradient norm, speed and peak memory every `every` optimizer steps, and at the last."""
 
     def __init__(self, sink: Sink, every: int, attempt: int) -> None:
         self.sink = sink
@@ -31,12 +29,8 @@ class LogMetrics(lightning.Callback):
         assert isinstance(module, LanguageModel)
         if not module.stepped:
             return
-        if not math.isfinite(module.step_nats):
-            raise RunError(
-                f"the loss became {module.step_nats} at step {module.step}: try a lower optim.learning_rate "
-                f"(now {module.optimizer.config.learning_rate:g}), a longer optim.warmup_steps, or trainer.precision=fp32"
-            )
-        if module.step % self.every and trainer.should_stop is False:
+        last = trainer.should_stop or module.step == module.budget.n_steps
+        if module.step % self.every and not last:
             return
         tokens = module.budget.tokens_before(module.step)
         elapsed = module.seconds - self._previous[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -17,26 +18,28 @@ _PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 class ShowProgress(lightning.Callback):
-    """A bar on a terminal; a plain line every ten seconds elsewhere. The first estimate of the time left comes at once."""
+    """A bar on a terminal; elsewhere a plain line after the first step and then every ten seconds."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bar: Progress | None = None
         self._task: Any = None
         self._started = 0.0
-        self._first_step = 0
-        self._spoke = 0.0
+        self._begun = 0.0  # share of the budget that earlier attempts have spent
+        self._tokens = 0  # that they have seen
+        self._spoke = -math.inf
         self._smooth: float | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: Any) -> None:
         self._started = time.perf_counter()
-        self._first_step = module.step
+        self._begun = module.budget.progress(module.step, module.seconds)
+        self._tokens = module.budget.tokens_before(module.step)
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("training"), BarColumn(bar_width=20), TextColumn("{task.description}"),
                 console=self.console, refresh_per_second=4, transient=True,
             )  # fmt: skip
-            self._task = self._bar.add_task("step 1", total=1.0)
+            self._task = self._bar.add_task(f"step {module.step + 1}", total=1.0)
             self._bar.start()
 
     def on_train_batch_end(
@@ -61,16 +64,21 @@ class ShowProgress(lightning.Callback):
 
     def _text(self, module: LanguageModel, done: float) -> str:
         elapsed = time.perf_counter() - self._started
-        begun = module.budget.progress(self._first_step, 0.0)
-        left = elapsed * (1 - done) / (done - begun) if done > begun else float("inf")
-        tokens = module.budget.tokens_before(module.step) - module.budget.tokens_before(self._first_step)
+        left = elapsed * (1 - done) / (done - self._begun) if done > self._begun else math.inf
+        tokens = module.budget.tokens_before(module.step) - self._tokens
         of = f"/{module.budget.n_steps}" if module.budget.bounded else ""
         return (
             f"step {module.step}{of}  loss {self._smooth:.3f}  {format_count(tokens / elapsed)} tokens/s  "
             f"{format_seconds(left)} left  {format_bytes(peak_memory_bytes(module.device)[0])} peak"
         )
 
+    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+        self._close()
+
     def teardown(self, trainer: lightning.Trainer, module: Any, stage: str) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from ctxlab.records.sinks import Sink
 from ctxlab.train.callbacks.clock import Clock
-from ctxlab.train.checkpoint import Checkpoint, point, prune, save_checkpoint
+from ctxlab.train.callbacks.interrupt import StopOnSignal
+from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, point, prune, save_checkpoint
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.scoring import Validation
 
@@ -19,7 +21,8 @@ class ValidateAndSave(lightning.Callback):
     """Every `validate_every` steps scores the validation split; every `save_every` steps, and at the end, saves.
 
     A validation is followed by a checkpoint when it is the best so far. Checkpoints are taken between optimizer steps,
-    where the whole state is weights, optimizer, random generators and one integer for the data.
+    where the whole state is weights, optimizer, random generators and one integer for the data. A run that a signal
+    stops is saved without a validation that it would not have had: it can go on as if nothing had happened.
     """
 
     def __init__(
@@ -28,32 +31,35 @@ class ValidateAndSave(lightning.Callback):
         folder: Path,
         sink: Sink,
         clock: Clock,
+        interrupt: StopOnSignal,
         validate: Validation,
         validate_every: int | None,
         save_every: int | None,
         attempt: int,
-        best: float | None,
         micro_rows: dict[int, int],
+        saved: Checkpoint | None,
     ) -> None:
+        """`saved` is the checkpoint that the run goes on from."""
         self.folder = folder
         self.sink = sink
         self.clock = clock
+        self.interrupt = interrupt
         self.validate = validate
         self.validate_every = validate_every
         self.save_every = save_every
         self.attempt = attempt
         self.micro_rows = micro_rows
-        self.best = float("inf") if best is None else best
+        self.best = _loss_of_best(folder) if saved else math.inf
         self.latest: float | None = None
-        self.saved_step = -1
-        self.validated_step = -1
+        self.saved_step = saved.step if saved else 0
+        self.validated_step = saved.step if saved and saved.validation_loss is not None else 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(module, LanguageModel)
-        if not module.stepped:
-            return
+        if not module.stepped or trainer.should_stop or module.step == module.budget.n_steps:
+            return  # behind the last step comes on_train_end
         validate = self.validate_every is not None and module.step % self.validate_every == 0
         save = self.save_every is not None and module.step % self.save_every == 0
         if not (validate or save):
@@ -66,10 +72,12 @@ class ValidateAndSave(lightning.Callback):
         self.clock.resume()
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
-        if self.validate_every is not None and self.validated_step != module.step and module.step > 0:
+        if not self.interrupt.stopping and self.validate_every is not None and self.validated_step != module.step:
             self._validate(trainer, module)
-        if self.saved_step != module.step and module.step > 0:
+        if self.saved_step != module.step:
             self._save(trainer, module)
+        if trainer.is_global_zero and self.folder.exists():
+            prune(self.folder)
 
     def _validate(self, trainer: lightning.Trainer, module: LanguageModel) -> None:
         numbers = self.validate(trainer, module.model, module.device)
@@ -85,7 +93,7 @@ class ValidateAndSave(lightning.Callback):
                 **numbers,
             }
         )
-        if self.latest < self.best:
+        if self.latest <= self.best:  # equal: the best itself, on the second way through a part that a crash took back
             self.best = self.latest
             self._save(trainer, module, best=True)
 
@@ -99,23 +107,27 @@ class ValidateAndSave(lightning.Callback):
             torch.distributed.all_gather_object(ranks, generators)
         if trainer.is_global_zero:
             optimizer: Any = module.optimizers(use_pl_optimizer=False)
-            checkpoint: Checkpoint = save_checkpoint(
+            checkpoint = save_checkpoint(
                 self.folder,
                 model=module.model,
-                training={
-                    "optimizer": optimizer.state_dict(),
-                    "generators": ranks,
-                    "best": self.best,
-                    "micro_rows": self.micro_rows,
-                },
+                training={"optimizer": optimizer.state_dict(), "generators": ranks, "micro_rows": self.micro_rows},
                 step=module.step,
                 tokens=module.budget.tokens_before(module.step),
                 seconds=module.seconds,
                 validation_loss=self.latest if self.validated_step == module.step else None,
             )
-            point(self.folder, "last", checkpoint)
+            # `best` first: a run that dies between the two goes on from an older `last` and finds this one named.
             if best:
                 point(self.folder, "best", checkpoint)
+            point(self.folder, "last", checkpoint)
             prune(self.folder)
         trainer.strategy.barrier()
         self.saved_step = module.step
+
+
+def _loss_of_best(folder: Path) -> float:
+    """The validation loss of the best checkpoint there is, infinite without one."""
+    if not (folder / "best").exists():
+        return math.inf
+    loss = find_checkpoint(folder, "best").validation_loss
+    return math.inf if loss is None else loss

@@ -13,7 +13,7 @@ from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embeddi
 
 @OPTIMIZERS.register("adamw")
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2), on torch's fused kernel."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2), torch's fused kernel."""
 
     paper = "Loshchilov and Hutter 2019, arXiv:1711.05101"
 

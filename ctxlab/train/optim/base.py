@@ -1,4 +1,4 @@
-"""What every optimizer shares: its settings, the split into decayed and undecayed parameters, the learning-rate curve."""
+"""What every optimizer shares: its settings, which parameters decay, the learning-rate curve."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def rate_factor(config: Optimizer.Config, step: int, progress: float) -> float:
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool:
-    """Whether a parameter is a weight matrix between hidden layers: not an embedding, head, bias, norm or position table."""
+    """Whether a parameter is a matrix between hidden layers: no embedding, head, bias, norm or position table."""
     return parameter.ndim == 2 and id(parameter) not in embeddings and ".position." not in f".{name}"
 
 

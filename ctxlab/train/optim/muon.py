@@ -25,7 +25,7 @@ class Together(torch.optim.Optimizer):
         self.parts = parts
         self.param_groups = groups
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

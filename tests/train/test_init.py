@@ -1,0 +1,83 @@
+"""A run that starts from another: what it takes over, what it may change, what does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.builders import TINY, command, last_files, line, the_run, write_corpus
+
+SMALL = (
+    "context=32", "data=text", "tokenizer=byte", "optim.warmup_steps=2", "trainer=smoke", "trainer.max_steps=3",
+    "trainer.batch_tokens=256", "trainer.precision=fp32", "eval=none", "profile.contexts=none", "logger.mode=disabled",
+)  # fmt: skip
+INHERITING = tuple(word for word in SMALL if word != "tokenizer=byte")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run named parent: alibi, tokens of a trained vocabulary of its own."""
+    folder = tmp_path_factory.mktemp("init")
+    write_corpus(folder / "other", seed=9, documents=60)
+    words = ("position=alibi", "tokenizer=bpe", "tokenizer.vocab_size=300", "trainer.max_steps=3", "seed=5")
+    assert command(folder, *line(folder, *words, name="parent")).code == 0
+    return folder
+
+
+def test_it_takes_over_model_position_tokenizer_and_weights(folder: Path) -> None:
+    parent = the_run(folder, "parent")
+    # A rate of next to nothing leaves the weights that it starts from.
+    words = (f"data.path={folder / 'other'}", "optim=adamw", "optim.learning_rate=1e-12", "name=child")
+    assert command(folder, "train", f"init={parent.id}", *INHERITING, *words).code == 0
+    child = the_run(folder, "child")
+    for part in ("model", "position", "attention", "tokenizer"):
+        assert child.record.config[part] == parent.record.config[part], part
+    assert child.record.config["position"]["name"] == "alibi"
+    assert child.record.parent == parent.id
+    for file in (parent.path / "tokenizer").iterdir():
+        assert (child.path / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+    before = load_file(last_files(parent) / "weights.safetensors")
+    after = load_file(last_files(child) / "weights.safetensors")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, atol=1e-9, rtol=0, msg=name)
+    assert child.record.provenance.data["tokenizer"]["sha256"] == parent.record.provenance.data["tokenizer"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            [f"model.{key}={value}" for key, value in (TINY | {"d_ff": 48}).items()],
+            "blocks.0.feed_forward.down.weight is 16 x 32 there, 16 x 48 here, and 5 more differ",
+        ),
+        (["position=learned"], "position.weight is absent there, 32 x 16 here"),
+        (["tokenizer=byte"], "embedding.weight is 300 x 16 there, 260 x 16 here"),
+    ],
+    ids=["wider", "another position", "another tokenizer"],
+)
+def test_what_does_not_fit_is_refused_in_one_line(folder: Path, words: list[str], reason: str) -> None:
+    parent = the_run(folder, "parent")
+    ended = command(
+        folder, "train", f"init={parent.id}", *INHERITING, *words, f"data.path={folder / 'text'}", "name=unfit"
+    )
+    assert ended.code == 2
+    assert ended.stderr.splitlines()[-1] == f"error: init: the weights do not fit this model: {reason}"
+    assert "Traceback" not in ended.stderr
+
+
+def test_it_goes_on_when_the_run_it_came_from_is_gone(folder: Path) -> None:
+    parent = the_run(folder, "parent")
+    words = (f"data.path={folder / 'text'}", "trainer.checkpoint_every=1", "name=orphan")
+    command(folder, "train", f"init={parent.id}", *INHERITING, *words, at_step=2)
+    orphan = the_run(folder, "orphan")
+    shutil.move(parent.path, folder / "elsewhere")
+    try:
+        assert command(folder, "train", f"resume={orphan.id}").code == 0
+    finally:
+        shutil.move(folder / "elsewhere", parent.path)
+    assert the_run(folder, "orphan").record.status == "done"

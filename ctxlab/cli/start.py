@@ -31,6 +31,10 @@ def start(command: str, argv: list[str]) -> int:
     set_thread_defaults()
     from ctxlab.config.prepare import prepare
 
+    if line.launcher:
+        from ctxlab.cli.launcher import check_launcher
+
+        check_launcher(line.launcher)
     if line.selectors.get("resume", ("none",)) != ("none",) or "resume" in map(key_of, line.overrides):
         return _resume(line)
     with console.progress_bar(console.stderr()) as bar:
@@ -46,6 +50,8 @@ def start(command: str, argv: list[str]) -> int:
             with console.progress_bar(console.stderr()) as bar:
                 check_cells(prepared.cells, bar)
         return run_sweep(prepared, share_threads=not threads_are_given)
+    if line.launcher:
+        raise ConfigError("hydra/launcher: runs the cells of a sweep; this line is one run (add -m for a sweep)")
     return _run_once(prepared)
 
 

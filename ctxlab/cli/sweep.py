@@ -66,6 +66,9 @@ def run_sweep(prepared: Prepared, *, share_threads: bool) -> int:
     if alive:
         raise RecordError(f"sweep.resume: {', '.join(alive)} of {sweep.id} is running")
 
+    again = resume_line(prepared, sweep)
+    if prepared.line.launcher:
+        return _launched(prepared, sweep, store, [run.id for run in to_run], again)
     if share_threads:
         os.environ.pop("OMP_NUM_THREADS", None)
     set_thread_defaults(share=min(settings.jobs, max(1, len(to_run))))
@@ -82,10 +85,26 @@ def run_sweep(prepared: Prepared, *, share_threads: bool) -> int:
         with view.shown():
             pool.execute(to_run)
     except KeyboardInterrupt:
-        return _stopped(sweep, store, resume_line(prepared, sweep), INTERRUPTED)
+        return _stopped(sweep, store, again, INTERRUPTED)
     except SystemExit:
-        return _stopped(sweep, store, resume_line(prepared, sweep), TERMINATED)
-    return conclude(sweep, store, settings.metric, resume_line(prepared, sweep))
+        return _stopped(sweep, store, again, TERMINATED)
+    return conclude(sweep, store, settings.metric, again)
+
+
+def _launched(prepared: Prepared, sweep: Sweep, store: RunStore, to_run: Sequence[str], again: str) -> int:
+    """The same by one of Hydra's launchers: its jobs end when they end, and the records say how."""
+    from ctxlab.cli.launcher import launch_cells
+
+    said = " ".join(prepared.line.launcher)
+    console.stderr().print(Text(f"sweep {sweep.id}: {len(to_run)} cells to run, by {said}"), soft_wrap=True)
+    try:
+        launch_cells(prepared.line.launcher, store.root, sweep, [sweep.cells.index(run_id) for run_id in to_run])
+    except KeyboardInterrupt:
+        return _stopped(sweep, store, again, INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == TERMINATED:
+            return _stopped(sweep, store, again, TERMINATED)
+    return conclude(sweep, store, prepared.cells[0].typed.sweep.metric, again)
 
 
 def write_cells(prepared: Prepared, store: RunStore) -> Sweep:

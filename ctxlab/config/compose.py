@@ -205,11 +205,10 @@ def _allowed(key: str) -> bool:
 
 def _hydra_refusal(key: str) -> str:
     part = key.split(".")[0]
-    if part in ("launcher", "sweeper"):
-        return (
-            f"hydra.{key}: sweeps run in a pool of processes of their own (sweep.jobs=N side by side); "
-            f"another Hydra {part} is not supported"
-        )
+    if part == "launcher":
+        return f"hydra.{key}: a launcher is chosen on the line of a sweep, by hydra/launcher=NAME and hydra.launcher.KEY=VALUE"
+    if part == "sweeper":
+        return f"hydra.{key}: ctxlab writes a sweep's cells down itself; another Hydra sweeper is not supported"
     return f"hydra.{key}: not allowed; of hydra only mode, sweeper.params, run.dir and sweep.dir may be set"
 
 

@@ -48,6 +48,7 @@ class Line:
     multirun: bool = False
     print_config: bool = False
     help: bool = False
+    launcher: tuple[str, ...] = ()  # hydra/launcher=NAME and its settings: who runs a sweep, no part of any config
 
     @property
     def text(self) -> str:
@@ -85,6 +86,7 @@ def split(command: str, argv: Sequence[str]) -> Line:
     free_text: dict[str, str] = {}
     selectors: dict[str, tuple[str, ...]] = {}
     bare: list[str] = []
+    launcher: list[str] = []
     print_config = show_help = False
 
     words = list(argv)
@@ -122,6 +124,9 @@ def split(command: str, argv: Sequence[str]) -> Line:
                 bare.append(word)
             continue
         key, value = match["key"], match["value"]
+        if (key == "hydra/launcher" or key.startswith("hydra.launcher.")) and "_target_" not in key:
+            launcher.append(word)
+            continue
         if match["prefix"] == "~":
             overrides.append(word)
         elif key in SELECTOR_KEYS and not multirun:
@@ -154,6 +159,7 @@ def split(command: str, argv: Sequence[str]) -> Line:
         multirun=multirun,
         print_config=print_config,
         help=show_help,
+        launcher=tuple(launcher),
     )
 
 

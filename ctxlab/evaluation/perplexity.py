@@ -42,7 +42,7 @@ class PerplexityConfig(ComponentConfig):
     )
     segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
     min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
-    max_tokens: OrNone | Count = Field(200_000, description="scored at each length, shared by the documents; none: all")
+    max_tokens: OrNone | Count = Field(131_072, description="scored at each length, shared by the documents; none: all")
     batch_tokens: int = Field(16_384, ge=1, json_schema_extra={"identity": False})
 
 

@@ -97,7 +97,9 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "callbacks": ((*TRAIN, "+hydra.callbacks.x.y=1"), (r"hydra.callbacks.x.y: not allowed; of hydra only mode",)),
     "environment": ((*TRAIN, "hydra.job.env_set.A=b"), (r"hydra.job.env_set.A: not allowed",)),
     "logging": ((*TRAIN, "hydra.job_logging.version=2"), (r"hydra.job_logging.version: not allowed",)),
-    "launcher": ((*TRAIN, "hydra/launcher=joblib"), (r"hydra.launcher: .* another Hydra launcher is not supported",)),
+    "launcher": ((*TRAIN, "hydra/launcher=jobli"), (r"hydra/launcher: no launcher is called 'jobli'; did you mean 'joblib'\?",)),
+    "launcher of one run": ((*TRAIN, "hydra/launcher=basic"), (r"hydra/launcher: runs the cells of a sweep; this line",)),
+    "settings of no launcher": ((*TRAIN, "-m", "hydra.launcher.n_jobs=2"), (r"hydra/launcher: expected one launcher",)),
     "sweeper params": (
         (*TRAIN, "+hydra.sweeper.params.seed=1"),
         (r"hydra.sweeper.params.seed: is for experiment files; on the line write -m seed=1",),

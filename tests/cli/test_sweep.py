@@ -166,3 +166,42 @@ def test_cells_side_by_side_share_the_cores(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     ctxlab("train", "-m", *QUIET, "seed=1,2,3", "sweep.jobs=2")
     assert seen == [threads]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ("hydra/launcher=basic",),
+        pytest.param(("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), marks=pytest.mark.slow),
+    ],
+)
+def test_another_launcher_runs_the_same_cells(launcher: tuple[str, ...], place: Path) -> None:
+    """Hydra counts; the cells are those that were written down, and the line's own settings reach the launcher."""
+    if launcher[0] != "hydra/launcher=basic":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = ctxlab("train", "-m", *SMALL, "position=rope,nope", "logger.mode=disabled", *launcher)
+    assert done.code == 0, done.err
+    (sweep,) = (json.loads(path.read_text(encoding="utf-8")) for path in place.glob("runs/sweeps/*/sweep.json"))
+    records = [json.loads((place / "runs" / cell / "run.json").read_text(encoding="utf-8")) for cell in sweep["cells"]]
+    assert [(r["status"], r["config"]["position"]["name"], r["sweep"]["cell"]) for r in records] == [
+        ("done", "rope", 0), ("done", "nope", 1),
+    ]  # fmt: skip
+    assert not (place / "multirun").exists()
+    assert not (place / "outputs").exists()
+    assert "rise 1x-4x" in done.out
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_under_another_launcher(place: Path) -> None:
+    done = ctxlab("train", "-m", *SMALL, "position=rope,nope", "logger.mode=disabled")
+    assert done.code == 0, done.err
+    (sweep,) = (json.loads(path.read_text(encoding="utf-8")) for path in place.glob("runs/sweeps/*/sweep.json"))
+    first, second = (place / "runs" / cell / "run.json" for cell in sweep["cells"])
+    before = first.read_text(encoding="utf-8")
+    record = json.loads(second.read_text(encoding="utf-8"))
+    second.write_text(json.dumps({**record, "status": "killed"}), encoding="utf-8")
+    done = ctxlab("train", f"sweep.resume={sweep['id']}", "hydra/launcher=basic")
+    assert done.code == 0, done.err
+    assert "1 cells to run, by hydra/launcher=basic" in done.err
+    assert json.loads(second.read_text(encoding="utf-8"))["status"] == "done"
+    assert first.read_text(encoding="utf-8") == before

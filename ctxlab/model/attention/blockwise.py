@@ -303,7 +303,7 @@ def _fill(
     hidden = None if visible is None else visible.hidden(tile, scores.device)
     if bias.reads_scores:
         scores.zero_()
-        _add_product(folded, queries, keys, scale)
+        add_product(folded, queries, keys, scale)
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
         bias.add(tile, scores)  # type: ignore[union-attr]
@@ -315,7 +315,7 @@ def _fill(
         scores.copy_(block)
     else:
         torch.sub(block.expand_as(scores), norm, out=scores)
-    _add_product(folded, queries, keys, scale)
+    add_product(folded, queries, keys, scale)
     if hidden is not None:
         scores.masked_fill_(hidden, -torch.inf)
 
@@ -359,7 +359,7 @@ class _Scratch:
         return self.low[n][: shape.numel()].view(shape)
 
 
-def _add_product(scores: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+def add_product(scores: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """scores (g,m,n) += scale a b^T, in place and in the dtype of the scores, for a (g,m,D) and b (g,n,D).
 
     fp32 holds the products of bf16 numbers without loss, so oneDNN may multiply them as bf16 where that is faster; in

@@ -23,14 +23,15 @@ class ALiBi(Position):
     before those of q and k, for each of the two parts of the slope one with a part of the row's constant and three with the
     digits of the key's position:
 
-        m / scale (j - i) = sum_n ( s_n 256^2 j_2 + s_n 256 j_1 + s_n j_0 + c_in )
+        m / scale (j - i) = sum_n ( s_n 256^2 j_2 + c_in + s_n 256 j_1 + s_n j_0 )
         m / scale = s_0 + s_1 ,   sum_n c_in = -i m / scale
 
     Every entry is exact in the dtype of q and k, and so is every product in the kernel's fp32 sum. In bf16 the slope is kept to
     16 bits: a relative error of the bias below 2^-17, the same at all distances. The constant of a row changes no attention
     weight; it cancels the sum near the diagonal, where it matters, before the content is added: that is why the columns come
-    first. In bf16 it is rounded to 16 bits and shifts a row's log-sum-exp by at most 2^-16 m i, alike in every part of
-    the row, so that merged parts stay right.
+    first. It stands right behind the highest digit: a sum of all digits would first need more bits than fp32 has. In bf16
+    it is rounded to 16 bits and shifts a row's log-sum-exp by at most 2^-16 m i, alike in every part of the row, so that
+    merged parts stay right.
 
     For H no power of two, the slopes are those of the power of two below, then every other one of the power above (as in
     the authors' code). Causal only: the columns know i - j, not its absolute value.
@@ -57,8 +58,9 @@ class ALiBi(Position):
         digits = [(positions >> shift & 255) << shift for shift in _SHIFTS]  # 3 x (T,)
         queries, keys = [], []
         for s, c in zip(slope, row):
-            queries += [s[:, None].expand_as(c)] * len(digits) + [c]
-            keys += [*digits, torch.ones_like(positions)]
+            s = s[:, None].expand_as(c)
+            queries += [s, c] + [s] * (len(digits) - 1)
+            keys += [digits[0], torch.ones_like(positions), *digits[1:]]
         return torch.stack(queries, -1).to(dtype), torch.stack(keys, -1)[None].to(dtype)
 
     def query(self, q: Tensor, tables: Any, state: Any) -> Tensor:

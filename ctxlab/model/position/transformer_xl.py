@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ctxlab.errors import IncompatibleError
 from ctxlab.fields import OrNone
 from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile, no_bias
+from ctxlab.model.attention.blockwise import add_product
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.position.sinusoidal import sinusoids
@@ -118,7 +119,8 @@ class _ProductTiles:
         block = q.new_empty(b, h, m, n, dtype=self.span.dtype)
         for rows, line in self._parts(tile, m, n):
             folded = self._fold(q[:, :, rows])  # (h,b part,D)
-            product = torch.bmm(folded, self.line[tile.heads, line].mT)  # (h,b part,e)
+            product = block.new_zeros(h, folded.shape[1], line.stop - line.start)  # (h,b part,e)
+            add_product(product, folded, self.line[tile.heads, line], 1.0)
             block[:, :, rows] = _skewed(product, b, n)
         block.mul_(LOG2_E)
         return block.add_(self.future.block(tile)) if tile.nearest < 0 else block

@@ -124,9 +124,10 @@ def kerple(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def sandwich(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    D, H = q.shape[-1], q.shape[-3]
+    H = q.shape[-3]
+    w = q.shape[-1] if at.config.width == "auto" else at.config.width
     distance = (i[:, None] - j[None, :]).double()
-    total = sum(torch.cos(distance / 10_000 ** (2 * n / D)) for n in range(1, D // 2 + 1)) - D / 2
+    total = sum(torch.cos(distance / 10_000 ** (2 * n / w)) for n in range(1, w // 2 + 1)) - w / 2
     bias = torch.stack([total / (8 * h / H) for h in range(1, H + 1)])
     return plain(at, q, k, i, j) + bias
 

@@ -16,6 +16,7 @@ from ctxlab.model.attention.blockwise import blockwise_attention
 from ctxlab.model.attention.full import Full
 from ctxlab.model.cache import KVCache
 from ctxlab.model.position.base import POSITIONS, Form, Position
+from ctxlab.model.position.transformer_xl import DistanceProduct
 from tests.conformance import reference
 from tests.model.builders import VOCAB, build, small, tokens
 
@@ -29,6 +30,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "p_rope": ({"p": 0.5, "layout": "half"},),
     "xpos": ({"layout": "half"},),
     "kerple": ({"kind": "power"},),
+    "sandwich": ({"width": 24},),
     "rope_nope": ({"every": 2, "query_scale": 0.1, "scale_span": 16},),
     "cope_ctx": ({"rows": 4},),
     "fire": ({"hidden": 5, "span": 30.0},),
@@ -68,8 +70,8 @@ def biased(bias: Bias, score: Tensor, T: int, S: int) -> Tensor:
 
 
 @torch.no_grad()
-def weights(made: Position, x: Tensor, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """Dense causal attention weights from the scheme's hooks, (B,H,T,S); x is what queries and keys come from."""
+def scores(made: Position, x: Tensor, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Causal scores by the scheme's hooks, (B,H,T,S); x is what queries and keys come from."""
     S = len(j) if made.relative else int(j[-1]) + 1
     state, _ = made.prepare(x if made.relative else x.new_zeros(1, S, x.shape[2]), 0, None)
     queries, keys = made.tables(i, q.dtype), made.tables(j, q.dtype)
@@ -77,7 +79,41 @@ def weights(made: Position, x: Tensor, q: Tensor, k: Tensor, i: Tensor, j: Tenso
     bias = made.bias(q, S, state)
     if bias is not None:
         score = biased(bias, score, len(i), S)
-    return score.masked_fill(i[:, None] < j[None, :], -torch.inf).softmax(-1)
+    return score.masked_fill(i[:, None] < j[None, :], -torch.inf)
+
+
+def weights(made: Position, x: Tensor, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Dense causal attention weights, (B,H,T,S)."""
+    return scores(made, x, q, k, i, j).softmax(-1)
+
+
+@torch.no_grad()
+def errors_in_bf16(made: Position, T: int, rows: list[int]) -> tuple[float, float]:
+    """Attention of T tokens in bf16, hooks and kernel together: relative error of the output in these rows, largest of the lse.
+
+    The reference is naive and in float64, on the same queries, keys and values.
+    """
+    mechanism = Full(Full.Config(), made.model, 0)
+    torch.manual_seed(1)
+    x = torch.randn(1, T, 32)
+    q, k, v = (torch.randn(1, made.model.n_heads, T, made.model.head_dim).bfloat16() for _ in range(3))
+    positions, at = torch.arange(T), torch.tensor(rows)
+    tables = made.tables(positions, torch.bfloat16)
+    state, _ = made.prepare(x, 0, None)
+    out, lse = mechanism.attend(
+        made.query(q, tables, state),
+        made.key(k, tables, state),
+        v,
+        scale=made.scale,
+        causal=True,
+        bias=made.bias(q, T, state),
+    )
+    place = reference.Place(made, 0, x.double())
+    score = reference.SCORES[made.config.name](place, q[:, :, at].double(), k.double(), at, positions)
+    score = score.masked_fill(at[:, None] < positions[None, :], -torch.inf)
+    exact = score.softmax(-1) @ v.double()
+    error = (out[:, :, at].double() - exact).norm() / exact.norm()
+    return float(error), float((lse[:, :, at] - score.logsumexp(-1)).abs().max())
 
 
 @every
@@ -209,14 +245,22 @@ def beyond_training(name: str) -> bool:
     return POSITIONS.get(name).defined_beyond_training
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if beyond_training(n)])
-def test_positions_beyond_100k_in_fp32(name: str) -> None:
-    """Attention weights of the last 16 of 131,072 positions, in fp32, against the naive float64 reference there.
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        pytest.param(name, positions, marks=pytest.mark.slow if (name, positions) == ("fire", 1_000_000) else ())
+        for name in NAMES
+        for positions in (131_072, 1_000_000)
+        if beyond_training(name)
+    ],
+)
+def test_positions_beyond_100k_in_fp32(name: str, positions: int) -> None:
+    """Attention weights of the last 16 of so many positions, in fp32, against the naive float64 reference there.
 
     A scheme with fewer positions is looked at where they end.
     """
     made = scheme(name, head_dim=64)
-    end = min(131_072, made.n_positions or 131_072)
+    end = min(positions, made.n_positions or positions)
     torch.manual_seed(1)
     x, q, k = torch.randn(1, 16, 32), torch.randn(1, 4, 16, 64), torch.randn(1, 4, 16, 64)
     far = torch.arange(end - 16, end)
@@ -224,7 +268,7 @@ def test_positions_beyond_100k_in_fp32(name: str) -> None:
     score = reference.SCORES[name](at, q.double(), k.double(), far, far)
     exact = score.masked_fill(far[:, None] < far[None, :], -torch.inf).softmax(-1)
     found = weights(made, x, q, k, far, far)
-    assert (found - exact).abs().max() < 5e-3 if name == "alibi" else (found - exact).abs().max() < 1e-5
+    assert (found - exact).abs().max() < 1e-5
     if name in reference.EMBEDDINGS:
         expected = reference.EMBEDDINGS[name](made, x.double(), far)
         assert (made.embed(x, far) - expected).abs().max() < 1e-5
@@ -232,34 +276,26 @@ def test_positions_beyond_100k_in_fp32(name: str) -> None:
 
 @every
 def test_bf16_at_4096_against_float64(name: str) -> None:
-    """Attention in bf16, hooks and kernel together: within the rounding of a bf16 output (2^-9 = 0.002) and of its inputs."""
-    made, T = scheme(name, head_dim=64, context=4096), 4096
-    mechanism = Full(Full.Config(), made.model, 0)
-    torch.manual_seed(1)
-    x = torch.randn(1, T, 32)
-    q, k, v = (torch.randn(1, 4, T, 64).bfloat16() for _ in range(3))
-    positions = torch.arange(T)
-    tables = made.tables(positions, torch.bfloat16)
-    with torch.no_grad():
-        state, _ = made.prepare(x, 0, None)
-        out, lse = mechanism.attend(
-            made.query(q, tables, state),
-            made.key(k, tables, state),
-            v,
-            scale=made.scale,
-            causal=True,
-            bias=made.bias(q, T, state),
-        )
-    rows = torch.tensor([0, 1, 2, 127, 128, 129, 511, 512, 2047, 2048, 4000, 4094, 4095])
-    with torch.no_grad():
-        at = reference.Place(made, 0, x.double())
-        score = reference.SCORES[name](at, q[:, :, rows].double(), k.double(), rows, positions)
-    score = score.masked_fill(rows[:, None] < positions[None, :], -torch.inf)
-    exact = score.softmax(-1) @ v.double()
-    error = (out[:, :, rows].double() - exact).norm() / exact.norm()
+    """Within the rounding of a bf16 output (2^-9 = 0.002) and of its inputs."""
+    rows = [0, 1, 2, 127, 128, 129, 511, 512, 2047, 2048, 4000, 4094, 4095]
+    error, lse_error = errors_in_bf16(scheme(name, head_dim=64, context=4096), 4096, rows)
     largest, largest_lse = BF16_ERRORS.get(name, BF16_ERROR)
     assert error < largest
-    assert (lse[:, :, rows] - score.logsumexp(-1)).abs().max() < largest_lse
+    assert lse_error < largest_lse
+
+
+def test_transformer_xl_rounds_no_score_to_bf16() -> None:
+    """Products of bf16 queries with bf16 distances are summed and kept in fp32, as those with keys are."""
+    made = scheme("transformer_xl", head_dim=64)
+    torch.manual_seed(1)
+    bias = made.bias(torch.randn(1, 4, 200, 64).bfloat16(), 200, 0)
+    assert isinstance(bias, DistanceProduct)
+    positions = torch.arange(200)
+    distances = (positions[:, None] - positions[None, :]).clamp(min=0)
+    exact = torch.einsum("bhid,hijd->bhij", bias.q.double(), bias.r.double()[:, distances])
+    found = biased(bias, torch.zeros(1, 4, 200, 200), 200, 200)
+    assert exact.abs().max() > 16
+    assert (found - exact).tril().nan_to_num().abs().max() < 1e-4
 
 
 @every

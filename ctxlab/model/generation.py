@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ctxlab.errors import ConfigError
-from ctxlab.model.cache import KVCache
+from ctxlab.model.cache import KVCache, StreamingCache
 from ctxlab.model.transformer import Transformer
 from ctxlab.registry import ComponentConfig
 
@@ -26,6 +27,11 @@ class DecodingConfig(ComponentConfig):
         le=1,
         description="sample from the fewest most likely tokens whose probabilities add up to p; 1: from all",
     )
+    cache: Literal["full", "streaming"] = Field(
+        "full", description="streaming: of constant size, the first cache_sinks and the last cache_window tokens"
+    )
+    cache_sinks: int = Field(4, ge=0, description="first tokens that a streaming cache keeps")
+    cache_window: int = Field(1024, ge=1, description="last tokens that a streaming cache keeps")
 
 
 def generate(
@@ -38,8 +44,8 @@ def generate(
 ) -> Iterator[int]:
     """Yields the tokens that follow `tokens`, each as soon as it is chosen, until one of `stop_ids` (not yielded) or enough.
 
-    The prompt is read in one forward and may be longer than the trained context; every further token costs one forward of
-    itself over the cached keys. The same seed gives the same tokens. The model is used as it stands: put it in eval mode.
+    The prompt is read in one forward (a streaming cache takes what does not fit it token by token) and may be longer than
+    the trained context; every further token costs one forward of itself over the cached keys. The same seed gives the same tokens. The model is used as it stands: put it in eval mode.
     Raises ConfigError on an empty prompt (a language model predicts what follows something), and UndefinedBeyondTraining,
     after all tokens that can be had, when the scheme has no meaning for the next position.
     """
@@ -48,8 +54,7 @@ def generate(
     config = DecodingConfig() if config is None else config
     device = model.embedding.weight.device
     random = torch.Generator().manual_seed(seed)
-    cache = KVCache(model.config.n_layers)
-    new = torch.tensor([list(tokens)], device=device)  # (1,T)
+    cache, new = _read(model, torch.tensor([list(tokens)], device=device), config)
     for _ in range(config.max_new_tokens):
         with torch.inference_mode():
             logits = model.logits(model.hidden(new, cache=cache)[0, -1])  # (V,)
@@ -58,6 +63,19 @@ def generate(
             return
         yield chosen
         new = torch.tensor([[chosen]], device=device)
+
+
+def _read(model: Transformer, tokens: Tensor, config: DecodingConfig) -> tuple[KVCache, Tensor]:
+    """A cache, and the tokens (1,T) that are still to be read: what a streaming cache has no room for has been."""
+    if config.cache == "full":
+        return KVCache(model.config.n_layers), tokens
+    cache = StreamingCache(model.config.n_layers, sinks=config.cache_sinks, window=config.cache_window)
+    if tokens.shape[1] <= cache.capacity:
+        return cache, tokens
+    with torch.inference_mode():
+        for part in (tokens[:, : cache.capacity], *tokens[:, cache.capacity : -1].split(1, dim=1)):
+            model.hidden(part, cache=cache)
+    return cache, tokens[:, -1:]
 
 
 def choose(logits: Tensor, config: DecodingConfig, random: torch.Generator) -> int:

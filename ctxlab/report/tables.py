@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -162,12 +164,19 @@ def show_training(run: Run, console: Console) -> None:
     position = record.config["position"]["name"]
     other = "alibi" if position != "alibi" else "rope"
     sweep = f"position={position},{other} context={trained},{2 * trained}"
+    where = _elsewhere(run)
     show_next(
         console,
-        (f'ctxlab generate {record.id} "To be, or not to be"', "go on from a prompt"),
-        (f"ctxlab train -m model={record.config['model']['name']} {sweep}", "a sweep around it"),
-        (f"ctxlab runs show {record.id}", "look at it"),
+        (f'{where}ctxlab generate {record.id} "To be, or not to be"', "go on from a prompt"),
+        (f"{where}ctxlab train -m model={record.config['model']['name']} {sweep}", "a sweep around it"),
+        (f"{where}ctxlab runs show {record.id}", "look at it"),
     )
+
+
+def _elsewhere(run: Run) -> str:
+    """What a line needs to find a run again that is not in the folder where it looks by itself."""
+    root = str(run.path.parent)
+    return "" if root == (os.environ.get("CTXLAB_RUNS") or "runs") else f"CTXLAB_RUNS={shlex.quote(root)} "
 
 
 def show_next(console: Console, *lines: tuple[str, str]) -> None:

@@ -63,6 +63,20 @@ def test_learned_positions_end_with_the_trained_context() -> None:
     assert len(found) == 4  # behind positions 4, 5, 6 and 7
 
 
+@pytest.mark.parametrize("length", [5, 12, 30])
+def test_a_streaming_cache_goes_on_from_a_prompt_of_any_length(length: int) -> None:
+    """One layer: what is drawn is what follows the first 3 and the last 9 tokens alone."""
+    model = build("rope", n_layers=1)
+    prompt = tokens(1, length)[0].tolist()
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(24):
+            kept = text if len(text) <= 12 else text[:3] + text[-9:]
+            text.append(int(model(torch.tensor([kept]))[0, -1].argmax()))
+    config = DecodingConfig(temperature=0.0, max_new_tokens=24, cache="streaming", cache_sinks=3, cache_window=9)
+    assert list(generate(model, prompt, config)) == text[length:]
+
+
 def test_empty_prompt_is_refused() -> None:
     with pytest.raises(ConfigError, match="prompt: expected at least one token, got an empty prompt"):
         next(generate(build(), []))

@@ -104,7 +104,19 @@ def test_runs_that_differ_in_nothing_are_told_by_id(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_what_train_ends_with(tmp_path: Path) -> None:
+def test_lines_to_type_next_say_where_a_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained_run(tmp_path / "other runs")
+    for runs, start in ((None, f"CTXLAB_RUNS='{run.path.parent}' ctxlab"), (str(run.path.parent), "ctxlab")):
+        monkeypatch.delenv("CTXLAB_RUNS", raising=False)
+        if runs is not None:
+            monkeypatch.setenv("CTXLAB_RUNS", runs)
+        console = Console(width=80, file=io.StringIO(), color_system=None)
+        show_training(run, console)
+        assert all(line.strip().startswith(start) for line in written(console).splitlines()[-3:])
+
+
+def test_what_train_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXLAB_RUNS", str(tmp_path / "runs"))
     run = trained_run(tmp_path / "runs")
     console = Console(width=80, file=io.StringIO(), color_system=None)
     show_training(run, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from ctxlab.model.attention.bias import BlockBias, Tile, Toeplitz
 from ctxlab.model.attention.blockwise import blockwise_attention
+from ctxlab.model.attention.visible import Chunk, Visible, Window
 from tests.model.attention_kernels.reference import dense_attention, error, operands, positions
 
 TINY = (3, 5)
@@ -140,6 +142,53 @@ def test_constant_tail_equals_all_values_written_out(constant_from: int, T: int,
     for other in results[:2]:
         for found, wanted in zip(other, results[2]):
             torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+def seen(rule: Visible, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Less than `size` apart; the same multiple of `size` at or below both, found by counting up the borders."""
+    if isinstance(rule, Window):
+        return (j < i + rule.size) & (i < j + rule.size)
+    assert isinstance(rule, Chunk)
+    borders = torch.arange(rule.size, 100, rule.size)
+    return (i[..., None] >= borders).sum(-1) == (j[..., None] >= borders).sum(-1)
+
+
+rules = pytest.mark.parametrize("rule", [kind(size) for kind in (Window, Chunk) for size in (1, 2, 3, 4, 5, 6, 9, 16)])
+
+
+@rules
+@pytest.mark.parametrize("blocks", [TINY, (5, 3), (4, 4)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "S"), [(17, 17), (6, 17)])
+def test_windows_and_chunks_with_borders_anywhere_in_a_tile(
+    T: int, S: int, causal: bool, blocks: tuple[int, int], rule: Visible
+) -> None:
+    q, k, v, grad = operands(1, 2, 1, T, S, 4, 4)
+    i, j = positions(T, S)
+    table = torch.zeros(T, S, dtype=torch.float64).masked_fill(~seen(rule, i, j), -torch.inf)
+    out, lse = blockwise_attention(q, k, v, scale=0.5, causal=causal, visible=rule, blocks=blocks)
+    expected, expected_lse = dense_attention(q, k, v, scale=0.5, causal=causal, bias=table)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
+    leaves = [q, k, v]
+    for found, wanted in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)):
+        torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+
+
+@rules
+def test_no_key_is_visited_that_no_query_sees(rule: Visible) -> None:
+    """`low` and `high` are the ends of what any query from `first`, or up to `last`, sees; None hides nothing."""
+    j = torch.arange(60)
+    matrix = seen(rule, j[:, None], j)
+    for at in range(20):
+        assert rule.low(at) == int(matrix[at:].any(0).nonzero()[0])
+        assert rule.high(at) == int(matrix[: at + 1].any(0).nonzero()[-1]) + 1
+    for first, start in itertools.product(range(12), range(12)):
+        tile = Tile(slice(0, 1), slice(0, 1), range(first + 3, first - 1, -1), slice(start, start + 5))
+        part = matrix[first : first + 4, start : start + 5].flip(0)
+        hidden = rule.hidden(tile, torch.device("cpu"))
+        assert torch.equal(~hidden, part) if hidden is not None else part.all()
+        assert hidden is None or not part.all()
 
 
 def test_block_bias_of_a_network_with_absolute_positions() -> None:

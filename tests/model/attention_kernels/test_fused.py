@@ -14,8 +14,8 @@ from tests.model.attention_kernels.reference import dense_attention, error, oper
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("D", "Dv"), [(8, 8), (5, 3), (8, 16), (12, 4)])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 13), (7, 13), (13, 13)])
+@pytest.mark.parametrize(("D", "Dv"), [(8, 8), (5, 3), (8, 16), (12, 4), (17, 9)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 13), (2, 2), (7, 13), (13, 13)])
 @pytest.mark.parametrize("Hkv", [4, 2, 1])
 def test_equals_dense_attention(Hkv: int, T: int, S: int, D: int, Dv: int, causal: bool) -> None:
     q, k, v, grad = operands(2, 4, Hkv, T, S, D, Dv)

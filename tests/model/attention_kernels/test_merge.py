@@ -53,6 +53,13 @@ def test_by_hand() -> None:
     torch.testing.assert_close(lse, torch.full((1, 1, 1), math.log(4.0)))
 
 
+def test_one_part_is_the_whole() -> None:
+    out, lse = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3)
+    found, found_lse = merge([(out, lse)])
+    assert torch.equal(found, out)
+    assert torch.equal(found_lse, lse)
+
+
 def test_no_keys_anywhere_is_zero() -> None:
     nothing = (torch.zeros(1, 1, 2, 3), torch.full((1, 1, 2), -torch.inf))
     out, lse = merge([nothing, nothing])

@@ -45,7 +45,8 @@ def generate(
     """Yields the tokens that follow `tokens`, each as soon as it is chosen, until one of `stop_ids` (not yielded) or enough.
 
     The prompt is read in one forward (a streaming cache takes what does not fit it token by token) and may be longer than
-    the trained context; every further token costs one forward of itself over the cached keys. The same seed gives the same tokens. The model is used as it stands: put it in eval mode.
+    the trained context; every further token costs one forward of itself over the cached keys. The same seed gives the
+    same tokens. The model is used as it stands: put it in eval mode.
     Raises ConfigError on an empty prompt (a language model predicts what follows something), and UndefinedBeyondTraining,
     after all tokens that can be had, when the scheme has no meaning for the next position.
     """

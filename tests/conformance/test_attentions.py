@@ -129,6 +129,15 @@ def test_a_local_layer_sees_no_more_than_it_says_and_the_pattern_is_by_layer(
         assert int(seen.max()) == (40 if is_global else 11)
 
 
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(("n", "expected"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [2, 5]), (4, [3])])
+def test_every_nth_layer_is_global(name: str, n: int, expected: list[int]) -> None:
+    """Counted from 1: only there does the last query see the first key."""
+    settings = SMALL[name] | {"global_every": n}
+    layers = [mechanism(name, settings, layer).visible(40, 40, causal=True) for layer in range(7)]
+    assert [layer for layer, seen in enumerate(layers) if seen[39, 0]] == expected
+
+
 @cases
 @pytest.mark.parametrize("position", ["rope", "alibi", "t5", "fire", "fox", "cope_ctx", "transformer_xl"])
 def test_cached_chunks_equal_one_forward_and_hold_no_more_than_they_need(

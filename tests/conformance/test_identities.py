@@ -34,6 +34,13 @@ def test_none_of_rope_is_nope() -> None:
     assert torch.equal(logits(build(config("p_rope", p=0.0))), logits(build("nope")))
 
 
+@pytest.mark.parametrize(("name", "share"), [("p_rope", "p"), ("partial_rope", "fraction")])
+def test_a_share_that_is_no_whole_number_of_pairs_is_rounded_down(name: str, share: str) -> None:
+    """Of 4 pairs: 0.7 is 2.8, and two are rotated."""
+    model = logits(build(config(name, **{share: 0.7})))
+    assert torch.equal(model, logits(build(config(name, **{share: 0.5}))))
+
+
 def test_layouts_are_equal_up_to_a_permutation_of_the_columns() -> None:
     """Interleaved pairs (2k, 2k+1) become (k, k + D/2) when even columns come first."""
     one, two = build(config("rope")), build(config("rope", layout="half"))

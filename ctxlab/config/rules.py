@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
 from ctxlab.errors import ConfigError, IncompatibleError
+from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.units import format_length
 
@@ -18,7 +19,11 @@ def check(config: CommandConfig) -> None:
     if isinstance(config, GenerateConfig) and config.prompt and config.prompt_file != "none":
         raise ConfigError("prompt_file: is given beside prompt; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig | ShowConfig):
-        POSITIONS.get(config.position.name).check(config.position, config.model)
+        scheme = POSITIONS.get(config.position.name)
+        scheme.check(config.position, config.model)
+        if not isinstance(config, ShowConfig):
+            mechanism = ATTENTIONS.get(config.attention.name)
+            mechanism.check_position(config.attention, scheme, config.position.name)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
     if isinstance(config, TrainConfig):

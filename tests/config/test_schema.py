@@ -59,7 +59,10 @@ OPTIONS = [
 def test_every_shipped_yaml_is_valid(group: str, option: str, command: str, tmp_path: Path) -> None:
     if group == "experiment" and command != "train":
         pytest.skip("experiments are recorded lines of train")
-    config = plain(f"{group}={option}", command=command)
+    # Linear attention goes with fewer schemes than the default one.
+    narrow = (group, option) == ("attention", "linear") and command != "eval"
+    words = [f"{group}={option}", *(["position=nope"] if narrow else [])]
+    config = plain(*words, command=command)
     for owner, fields in (("data", ("path",)), ("tokenizer", ("path", "file"))):
         for field in fields:
             if isinstance(config.get(owner), dict) and config[owner].get(field) == schema.MISSING:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ctxlab.errors import IncompatibleError
 from ctxlab.model import count
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.attention.bias import Toeplitz
@@ -51,6 +52,18 @@ def dense(
     return score.softmax(-1) @ v, score.logsumexp(-1)
 
 
+def dense_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float, sink: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Every pair weighed by phi(q) . phi(k), phi(x) = x + 1 above 0 and exp(x) below."""
+    assert sink is None
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    phi_q, phi_k = (torch.where(x > 0, x + 1, x.clamp(max=0).exp()) for x in (q, k))
+    weight = (phi_q @ phi_k.mT) * mask
+    return weight @ v / weight.sum(-1, keepdim=True), weight.sum(-1).log()
+
+
 @every
 def test_has_a_paper_and_a_file(name: str) -> None:
     kind = ATTENTIONS.get(name)
@@ -72,6 +85,8 @@ def test_equals_dense_attention_under_its_mask(
     name: str, settings: dict[str, Any], T: int, S: int, causal: bool, with_bias: bool
 ) -> None:
     """Values, log-sum-exps and gradients, in float64, two key-value heads for four queries."""
+    if with_bias and not ATTENTIONS.get(name).softmax:
+        pytest.skip("has no scores to add a bias to")
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64, requires_grad=True) for h, n in ((4, T), (2, S), (2, S)))
     values = torch.randn(4, 2 * S - 1, dtype=torch.float64, requires_grad=True)
@@ -85,7 +100,8 @@ def test_equals_dense_attention_under_its_mask(
     out, lse = made.attend(
         q, k, v, scale=8**-0.5, causal=causal, bias=Toeplitz(values, 1 - S) if with_bias else None
     )  # fmt: skip
-    expected, expected_lse = dense(q, k, v, made.visible(T, S, causal=causal), matrix, made.sink)
+    oracle = dense if made.softmax else dense_kernel
+    expected, expected_lse = oracle(q, k, v, made.visible(T, S, causal=causal), matrix, made.sink)
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=0)
     upstream = torch.randn_like(out)
@@ -101,7 +117,8 @@ def test_padded_keys_are_not_seen_without_a_causal_mask(name: str, settings: dic
     made = mechanism(name, settings)
     out, _ = made.double().attend(q, k, v, scale=8**-0.5, causal=False, lengths=lengths)
     mask = made.visible(20, 20, causal=False) & (torch.arange(20) < lengths[:, None])[:, None, None, :]
-    torch.testing.assert_close(out, dense(q, k, v, mask, 0.0, made.sink)[0], atol=1e-10, rtol=0)
+    oracle = dense if made.softmax else dense_kernel
+    torch.testing.assert_close(out, oracle(q, k, v, mask, 0.0, made.sink)[0], atol=1e-10, rtol=0)
 
 
 @cases
@@ -110,6 +127,9 @@ def test_flops_and_cache_follow_who_sees_whom(name: str, settings: dict[str, Any
     """Four operations a column and key that the best-placed query sees: a causal mask's hidden half counts as seen."""
     kind, model, config = ATTENTIONS.get(name), small(), config_of(name, settings)
     made = kind(config, model, layer)
+    if not kind.softmax:
+        assert kind.flops(config, model, 96, layer) == kind.flops(config, model, 96_000, layer)  # whatever the context
+        return
     seen = made.visible(96, 96, causal=True).sum(1)
     assert kind.flops(config, model, 96, layer) == 4 * model.n_heads * model.head_dim * int(seen.max())
     assert [kind.cached_tokens(config, n, layer) for n in range(1, 97)] == seen.tolist()
@@ -143,6 +163,8 @@ def test_every_nth_layer_is_global(name: str, n: int, expected: list[int]) -> No
 def test_cached_chunks_equal_one_forward_and_hold_no_more_than_they_need(
     name: str, settings: dict[str, Any], position: str
 ) -> None:
+    if not ATTENTIONS.get(name).softmax:
+        position = "nope"
     model = build(position, attention=config_of(name, settings)).double()
     x = tokens(2, 64)
     with torch.no_grad():
@@ -160,7 +182,7 @@ def test_cached_chunks_equal_one_forward_and_hold_no_more_than_they_need(
 
 @cases
 def test_no_token_sees_the_future(name: str, settings: dict[str, Any]) -> None:
-    model = build("rope", attention=config_of(name, settings))
+    model = build("rope" if ATTENTIONS.get(name).softmax else "nope", attention=config_of(name, settings))
     x = tokens(1, 40)
     other = x.clone()
     other[0, 25] = (other[0, 25] + 1) % VOCAB
@@ -168,3 +190,19 @@ def test_no_token_sees_the_future(name: str, settings: dict[str, Any]) -> None:
         before, after = model(x)[0], model(other)[0]
     assert torch.equal(before[:25], after[:25])
     assert not torch.equal(before[25], after[25])
+
+
+@pytest.mark.parametrize("position", ["rope", "alibi", "t5", "fox", "pope"])
+def test_linear_attention_refuses_what_would_need_scores(position: str) -> None:
+    with pytest.raises(IncompatibleError, match=f"linear attention has no scores that {position} could turn or add to"):
+        build(position, attention="linear")
+
+
+def test_linear_attention_is_exact_over_many_chunks_of_a_long_sequence() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 300, 8, dtype=torch.float64) for _ in range(3))
+    made = mechanism("linear", {})
+    out, lse = made.attend(q, k, v, scale=1.0, causal=True)
+    expected, expected_lse = dense_kernel(q, k, v, made.visible(300, 300, causal=True), 0.0)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-12, rtol=0)

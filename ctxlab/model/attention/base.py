@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ctxlab.model.attention.bias import Bias
 from ctxlab.model.config import ModelConfig
 from ctxlab.registry import ComponentConfig, Registry
+
+if TYPE_CHECKING:
+    from ctxlab.model.position.base import Position
 
 
 class Attention(nn.Module):
@@ -21,6 +24,12 @@ class Attention(nn.Module):
         sink: bool = Field(False, description="a learned logit a head in the denominator of every softmax")
 
     paper: ClassVar[str]
+    softmax: ClassVar[bool] = True
+    """Whether keys are weighed by the exponential of their scores."""
+
+    @classmethod
+    def check_position(cls, config: Config, position: type[Position], name: str) -> None:
+        """Raises IncompatibleError where the scheme called `name` has no meaning under this mechanism."""
 
     def __init__(self, config: Config, model: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -180,10 +180,12 @@ def _elsewhere(run: Run) -> str:
 
 
 def show_next(console: Console, *lines: tuple[str, str]) -> None:
-    """What to type next, and why; each line whole, to be copied."""
+    """What to type next, each line whole, to be copied; and why, where there is room beside it."""
     width = max(len(line) for line, _ in lines)
+    fits = all(2 + width + 4 + len(why) <= console.width for _, why in lines)
     for line, why in lines:
-        console.print(Text.assemble("  ", line.ljust(width), (f"  # {why}", "dim")), soft_wrap=True)
+        text = ("  ", line.ljust(width), (f"  # {why}", "dim")) if fits else ("  ", line)
+        console.print(Text.assemble(*text), soft_wrap=True)
 
 
 def show_lengths(measurements: Sequence[Measurement], trained: int | None, console: Console) -> None:

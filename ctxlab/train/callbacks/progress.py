@@ -14,6 +14,7 @@ from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.units import format_bytes, format_count, format_seconds
 
+_WIDE = 100  # columns from which there is room for a bar of some length
 _PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -36,7 +37,7 @@ class ShowProgress(lightning.Callback):
         self._tokens = module.budget.tokens_before(module.step)
         if self.console.is_terminal:
             self._bar = Progress(
-                TextColumn("training"), BarColumn(bar_width=20), TextColumn("{task.description}"),
+                BarColumn(bar_width=20 if self.console.width >= _WIDE else 8), TextColumn("{task.description}"),
                 console=self.console, refresh_per_second=4, transient=True,
             )  # fmt: skip
             self._task = self._bar.add_task(f"step {module.step + 1}", total=1.0)

@@ -67,11 +67,12 @@ def spec(asked: Point, what: str) -> dict[str, Any]:
 
 
 @HAS_PROC
-def test_memory_repeats_within_two_percent(start: Start, limited: Sequence[Measurement]) -> None:
-    """Of the smallest point, where chance would show most. A limit that is not reached changes nothing."""
-    again = next(row for row in limited if (row.name, row.context) == ("peak_memory_bytes", 64))
-    assert again.value == pytest.approx(start(point("nano", 64)).result()["peak_memory_bytes"], rel=0.02)
-    assert again.facts["source"] == "VmHWM"
+def test_memory_repeats_within_half_a_percent(start: Start) -> None:
+    """At 320 MiB; what varies is a few hundred KiB of code that is mapped as others use it. A limit changes nothing."""
+    first = start(point("mini", 1024)).result()
+    again = start(point("mini", 1024, memory_limit=16 * 2**30)).result()
+    assert again["peak_memory_bytes"] == pytest.approx(first["peak_memory_bytes"], rel=0.005)
+    assert again["source"] == "VmHWM"
 
 
 @HAS_PROC

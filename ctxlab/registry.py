@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import json
 import pkgutil
+import sys
+import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +39,21 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; available: {', '.join(known)}" if known else ""
 
 
+def import_file(name: str, path: Path) -> ModuleType:
+    """Imports a file as the module `name`, which registers its components. Raises ImportError for no Python file."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
 class Registry(Generic[T]):
     """name -> class for one kind of component (`position`, `attention`, `corpus`, ...).
 
@@ -46,6 +66,7 @@ class Registry(Generic[T]):
         self.package = package
         self._classes: dict[str, type[T]] = {}
         self._discovered = False
+        self._discovering = threading.RLock()
 
     def register(self, name: str) -> Callable[[type[Any]], type[Any]]:
         def decorate(cls: type[Any]) -> type[Any]:
@@ -71,9 +92,10 @@ class Registry(Generic[T]):
         return self.get(settings["name"]).Config.model_validate_json(json.dumps(settings))  # type: ignore[attr-defined]
 
     def _discover(self) -> None:
-        if self._discovered:
-            return
-        self._discovered = True
-        package = importlib.import_module(self.package)
-        for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
-            importlib.import_module(module.name)
+        with self._discovering:  # another thread waits until all are there; this one may come by again meanwhile
+            if self._discovered:
+                return
+            self._discovered = True
+            package = importlib.import_module(self.package)
+            for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
+                importlib.import_module(module.name)

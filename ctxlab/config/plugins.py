@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ctxlab.config import catalog
 from ctxlab.errors import ConfigError
+from ctxlab.registry import import_file
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,9 @@ def load(path: Path, expected: str = "") -> Plugin:
         raise ConfigError(f"--plugin: {path} has changed since the run was written down")
     name = f"ctxlab_plugin_{sha256[:16]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"--plugin: {path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
+            import_file(name, path)
         except (Exception, SystemExit) as error:  # a script that ends itself is no plugin, and must not end us
-            del sys.modules[name]
             raise ConfigError(f"--plugin: {path}: {type(error).__name__}: {error}") from error
     return Plugin(path, sha256)
 

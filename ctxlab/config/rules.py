@@ -22,8 +22,7 @@ def check(config: CommandConfig) -> None:
         scheme = POSITIONS.get(config.position.name)
         scheme.check(config.position, config.model)
         if not isinstance(config, ShowConfig):
-            mechanism = ATTENTIONS.get(config.attention.name)
-            mechanism.check_position(config.attention, scheme, config.position.name)
+            ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
     if isinstance(config, TrainConfig):

@@ -71,7 +71,10 @@ class TrainStream(Dataset[Batch]):
 
     def micro_batches(self, step: int) -> int:
         """Micro-batches that a rank takes part in an optimizer step with."""
-        stage, _ = self._stage(step)
+        for stage in self.stages:
+            if step < stage.steps:
+                break
+            step -= stage.steps
         return self._in_step(stage)
 
     def first_of(self, step: int) -> int:
@@ -119,13 +122,6 @@ class TrainStream(Dataset[Batch]):
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
         )
-
-    def _stage(self, step: int) -> tuple[Stage, int]:
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage, step
-            step -= stage.steps
-        return self.stages[-1], step
 
     def _in_step(self, stage: Stage) -> int:
         return stage.rows // self.world // stage.micro_rows

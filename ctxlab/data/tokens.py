@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ctxlab.cores import available_cores
 from ctxlab.data.corpora.base import Document
 from ctxlab.data.splits import EMPTY, SPLITS
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
@@ -136,7 +136,7 @@ def _encoded(
     n_bytes: int,
 ) -> Iterator[tuple[str, _Piece, np.ndarray]]:
     """Every piece with its ids, in order: here for little text, else by a pool of processes with a short queue."""
-    workers = _cores() if n_bytes > _ALONE else 1
+    workers = available_cores() if n_bytes > _ALONE else 1
     if workers == 1:
         for name, piece in _pieces(documents, labels):
             yield name, piece, _ids(tokenizer, piece.lines, dtype)
@@ -155,12 +155,7 @@ def _encoded(
 
 
 def _ids(tokenizer: Tokenizer, lines: list[str], dtype: type[np.unsignedinteger]) -> np.ndarray:
-    """Ids of lines that are parts of a text: joined and cut after newlines, as `encode` cuts."""
-    text = "".join(lines)
-    cut = text.split("\n")
-    whole = [f"{line}\n" for line in cut[:-1]] + ([cut[-1]] if cut[-1] else [])
-    encoded = tokenizer.encode_lines(whole)
-    return np.fromiter((token for ids in encoded for token in ids), dtype=dtype, count=sum(map(len, encoded)))
+    return np.array(tokenizer.encode("".join(lines)), dtype=dtype)
 
 
 _worker_tokenizer: Tokenizer | None = None  # of a pool process, which serves one tokenizer all its life
@@ -174,8 +169,3 @@ def _load(folder: str) -> None:
 def _work(lines: list[str], dtype: type[np.unsignedinteger]) -> bytes:
     assert _worker_tokenizer is not None
     return _ids(_worker_tokenizer, lines, dtype).tobytes()
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores)

@@ -187,7 +187,7 @@ class Transformer(nn.Module):
         self.recompute = False  # whether backward computes each block's activations again instead of keeping them
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
         mechanism = ATTENTIONS.get(attention.name)
-        mechanism.check_position(attention, POSITIONS.get(position.name), position.name)
+        mechanism.check_position(POSITIONS.get(position.name), position.name)
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position = POSITIONS.get(position.name)(position, config, context)
         self.embedding_norm = Norm(config) if config.embedding_norm else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,14 @@ from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
+from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.precision import Precision, autocast
 from ctxlab.units import format_bytes
 
 MIN_SECONDS, MIN_STEPS = 0.5, 3
+LONG = 10  # times `enough_seconds` is too much even for a median of three steps
 _WARM = 256  # width of the warm-up: wide enough for every thread to take part
 _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C library, of cuBLAS
 
@@ -42,7 +43,8 @@ _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C l
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Builds the model and runs real steps (forward, backward, clipping, optimizer); memory or time, as `what` asks."""
     device = torch.device(spec["device"])
-    _import_plugins(spec["plugins"])
+    for name, file in spec["plugins"]:
+        import_file(name, Path(file))
     config = ModelConfig.model_validate(spec["model"])
     position, attention = POSITIONS.config(spec["position"]), ATTENTIONS.config(spec["attention"])
     optim = OPTIMIZERS.get(spec["optim"]["name"])(OPTIMIZERS.config(spec["optim"]))
@@ -83,7 +85,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - start)
-            if sum(seconds) > spec["enough_seconds"]:
+            if sum(seconds) > (spec["enough_seconds"] if len(seconds) >= MIN_STEPS else LONG * spec["enough_seconds"]):
                 break
         return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds), "n_steps": len(seconds)}
 
@@ -145,17 +147,6 @@ def _limited(limit: int | None, idle: int, device: torch.device) -> Iterator[Non
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def _import_plugins(files: Sequence[tuple[str, str]]) -> None:
-    """Imports the files, (module name, path) each, that register components from outside the package."""
-    for name, path in files:
-        module_spec = importlib.util.spec_from_file_location(name, path)
-        assert module_spec is not None
-        assert module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[name] = module
-        module_spec.loader.exec_module(module)
 
 
 def _without_result(error: Exception, limit: int | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ctxlab
+from ctxlab.cores import available_cores
 from ctxlab.records.schema import Provenance
 
 LIBRARIES = (
@@ -63,7 +64,7 @@ def hardware() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "flags": [],
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "usable_cores": available_cores(),
     }
     if _CPUINFO.exists():
         facts |= processor(_CPUINFO.read_text(encoding="utf-8", errors="replace"))

@@ -123,7 +123,7 @@ def fit(
             rows.get(context) or fitting_rows(settings, vocab_size, precision, device, context)
         ),
     )
-    launched = _lightning(device, config.devices, precision)
+    launched = _lightning(device, config, precision)
     stream = TrainStream(
         dataset.splits["train"],
         seed=settings.seed,
@@ -189,6 +189,7 @@ def fitting_rows(
         vocab_size=vocab_size,
         precision=precision,
         recompute=settings.trainer.recompute,
+        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
     )
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
 
@@ -244,12 +245,12 @@ class SetState(lightning.Callback):
                 torch.cuda.set_rng_state(ranks[rank]["cuda"], module.device)
 
 
-def _lightning(device: torch.device, world: int, precision: Precision) -> lightning.Trainer:
+def _lightning(device: torch.device, config: TrainerConfig, precision: Precision) -> lightning.Trainer:
     """Lightning as the machine that steps, with nothing of its own around it."""
     return lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=world,
-        strategy="ddp" if world > 1 else "auto",
+        devices=config.devices,
+        strategy="ddp" if config.devices > 1 else config.strategy,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         max_epochs=1,
         logger=False,

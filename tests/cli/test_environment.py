@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ctxlab import cores
 from ctxlab.cli import environment
 
 
@@ -14,8 +15,8 @@ from ctxlab.cli import environment
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Eight cores by affinity; files for a quota."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(environment, "_CGROUP_V2", tmp_path / "cpu.max")
-    monkeypatch.setattr(environment, "_CGROUP_V1", (tmp_path / "quota", tmp_path / "period"))
+    monkeypatch.setattr(cores, "_CGROUP_V2", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores, "_CGROUP_V1", (tmp_path / "quota", tmp_path / "period"))
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -23,7 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("limit", "cores"),
+    ("limit", "expected"),
     [
         ("max 100000", 8),
         ("200000 100000", 2),
@@ -33,20 +34,20 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         ("nonsense", 8),
     ],
 )
-def test_quota_of_cgroup_v2(machine: Path, limit: str, cores: int) -> None:
+def test_quota_of_cgroup_v2(machine: Path, limit: str, expected: int) -> None:
     (machine / "cpu.max").write_text(limit)
-    assert environment.available_cores() == cores
+    assert cores.available_cores() == expected
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("-1", 8), ("400000", 4)])
-def test_quota_of_cgroup_v1(machine: Path, quota: str, cores: int) -> None:
+@pytest.mark.parametrize(("quota", "expected"), [("-1", 8), ("400000", 4)])
+def test_quota_of_cgroup_v1(machine: Path, quota: str, expected: int) -> None:
     (machine / "quota").write_text(quota)
     (machine / "period").write_text("100000")
-    assert environment.available_cores() == cores
+    assert cores.available_cores() == expected
 
 
 def test_without_a_quota(machine: Path) -> None:
-    assert environment.available_cores() == 8
+    assert cores.available_cores() == 8
 
 
 def test_cores_are_shared_among_jobs(machine: Path) -> None:

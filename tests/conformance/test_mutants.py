@@ -35,7 +35,7 @@ SEED = 9
 SCHEMES = [f"position/{name}.py" for name in POSITIONS.names()]
 MECHANISMS = [
     f"attention/{name}.py"
-    for name in ("blockwise", "bias", "visible", "fused", "merge", "local", "sliding_window", "chunked")
+    for name in ("blockwise", "bias", "visible", "fused", "merge", "local", "sliding_window", "chunked", "linear")
 ]
 DRAWN_OF_A_SCHEME, DRAWN_OF_A_MECHANISM = 1, 3
 AT_A_TIME = 2
@@ -52,6 +52,7 @@ FIRST = {
     "attention/fused.py": [f"{KERNELS}/test_fused.py"],
     "attention/merge.py": [f"{KERNELS}/test_merge.py"],
     "attention/visible.py": [f"{KERNELS}/test_blockwise.py", "-k", "windows or visited"],
+    "attention/linear.py": [CONFORMANCE[2], "-k", "linear"],
     "attention/full.py": [CONFORMANCE[2], "-k", "full"],
     "attention/base.py": [CONFORMANCE[2], "-k", "full"],
     "position/base.py": [CONFORMANCE[0], "-k", "rope"],
@@ -192,9 +193,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "self.size is None or self.size >= k.shape[2] -> self.size is None or self.size > k.shape[2]",
     ): "a neighbourhood as long as the keys hides what the rule says either way",
     (
-        "attention/bias.py",
-        "_BlockTiles.block",
-        "self.span.causal and tile.nearest < 0 -> self.span.causal and tile.nearest < 1",
+        "attention/blockwise.py",
+        "_Hidden.__call__",
+        "self.future is not None and tile.nearest < 0 -> self.future is not None and tile.nearest < 1",
     ): "a tile that ends at the query itself has no future to hide",
     ("attention/merge.py", "merge", "parts[0][0].dtype -> parts[1][0].dtype"): "parts of one attention have one dtype",
 }

@@ -61,7 +61,8 @@ def biased(bias: Bias, score: Tensor, T: int, S: int) -> Tensor:
     opened = bias.open(bias.tensors, span)
     tile = Tile(slice(None), slice(None), range(S - 1, S - T - 1, -1), slice(0, S))
     if opened.reads_scores:
-        block = (score * LOG2_E).flip(-2)
+        i, j = torch.arange(S - T, S), torch.arange(S - score.shape[-1], S)
+        block = (score * LOG2_E).masked_fill(i[:, None] < j[None, :], -torch.inf).flip(-2)
         opened.begin(tile)
         opened.add(tile, block)
         return block.flip(-2) / LOG2_E

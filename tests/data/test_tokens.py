@@ -85,7 +85,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tokens, "ProcessPoolExecutor", Counted)
     monkeypatch.setattr(tokens, "_ALONE", 0)
     monkeypatch.setattr(tokens, "_CHUNK", 100)
-    monkeypatch.setattr(tokens, "_cores", lambda: 2)
+    monkeypatch.setattr(tokens, "available_cores", lambda: 2)
     assert contents(written(tmp_path / "together", trained("unigram"))) == expected
     assert len(submitted) > 4 * tokens._QUEUE  # the queue was full more than once
 

@@ -68,7 +68,7 @@ def _software() -> Iterator[Check]:
 
 
 def _machine(asked: dict[str, str | None]) -> Iterator[Check]:
-    from ctxlab.cli.environment import available_cores
+    from ctxlab.cores import available_cores
 
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}", True
     yield "cores", f"{available_cores()} available of {os.cpu_count()}", True

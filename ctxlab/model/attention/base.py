@@ -28,7 +28,7 @@ class Attention(nn.Module):
     """Whether keys are weighed by the exponential of their scores."""
 
     @classmethod
-    def check_position(cls, config: Config, position: type[Position], name: str) -> None:
+    def check_position(cls, position: type[Position], name: str) -> None:
         """Raises IncompatibleError where the scheme called `name` has no meaning under this mechanism."""
 
     def __init__(self, config: Config, model: ModelConfig, layer: int) -> None:
@@ -77,7 +77,8 @@ class Attention(nn.Module):
 
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
         """Whether query t may see key j, (T,S) bool: the mechanism's definition, for tests and drawings only."""
-        raise NotImplementedError
+        everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
+        return everything.tril(n_keys - n_queries) if causal else everything
 
     def first_needed(self, position: int) -> int:
         """The first key that a query at `position` or later sees; a cache forgets the keys before it."""
@@ -91,7 +92,7 @@ class Attention(nn.Module):
     @classmethod
     def cached_tokens(cls, config: Config, length: int, layer: int) -> int:
         """How many tokens' keys and values a layer's cache holds when token number `length` has come, one by one."""
-        raise NotImplementedError
+        return length
 
 
 ATTENTIONS: Registry[Attention] = Registry("attention", "ctxlab.model.attention")

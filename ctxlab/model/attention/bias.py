@@ -32,6 +32,15 @@ class Span(NamedTuple):
     device: torch.device
     training: bool  # gradients of the bias will be asked for
 
+    def rows_of(self, tile: Tile) -> slice:
+        """Which of the T queries a tile's are, in ascending order: to be flipped."""
+        before = self.S - self.T
+        return slice(tile.queries[-1] - before, tile.queries[0] - before + 1)
+
+    def start_of(self, tile: Tile) -> int:
+        """Where on a line of distances that descend from S - 1 the tile's first score lies; row a, column c: a + c on."""
+        return self.S - 1 - (tile.queries[0] - tile.keys.start)
+
 
 class Tile(NamedTuple):
     """A block of scores (b, h, m, n). Its rows run from the last query position down to the first.
@@ -64,12 +73,13 @@ class BiasTiles(Protocol):
     """
 
     reads_scores: bool
-
+    hides_future: bool
+    """Whether `block` is -inf at keys in the future of a causal span; where it is not, attention hides them itself."""
     constant: Tensor | None
     """(H,) what the blocks leave out: a number per head that every visible score has in common, added to the lse."""
 
     def block(self, tile: Tile) -> Tensor:
-        """bias / ln 2 of a tile, broadcastable to (b, h, m, n); -inf at keys in the future of a causal span."""
+        """bias / ln 2 of a tile, broadcastable to (b, h, m, n)."""
         ...
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
@@ -92,6 +102,7 @@ class ScoreTiles(Protocol):
     """
 
     reads_scores: bool
+    hides_future: bool
     constant: Tensor | None
 
     def begin(self, tile: Tile) -> None:
@@ -104,7 +115,7 @@ class ScoreTiles(Protocol):
         ...
 
     def add(self, tile: Tile, scores: Tensor) -> None:
-        """Adds the bias / ln 2 to the scores / ln 2 (b, h, m, n) of a tile, in place; -inf at keys in the future."""
+        """Adds the bias / ln 2 to the scores / ln 2 (b, h, m, n) of a tile, in place; hidden keys' are -inf already."""
         ...
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
@@ -182,6 +193,7 @@ class _ToeplitzTiles:
     """One line per head, distances descending from S - 1: a tile is an (m, n) view of it with strides (1, 1)."""
 
     reads_scores = False
+    hides_future = True
 
     def __init__(self, values: Tensor, first: int, tail: int | None, span: Span) -> None:
         self.values, self.first, self.tail, self.span = values, first, tail, span
@@ -205,14 +217,15 @@ class _ToeplitzTiles:
         m, n = len(tile.queries), tile.keys.stop - tile.keys.start
         line = self.line if self.line.shape[0] == 1 else self.line[tile.heads]
         length = line.shape[1]
-        return line.as_strided((1, line.shape[0], m, n), (0, length, 1, 1), line.storage_offset() + self._start(tile))
+        start = line.storage_offset() + self.span.start_of(tile)
+        return line.as_strided((1, line.shape[0], m, n), (0, length, 1, 1), start)
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
         if self.grad is None or self._is_far(tile):
             return
         m, n = grad.shape[2:]
         sums = self.diagonals(grad).sum(0)  # (h, m + n - 1)
-        start = self._start(tile)
+        start = self.span.start_of(tile)
         self.grad[tile.heads, start : start + m + n - 1] += sums
 
     def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
@@ -224,10 +237,6 @@ class _ToeplitzTiles:
         found.index_add_(1, self.index[beyond:], self.grad[:, beyond:])
         found[:, self.tail - self.first] = surplus - found.sum(1)
         return (found,)
-
-    def _start(self, tile: Tile) -> int:
-        """Where on the line the tile's first score lies: at distance queries[0] - keys.start."""
-        return self.span.S - 1 - (tile.queries[0] - tile.keys.start)
 
     def _is_far(self, tile: Tile) -> bool:
         return self.tail is not None and tile.nearest >= self.tail
@@ -250,20 +259,19 @@ class BlockBias:
 
 class _BlockTiles:
     reads_scores = False
+    hides_future = False
     constant: Tensor | None = None
 
     def __init__(self, function: Callable[..., Tensor], tensors: tuple[Tensor, ...], span: Span) -> None:
         self.function, self.span = function, span
         self.leaves = [t.detach().requires_grad_(span.training and t.is_floating_point()) for t in tensors]
         self.grads = [torch.zeros_like(t, dtype=span.dtype) for t in tensors] if span.training else []
-        self.future = no_bias(span)
         self.value = torch.empty(0)
 
     def block(self, tile: Tile) -> Tensor:
         with torch.set_grad_enabled(self.span.training):
             self.value = self.function(tile, *self.leaves)
-        block = self.value.detach().to(self.span.dtype) * LOG2_E
-        return block + self.future.block(tile) if self.span.causal and tile.nearest < 0 else block
+        return self.value.detach().to(self.span.dtype) * LOG2_E
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
         if not self.value.requires_grad:

@@ -183,7 +183,7 @@ def _forward(
     high = plan.span.dtype
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = torch.full(q.shape[:3], -torch.inf, dtype=high, device=q.device)
-    scratch = _Scratch(q, 1)
+    scratch, hidden = _Scratch(q, 1), _Hidden(plan, bias)
     for part in plan.parts():
         keys = _fold(k[part.batch, part.kv, : part.n_keys], part)  # (g,n,D), g = b times KV heads
         values = _fold(v[part.batch, part.kv, : part.n_keys], part)  # (g,n,Dv)
@@ -197,7 +197,7 @@ def _forward(
             for tile in _begin(bias, list(plan.tiles(part, rows))):
                 n = tile.keys
                 scores = scratch.scores(*shape, n.stop - n.start)
-                _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale)
+                _fill(scores, bias, hidden, tile, folded, keys[:, n], scale)
                 scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
                 higher = torch.maximum(top, scores.amax(-1, keepdim=True))
                 weights = scores.sub_(higher).exp2_()
@@ -231,7 +231,7 @@ def _backward(
     """
     high = plan.span.dtype
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    scratch = _Scratch(q, 2)
+    scratch, hidden = _Scratch(q, 2), _Hidden(plan, bias)
     for part in plan.parts():
         keys = _fold(k[part.batch, part.kv, : part.n_keys], part)
         values = _fold(v[part.batch, part.kv, : part.n_keys], part)
@@ -258,12 +258,12 @@ def _backward(
                     if bias.finished:  # type: ignore[union-attr]
                         break
                     scores = scratch.scores(*shape, n.stop - n.start)
-                    _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale * LOG2_E)
+                    _fill(scores, bias, hidden, tile, folded, keys[:, n], scale * LOG2_E)
                 tiles.reverse()
             for tile in tiles:
                 n = tile.keys
                 scores = scratch.scores(*shape, n.stop - n.start)
-                _fill(scores, bias, plan.visible, tile, folded, keys[:, n], scale * LOG2_E, norm)
+                _fill(scores, bias, hidden, tile, folded, keys[:, n], scale * LOG2_E, norm)
                 scores = scores.view(*folded.shape[:2], -1)  # (g,G m,n)
                 weights = scratch.rounded(scores.exp2_())
                 sum_v[:, n] += torch.bmm(weights.mT, pure)
@@ -288,10 +288,25 @@ def _begin(bias: BiasTiles | ScoreTiles, tiles: list[Tile]) -> list[Tile]:
     return tiles
 
 
+class _Hidden:
+    """Hides pairs of a tile from each other: what lies in the future, unless the bias does, and what is not visible."""
+
+    def __init__(self, plan: _Plan, bias: BiasTiles | ScoreTiles) -> None:
+        self.future = no_bias(plan.span) if plan.span.causal and not bias.hides_future else None
+        self.visible = plan.visible
+
+    def __call__(self, scores: Tensor, tile: Tile) -> None:
+        if self.future is not None and tile.nearest < 0:
+            scores.add_(self.future.block(tile))
+        hidden = None if self.visible is None else self.visible.hidden(tile, scores.device)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -torch.inf)
+
+
 def _fill(
     scores: Tensor,
     bias: BiasTiles | ScoreTiles,
-    visible: Visible | None,
+    hide: _Hidden,
     tile: Tile,
     queries: Tensor,
     keys: Tensor,
@@ -300,12 +315,10 @@ def _fill(
 ) -> None:
     """scores (b,h,m,n) = scale q k^T + bias - norm, in units of ln 2, from folded queries (g,G m,D) and keys (g,n,D)."""
     folded = scores.view(*queries.shape[:2], -1)
-    hidden = None if visible is None else visible.hidden(tile, scores.device)
     if bias.reads_scores:
         scores.zero_()
         add_product(folded, queries, keys, scale)
-        if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
+        hide(scores, tile)
         bias.add(tile, scores)  # type: ignore[union-attr]
         if norm is not None:
             scores.sub_(norm)
@@ -316,8 +329,7 @@ def _fill(
     else:
         torch.sub(block.expand_as(scores), norm, out=scores)
     add_product(folded, queries, keys, scale)
-    if hidden is not None:
-        scores.masked_fill_(hidden, -torch.inf)
+    hide(scores, tile)
 
 
 def _fold(x: Tensor, part: _Part) -> Tensor:

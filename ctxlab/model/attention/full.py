@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ctxlab.model.attention.base import ATTENTIONS, Attention
@@ -42,18 +41,10 @@ class Full(Attention):
             q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None
         )
 
-    def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
-        everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
-        return everything.tril(n_keys - n_queries) if causal else everything
-
     @classmethod
     def flops(cls, config: Attention.Config, model: ModelConfig, context: int, layer: int) -> float:
         """4 H D context: two products of a query with `context` keys, the causal half not taken off (PaLM's convention)."""
         return 4.0 * model.n_heads * model.head_dim * context
-
-    @classmethod
-    def cached_tokens(cls, config: Attention.Config, length: int, layer: int) -> int:
-        return length
 
 
 def attend_to_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,18 +24,20 @@ class Linear(Attention):
     """out_i = sum_j phi(q_i) . phi(k_j) v_j / sum_j phi(q_i) . phi(k_j), phi(x) = elu(x) + 1: Katharopoulos et al. 2020.
 
     arXiv:2006.16236, eqs. 7 and 9 to 12. No softmax and no scale: time and memory are linear in the context, and what can be
-    told apart is bounded by head_dim. It stands here as the contrast. Sums are fp32. Positions may only be added to the
+    told apart is bounded by head_dim. It stands here as the contrast. Sums are fp32. A cache holds every token, so that any
+    chunk can follow any other: decoding sums the held keys again. Positions may only be added to the
     embeddings: a rotation or a bias inside the product would no longer be one.
     """
 
     class Config(Attention.Config):
         name: Literal["linear"] = "linear"
+        sink: Literal[False] = Field(False, description="there is no softmax to put one into")
 
     paper = "Katharopoulos et al. 2020, arXiv:2006.16236"
     softmax = False
 
     @classmethod
-    def check_position(cls, config: Any, position: type[Position], name: str) -> None:
+    def check_position(cls, position: type[Position], name: str) -> None:
         if position.form not in ("none", "embedding"):
             raise IncompatibleError(
                 f"attention.name: linear attention has no scores that {name} could turn or add to; "
@@ -69,19 +72,10 @@ class Linear(Attention):
             out = total[..., :-1] / weight.masked_fill(weight == 0, 1.0)
             return out.to(q.dtype), weight.squeeze(-1).log()
 
-    def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
-        everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
-        return everything.tril(n_keys - n_queries) if causal else everything
-
     @classmethod
     def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
         """4 H D (D + chunk): a token into the sums and a query out of them, and the pairs within a chunk."""
         return 4.0 * model.n_heads * model.head_dim * (model.head_dim + min(_CHUNK, context))
-
-    @classmethod
-    def cached_tokens(cls, config: Any, length: int, layer: int) -> int:
-        """All of them: decoding sums the held keys again, so that any chunk can follow any other."""
-        return length
 
 
 def _causal(fq: Tensor, fk: Tensor, v: Tensor) -> Tensor:

@@ -88,13 +88,17 @@ class Position(nn.Module):
         """How many positions have a meaning; None when all have."""
         return None if self.defined_beyond_training else self.context
 
+    @property
+    def why_they_end(self) -> str:
+        """What stands in the way of more positions than `n_positions`."""
+        return f"trained at context {self.context}"
+
     def require_defined(self, last: int) -> None:
         """Raises UndefinedBeyondTraining when position `last` has no meaning."""
         limit = self.n_positions
         if limit is not None and last >= limit:
-            why = "its factors leave fp32's range" if self.defined_beyond_training else f"trained at context {limit}"
             raise UndefinedBeyondTraining(
-                f"position {last}: {self.config.name} positions are defined up to {limit - 1} only ({why})"
+                f"position {last}: {self.config.name} positions are defined up to {limit - 1} only ({self.why_they_end})"
             )
 
     def initialize(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctxlab.model.attention.bias import LOG2_E, Bias, ScoreTiles, Span, Tile, no_bias
+from ctxlab.model.attention.bias import LOG2_E, Bias, ScoreTiles, Span, Tile
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 
@@ -68,18 +68,17 @@ class Contextual:
 
 class _ContextualTiles:
     reads_scores = True
+    hides_future = False
     constant: Tensor | None = None
 
     def __init__(self, z: Tensor, span: Span) -> None:
         self.z, self.span, self.last = z, span, z.shape[-1] - 1
-        self.future = no_bias(span)
         self.grad = torch.zeros_like(z, dtype=span.dtype) if span.training else None
         self.place: tuple[slice, slice, slice] | None = None  # where the block of queries lies in z
 
     def begin(self, tile: Tile) -> None:
         self._keep()
-        before = self.span.S - self.span.T
-        self.place = (tile.batch, tile.heads, slice(tile.queries[-1] - before, tile.queries[0] - before + 1))
+        self.place = (tile.batch, tile.heads, self.span.rows_of(tile))
         self.values = self.z[self.place].flip(2).to(self.span.dtype)  # (b,h,m,n)
         self.d_values = torch.zeros_like(self.values)
         self.sums = self.values.new_zeros(*self.values.shape[:3], 1)  # of the gates of all tiles so far
@@ -98,9 +97,7 @@ class _ContextualTiles:
             scores.add_(self.values[..., self.last :], alpha=LOG2_E)
             return
         sums = self.before.setdefault(first, self.sums)
-        gates = torch.sigmoid(scores / LOG2_E)
-        if tile.nearest < 0:
-            gates.masked_fill_(self.future.block(tile) < 0, 0.0)
+        gates = torch.sigmoid(scores / LOG2_E)  # 0 where a key is hidden
         behind = gates.flip(-1).cumsum(-1).flip(-1)  # of this tile, from each key to the query
         if new:
             self.sums = sums + behind[..., :1]
@@ -113,8 +110,6 @@ class _ContextualTiles:
         low = self.values.gather(-1, index)
         step = self.values.gather(-1, (index + 1).clamp_(max=self.last)).sub_(low)
         scores.add_(torch.addcmul(low, part, step), alpha=LOG2_E)
-        if tile.nearest < 0:
-            scores.add_(self.future.block(tile))
         self.found = (gates, within, part, index, step) if self.span.training else None
 
     def collect(self, tile: Tile, grad: Tensor) -> None:

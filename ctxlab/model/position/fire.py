@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Diagonals, Span, Tile, no_bias
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Diagonals, Span, Tile
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 
@@ -122,11 +122,11 @@ class PiecewiseLinear:
 
 class _PiecewiseTiles:
     reads_scores = False
+    hides_future = False
     constant: Tensor | None = None
 
     def __init__(self, psi: Tensor, normalizer: Tensor, coefficients: Tensor, knots: Tensor, span: Span) -> None:
         self.span, self.high = span, span.dtype
-        self.future = no_bias(span)
         self.psi, self.inverse = psi, (1.0 / normalizer).to(self.high)
         self.coefficients, self.knots = coefficients, knots
         # Which knots lie within a tile is decided on the host.
@@ -149,8 +149,7 @@ class _PiecewiseTiles:
             part = self._features(u[rows], knots)  # (1 + k, mn)
             torch.addmm(weights[:, :1], weights[:, 1:], part, out=(found := u.new_empty(len(weights), part.shape[1])))
             block[0, :, rows] = found.view(len(weights), -1, u.shape[1])
-        block.mul_(LOG2_E)
-        return block.add_(self.future.block(tile)) if tile.nearest < 0 else block
+        return block.mul_(LOG2_E)
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
         u = self._u(tile)
@@ -176,9 +175,8 @@ class _PiecewiseTiles:
         self.d_knots[inside] += by_knot
         self.d_knots[passed] -= total @ self.coefficients[heads][:, 2 + passed].to(self.high)
         du *= self._inverse(tile)[:, None]
-        rows = slice(tile.queries[-1] - (self.span.S - self.span.T), tile.queries[0] - (self.span.S - self.span.T) + 1)
-        self.d_normalizer[rows] -= (du * u).sum(1).flip(0)
-        start = self._start(tile)
+        self.d_normalizer[self.span.rows_of(tile)] -= (du * u).sum(1).flip(0)
+        start = self.span.start_of(tile)
         self.d_line[start : start + sum(u.shape) - 1] += self.diagonals(du[None, None])[0, 0]
 
     def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
@@ -188,20 +186,15 @@ class _PiecewiseTiles:
     def _u(self, tile: Tile) -> Tensor:
         """psi(i - j) over the query's normalizer, (m,n); 0 at keys in the future."""
         m, n = len(tile.queries), tile.keys.stop - tile.keys.start
-        return self.line.as_strided((m, n), (1, 1), self._start(tile)) * self._inverse(tile)[:, None]
+        return self.line.as_strided((m, n), (1, 1), self.span.start_of(tile)) * self._inverse(tile)[:, None]
 
     def _inverse(self, tile: Tile) -> Tensor:
-        before = self.span.S - self.span.T
-        return self.inverse[tile.queries[-1] - before : tile.queries[0] - before + 1].flip(0)
-
-    def _start(self, tile: Tile) -> int:
-        return self.span.S - 1 - (tile.queries[0] - tile.keys.start)
+        return self.inverse[self.span.rows_of(tile)].flip(0)
 
     def _reached(self, tile: Tile) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
         """(intercept, slope, delta of the knots inside) (h, 2 + k), those knots, and which are inside and which are passed."""
         psi, normalizer, knots = self.bounds
-        before = self.span.S - self.span.T
-        rows = normalizer[tile.queries[-1] - before : tile.queries[0] - before + 1]
+        rows = normalizer[self.span.rows_of(tile)]
         low = psi[max(tile.nearest, 0)] / rows.max()
         high = psi[min(tile.queries[0] - tile.keys.start, len(psi) - 1)] / rows.min()
         passed, inside = np.flatnonzero(knots <= low), np.flatnonzero((knots > low) & (knots < high))

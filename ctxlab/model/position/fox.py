@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile, no_bias
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 
@@ -104,11 +104,11 @@ class Difference:
 
 class _DifferenceTiles:
     reads_scores = False
+    hides_future = False
     constant: Tensor | None = None
 
     def __init__(self, f: Tensor, span: Span) -> None:
         self.f, self.span = f * LOG2_E, span
-        self.future = no_bias(span)
         self.grad = torch.zeros_like(f, dtype=span.dtype) if span.training else None
 
     def block(self, tile: Tile) -> Tensor:
@@ -118,8 +118,7 @@ class _DifferenceTiles:
         here = f[..., first, None]
         rows = (f[..., first : last + 1].flip(-1) - here).to(self.span.dtype)  # (b,h,m)
         columns = (here - f[..., tile.keys]).to(self.span.dtype)  # (b,h,n)
-        block = rows.unsqueeze(-1) + columns.unsqueeze(-2)
-        return block.add_(self.future.block(tile)) if tile.nearest < 0 else block
+        return rows.unsqueeze(-1) + columns.unsqueeze(-2)
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
         # The rows of ds sum to 0 but for their rounding. Both sums are kept, of the same rounded numbers: what cancels in

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.fields import OrNone
-from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile, no_bias
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile
 from ctxlab.model.attention.blockwise import add_product
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
@@ -99,11 +99,11 @@ class DistanceProduct:
 
 class _ProductTiles:
     reads_scores = False
+    hides_future = False
     constant: Tensor | None = None
 
     def __init__(self, q: Tensor, r: Tensor, span: Span) -> None:
         self.q, self.span = q, span
-        self.future = no_bias(span)
         self.n = r.shape[1]
         reach = min(span.rows, span.T) - 1  # of a causal tile into the future, where r is 0
         # One line a head, distances descending from S - 1: row a and column c of a tile lie at a + c from its start.
@@ -122,8 +122,7 @@ class _ProductTiles:
             product = block.new_zeros(h, folded.shape[1], line.stop - line.start)  # (h,b part,e)
             add_product(product, folded, self.line[tile.heads, line], 1.0)
             block[:, :, rows] = _skewed(product, b, n)
-        block.mul_(LOG2_E)
-        return block.add_(self.future.block(tile)) if tile.nearest < 0 else block
+        return block.mul_(LOG2_E)
 
     def collect(self, tile: Tile, grad: Tensor) -> None:
         place = self._place(tile)
@@ -144,12 +143,11 @@ class _ProductTiles:
         return self.d_q, d_r
 
     def _place(self, tile: Tile) -> tuple[slice, slice, slice]:
-        before = self.span.S - self.span.T
-        return tile.batch, tile.heads, slice(tile.queries[-1] - before, tile.queries[0] - before + 1)
+        return tile.batch, tile.heads, self.span.rows_of(tile)
 
     def _parts(self, tile: Tile, m: int, n: int) -> list[tuple[slice, slice]]:
         """Some rows at a time, and the stretch of the line that they and all n keys reach."""
-        start = self.span.S - 1 - (tile.queries[0] - tile.keys.start)
+        start = self.span.start_of(tile)
         parts = [(a, min(a + _ROWS, m)) for a in range(0, m, _ROWS)]
         return [(slice(a, z), slice(start + a, start + z - 1 + n)) for a, z in parts]
 

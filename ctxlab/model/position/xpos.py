@@ -40,6 +40,10 @@ class XPos(Rope):
         fastest = -math.log(self.config.gamma / (1 + self.config.gamma)) / self.config.scale_base
         return int(2 * _LARGEST / fastest)
 
+    @property
+    def why_they_end(self) -> str:
+        return "its factors leave fp32's range"
+
     def tables(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The turns of queries and of keys, (T,D/2) each, lengthened and shortened."""
         assert isinstance(self.config, XPos.Config)

@@ -18,8 +18,11 @@ def test_draws_in_the_terminal_and_into_a_file(tmp_path: Path, monkeypatch: pyte
     assert all(f"head {head}" in done.out for head in (1, 2, 3, 4))
     assert done.out.splitlines()[-1] == "drawn into show-alibi.png"
     with Image.open("show-alibi.png") as picture:
-        assert picture.width > 1000
-        assert len(picture.convert("RGB").getcolors(maxcolors=10**6)) > 10
+        drawn = {colour: n for n, colour in picture.convert("RGB").getcolors(maxcolors=10**6)}
+    # A line of its own colour for each head, all the way across.
+    for head in ("#4c78a8", "#f58518", "#e45756", "#72b7b2"):
+        red, green, blue = (int(head[n : n + 2], 16) for n in (1, 3, 5))
+        assert drawn[red, green, blue] > 2000, head
 
 
 def test_a_scheme_without_heads_of_its_own_is_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from ctxlab.model.position.alibi import slopes
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.position.probe import by_distance
+from tests.conformance import reference
 from tests.model.builders import build, small
 
 D = torch.arange(50, dtype=torch.float64)
@@ -47,11 +48,20 @@ def test_sinusoids_are_shown_by_their_inner_products() -> None:
     close(by_distance(build("sinusoidal").position, 50), expected.expand(4, 50))
 
 
-@pytest.mark.parametrize("name", POSITIONS.names())
-def test_every_scheme_can_be_drawn_and_begins_at_zero(name: str) -> None:
-    found = by_distance(build(name, context=64).position, 50)
-    assert found.shape == (4, 50)
-    assert torch.equal(found[:, 0], torch.zeros(4, dtype=found.dtype))
-    assert found.isfinite().all()
-    if name == "nope":
-        assert torch.equal(found, torch.zeros_like(found))
+@pytest.mark.parametrize("name", [n for n in POSITIONS.names() if n not in reference.EMBEDDINGS])
+def test_every_scheme_is_drawn_as_its_reference_scores_equal_content(name: str) -> None:
+    """Queries and keys of ones, over a product of 1; x is 0."""
+    position = build(name, context=64).position.double()
+    ones = torch.ones(1, 4, 50, 8, dtype=torch.float64) * (8 / math.sqrt(8)) ** -0.5
+    at = reference.Place(position, 0, torch.zeros(1, 50, 32, dtype=torch.float64))
+    with torch.no_grad():
+        scores = reference.SCORES[name](at, ones[:, :, -1:], ones, torch.tensor([49]), torch.arange(50))
+    expected = scores.expand(1, 4, 1, 50)[0, :, 0].flip(-1)
+    close(by_distance(position, 50), expected - expected[:, :1])
+
+
+def test_learned_positions_are_shown_by_the_inner_products_of_their_rows() -> None:
+    position = build("learned", context=64).position
+    rows = position.weight.detach().double()[:50]
+    expected = torch.tensor([float(rows[49 - d] @ rows[49]) for d in range(50)], dtype=torch.float64)
+    close(by_distance(position, 50), (expected / expected[0] - 1).expand(4, 50))

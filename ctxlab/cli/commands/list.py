@@ -101,10 +101,13 @@ def _cost(scheme: Any, name: str) -> str:
 
     size = yaml.safe_load((catalog.conf_dir() / "model" / f"{_EXAMPLE_SIZE}.yaml").read_text(encoding="utf-8"))
     model, config = ModelConfig.model_validate(size), scheme.Config(name=name)
+    made = scheme(config, model, _EXAMPLE_CONTEXT)
+    ends = made.n_positions if scheme.defined_beyond_training else None
     columns = scheme.key_columns(config, model)
     numbers = scheme.n_parameters(config, model, _EXAMPLE_CONTEXT)
     parts = [f"{columns} more columns a key"] if columns else []
     parts += [f"{numbers:,} parameters ({_EXAMPLE_SIZE} at {_EXAMPLE_CONTEXT})"] if numbers else []
+    parts += [f"positions end at {ends:,}: {made.why_they_end}"] if ends else []
     return ", ".join(parts) or "nothing to train or to hold"
 
 

@@ -133,8 +133,12 @@ class EvalSegments:
     def segment(self, index: int) -> tuple[int, np.ndarray]:
         """(document, its length + 1 tokens)."""
         document = int(self._documents[index])
-        start = int(self.split.starts[document]) + int(self._within[index]) * self.length
+        start = int(self.split.starts[document]) + self.start(index)
         return document, self.split.tokens[start : start + self.length + 1]
+
+    def start(self, index: int) -> int:
+        """Where in its document a segment begins."""
+        return int(self._within[index]) * self.length
 
 
 def longest_length(split: Split, lengths: Sequence[int], *, min_docs: int) -> int | None:

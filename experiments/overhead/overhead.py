@@ -93,7 +93,8 @@ def whole(plan: TrainSettings, text: TextDataset, folder: Path) -> list[float]:
 
 
 def main() -> None:
-    rounds, steps = (int(word) for word in (*sys.argv[1:], "5", "400")[:2])
+    words = sys.argv[1:]
+    rounds, steps = (int(word) for word in (words + ["5", "400"][len(words) :])[:2])
     plan = settings(steps)
     text = prepare(CORPORA.config({"name": "stdlib"}), TOKENIZERS.config({"name": "byte"}))
     found: dict[str, list[float]] = {"bare": [], "run": []}

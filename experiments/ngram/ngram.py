@@ -95,6 +95,10 @@ def main() -> None:
     text = prepare(CORPORA.config({"name": "shakespeare"}), TOKENIZERS.config({"name": "unigram"}))
     train_split, test = text.splits["train"], text.splits["test"]
     V = text.tokenizer.vocab_size
+    if V**order >= 2**63:
+        sys.exit(
+            f"order {order} of {V:,} tokens does not fit in 64 bits; the longest that does is {int(63 / math.log2(V))}"
+        )
     start = time.perf_counter()
     documents = [np.asarray(train_split.document(n), dtype=np.int64) for n in range(train_split.n_documents)]
     orders = train(documents, order, V, text.tokenizer.bos_id)

@@ -188,6 +188,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "0 if span.causal else 1 - span.T -> 0 if span.causal else 1 + span.T",
     ): "from which distance on the bias 0 is called constant: it is 0 at all of them",
     (
+        "attention/bias.py",
+        "no_bias",
+        "0 if span.causal else 1 - span.T -> 1 if span.causal else 1 - span.T",
+    ): "as above",
+    (
+        "position/fire.py",
+        "_pieces",
+        "torch.where(turns, w1, 1.0) -> torch.where(turns, w1, 2.0)",
+    ): "a divisor where there is no knot to find: any but 0 will do",
+    (
         "attention/local.py",
         "Local.mix",
         "self.size is None or self.size >= k.shape[2] -> self.size is None or self.size > k.shape[2]",

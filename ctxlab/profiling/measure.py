@@ -11,15 +11,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
 
+from ctxlab.errors import RunError
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.profiling import READY
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig, Registry
 from ctxlab.train.optim.base import OPTIMIZERS
@@ -59,21 +61,9 @@ class Point:
 
 def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
     """Measures `what` ("memory" or "time") of one point; a dead child is a result with a status, not an exception."""
-    environment = {key: value for key, value in os.environ.items() if key not in EXACT_ALLOCATOR}
-    if what == "memory":
-        environment |= EXACT_ALLOCATOR
-    child = subprocess.Popen(
-        [sys.executable, "-m", "ctxlab.profiling.point"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment,
-    )
-    spec = {**point.__dict__, "what": what, "plugins": plugin_files(point)}
+    child = _start(what)
     try:
-        out, err = child.communicate(json.dumps(spec), timeout=timeout)
+        out, err = child.communicate(_specification(point, what), timeout=timeout)
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
@@ -91,6 +81,58 @@ def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
         return {"status": "failed", "reason": reason}
     result: dict[str, Any] = json.loads(out)
     return result
+
+
+def steps_in_turns(points: Sequence[Point], rounds: int) -> list[list[float]]:
+    """Seconds of `rounds` training steps of each point; the points, all in memory at once, run one step each in turn.
+
+    What else happens on the machine then falls on all of them alike. Raises RunError with the reason of a point that
+    cannot be measured.
+    """
+    children: list[subprocess.Popen[str]] = []
+    try:
+        for point in points:  # one after the other: none warms up while another does
+            child = _start("turns", stderr=subprocess.DEVNULL)
+            children.append(child)
+            _tell(child, _specification(point, "turns"))
+        for _ in range(rounds):
+            for child in children:
+                _tell(child, "")
+        return [json.loads(child.communicate()[0])["seconds"] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def _tell(child: subprocess.Popen[str], line: str) -> None:
+    """Sends a line and waits until the point is ready for the next."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(line + "\n")
+    child.stdin.flush()
+    answer = child.stdout.readline().strip()
+    if answer != READY:
+        raise RunError(json.loads(answer)["reason"] if answer else f"a point ended with exit code {child.wait()}")
+
+
+def _start(what: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key not in EXACT_ALLOCATOR}
+    if what == "memory":
+        environment |= EXACT_ALLOCATOR
+    return subprocess.Popen(
+        [sys.executable, "-m", "ctxlab.profiling.point"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+
+
+def _specification(point: Point, what: str) -> str:
+    return json.dumps({**point.__dict__, "what": what, "plugins": plugin_files(point)})
 
 
 def plugin_files(point: Point) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 """One measured point: a training step of one model at one context, alone in a process of its own.
 
 Run as `python -m ctxlab.profiling.point`: reads a JSON specification on standard input, prints one JSON line. It
-imports torch and the model only, so that the idle process is small and the same for every point.
+imports torch and the model only, so that the idle process is small and the same for every point. A point that takes
+turns with others says READY when it has warmed up, runs one step for every further line that it reads, and says READY
+again behind each.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
+from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
@@ -37,11 +40,15 @@ from ctxlab.units import format_bytes
 MIN_SECONDS, MIN_STEPS = 0.5, 3
 LONG = 10  # times `enough_seconds` is too much even for a median of three steps
 _WARM = 256  # width of the warm-up: wide enough for every thread to take part
+_SHORT = 64  # tokens of the step that only serves to make the optimizer's state
 _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C library, of cuBLAS
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Builds the model and runs real steps (forward, backward, clipping, optimizer); memory or time, as `what` asks."""
+def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Builds the model and runs real steps (forward, backward, clipping, optimizer).
+
+    `what` asks for memory, for time, or for time in turns: then `say` tells the parent that it is its turn.
+    """
     device = torch.device(spec["device"])
     for name, file in spec["plugins"]:
         import_file(name, Path(file))
@@ -59,10 +66,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         optimizer = optim.build(model)
         tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
 
-        def step() -> None:
+        def step(size: int = context) -> None:
             with autocast(spec["precision"], device):
-                hidden = model.hidden(tokens[:, :-1])
-                loss = model.nats(hidden, tokens[:, 1:]).mean()
+                hidden = model.hidden(tokens[:, :size])
+                loss = model.nats(hidden, tokens[:, 1 : size + 1]).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
             optimizer.step()
@@ -70,9 +77,14 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        step()
+        def timed() -> float:
+            start = time.perf_counter()
+            step()
+            return time.perf_counter() - start
+
         if spec["what"] == "memory":
-            step()  # the first that runs with the optimizer's state there from its beginning
+            step(min(_SHORT, context))  # so that the optimizer's state is there before the one that counts
+            step()
             peak, source = peak_memory_bytes(device)
             if limit is not None and peak > limit:
                 raise MemoryError
@@ -80,11 +92,16 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             if device.type == "cuda":
                 result["allocated_bytes"] = torch.cuda.max_memory_allocated(device)
             return result
+        step()
         seconds: list[float] = []
+        if spec["what"] == "turns":
+            say(READY)
+            for _ in sys.stdin:
+                seconds.append(timed())
+                say(READY)
+            return {"seconds": seconds}
         while len(seconds) < MIN_STEPS or sum(seconds) < MIN_SECONDS:
-            start = time.perf_counter()
-            step()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(timed())
             if sum(seconds) > (spec["enough_seconds"] if len(seconds) >= MIN_STEPS else LONG * spec["enough_seconds"]):
                 break
         return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds), "n_steps": len(seconds)}
@@ -169,9 +186,9 @@ def _without_result(error: Exception, limit: int | None) -> dict[str, Any]:
 def main() -> int:
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not the answer
-    spec = json.load(sys.stdin)
+    spec = json.loads(sys.stdin.readline())
     try:
-        result = {"status": "done", **measure(spec)}
+        result = {"status": "done", **measure(spec, lambda word: print(word, file=answer, flush=True))}
     except Exception as error:
         result = _without_result(error, spec["memory_limit"])
     print(json.dumps(result), file=answer, flush=True)

@@ -1,0 +1,107 @@
+"""What a positional scheme costs: a whole training step of every scheme against one with RoPE, in time and in memory.
+
+A row is a scheme: its step runs in turns with RoPE's, one step each, and the two peaks come from processes of their own.
+
+    python experiments/position_cost/position_cost.py              every scheme at 512, 2,048 and 8,192 tokens
+    python experiments/position_cost/position_cost.py long         memory of one step at 65,536 tokens, and at 32,768
+    python experiments/position_cost/position_cost.py long NAME    of some schemes only
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+
+from ctxlab.cli.environment import set_thread_defaults
+
+set_thread_defaults()  # before torch is imported
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ctxlab.model.position.base import POSITIONS
+from ctxlab.profiling.measure import Point, run_point, steps_in_turns
+from ctxlab.train.precision import resolve_device, resolve_precision
+from ctxlab.units import format_bytes, format_seconds
+
+CONTEXTS, ROUNDS = (512, 2048, 8192), 5
+LONGEST = ("rope", "alibi", "t5", "fire")  # measured at 65,536 tokens, the others at 32,768
+MODEL = {
+    "name": "mini", "d_model": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "head_dim": 64, "d_ff": 1024
+}  # fmt: skip
+
+
+def point(position: str, context: int, *, recompute: bool = False) -> Point:
+    device = resolve_device("auto")
+    return Point(
+        model=MODEL,
+        position=POSITIONS.config({"name": position}).model_dump(mode="json"),
+        attention={"name": "full"},
+        optim={"name": "muon"},
+        vocab_size=2048,
+        context=context,
+        precision=resolve_precision("auto", device),
+        device=device.type,
+        recompute=recompute,
+    )
+
+
+def peak(at: Point) -> int:
+    """Bytes of a step over the idle process."""
+    result = run_point(at, "memory", timeout=3600)
+    if result["status"] != "done":
+        raise SystemExit(f"{at.position['name']} at {at.context}: {result['reason']}")
+    return int(result["peak_memory_bytes"])
+
+
+def compare(schemes: Sequence[str]) -> None:
+    """Time in turns with RoPE and memory, relative to RoPE, at each context."""
+    console, table = Console(), Table("position", *(f"{c:,}: time, memory" for c in CONTEXTS))
+    cells: dict[str, list[str]] = {name: [] for name in schemes}
+    for context in CONTEXTS:
+        base, base_peak = point("rope", context), peak(point("rope", context))
+        for name in schemes:
+            # A learned table has as many rows as the trained context: here that is the context of the step.
+            mine, theirs = steps_in_turns([point(name, context), base], ROUNDS)
+            used = peak(point(name, context))
+            ratio = statistics.median(a / b for a, b in zip(mine, theirs))
+            cells[name].append(f"{ratio:5.2f} {used / base_peak:6.2f}")
+            best = f"best {format_seconds(min(mine))} against {format_seconds(min(theirs))}"
+            median = (
+                f"median {format_seconds(statistics.median(mine))} against {format_seconds(statistics.median(theirs))}"
+            )
+            print(
+                f"{context} {name}: {ratio:.2f} in time ({median}, {best}), "
+                f"{format_bytes(used)} against {format_bytes(base_peak)}",
+                flush=True,
+            )
+    for name in schemes:
+        table.add_row(name, *cells[name])
+    console.print(
+        table, f"relative to rope; {ROUNDS} steps in turns, median of the ratios; {torch.get_num_threads()} threads"
+    )
+
+
+def longest(schemes: Sequence[str]) -> None:
+    """Memory of one step with recomputed blocks: at 65,536 tokens, or how it doubles from 16,384 to 32,768."""
+    for name in schemes:
+        if name in LONGEST:
+            print(f"{name} at 65,536: {format_bytes(peak(point(name, 65_536, recompute=True)))}", flush=True)
+            continue
+        short, half, whole = (peak(point(name, c, recompute=True)) for c in (256, 16_384, 32_768))
+        # At 256 tokens a step is all weights, gradients and optimizer: what is beyond it is activations.
+        ratio = (whole - short) / (half - short)
+        print(f"{name} at 32,768: {format_bytes(whole)}, activations {ratio:.3f} times those at 16,384", flush=True)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if words[:1] == ["long"]:
+        longest(words[1:] or [*LONGEST, *(n for n in POSITIONS.names() if n not in LONGEST)])
+    else:
+        compare(words or POSITIONS.names())
+
+
+main()

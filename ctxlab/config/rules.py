@@ -26,6 +26,9 @@ def check(config: CommandConfig) -> None:
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
     if isinstance(config, TrainConfig):
+        contexts = [config.context, *(stage.context for stage in config.trainer.context_schedule)]
+        mechanism = ATTENTIONS.get(config.attention.name)
+        mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packed)
         _budget(config)
         _curriculum(config)
 

@@ -3,6 +3,9 @@
 Batch k holds the rows at the places rows*k .. rows*k + rows - 1 of an endless sequence: the epochs one behind the
 other, each shuffled by a permutation whose key is the seed and the epoch. Of a batch, rank r takes its slice. So all
 that a loader has to remember is one integer.
+
+A model that carries a memory reads its rows in a row: an epoch's documents are shuffled and laid end to end, row b of
+every batch goes through the b-th part of them, window by window.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ctxlab.data.permutation import permute
 from ctxlab.data.tokens import Split
 from ctxlab.data.windows import IGNORED, Packed, Rows, Windows
+from ctxlab.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class Batch:
     lengths: Tensor  # (B,) int64, of each row without its padding
     segments: list[list[int]] | None  # packed: the lengths of each row's documents
     n_targets_in_step: int  # scored targets of the whole optimizer step, over all ranks and micro-batches
+    goes_on: Tensor | None = None  # (B,) bool, in order: whether a row follows the same row of the step before
 
 
 class TrainStream(Dataset[Batch]):
-    """Every micro-batch of one rank, by number from the start of the run.
+    """Every micro-batch of one rank, by number from the start of the run; `in_order` for a model that carries a memory.
 
-    Raises DataError when a stage's context is longer than every document.
+    Raises DataError when a stage's context is longer than every document, or when rows in order are more than there are
+    windows.
     """
 
     def __init__(
@@ -60,10 +66,19 @@ class TrainStream(Dataset[Batch]):
         world: int = 1,
         packed: bool = False,
         pad_id: int = 0,
+        in_order: bool = False,
     ) -> None:
         self.seed, self.stages, self.rank, self.world, self.pad_id = seed, stages, rank, world, pad_id
         make = Packed if packed else Windows
         self.rows: dict[int, Rows] = {stage.context: make(split, stage.context, seed) for stage in stages}
+        self.in_order = in_order
+        self._ordered: tuple[tuple[int, int], np.ndarray] | None = None  # the last epoch's windows, in order
+        for stage in stages if in_order else ():
+            if self.rows[stage.context].n < stage.rows:
+                raise DataError(
+                    f"trainer.batch_tokens: {stage.rows} rows in order of {stage.context} tokens are more than the "
+                    f"{self.rows[stage.context].n} windows of the {split.name} split"
+                )
 
     @property
     def n_steps(self) -> int:
@@ -99,12 +114,11 @@ class TrainStream(Dataset[Batch]):
     def _batch(self, stage: Stage, first: int, step: int, micro: int) -> Batch:
         """`step` counts from the stage's own first; the key of the shuffle holds `first`, so stages differ."""
         source = self.rows[stage.context]
-        places = np.arange(step * stage.rows, (step + 1) * stage.rows)
-        epochs = places // source.n
-        indices = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            indices[here] = permute(places[here] % source.n, source.n, self.seed, first, int(epoch))
+        goes_on = None
+        if self.in_order:
+            indices, epochs, goes_on = self._in_order(stage, first, step)
+        else:
+            indices, epochs = self._shuffled(stage, first, step)
         share = stage.rows // self.world
         start = self.rank * share + micro * stage.micro_rows
         mine = slice(start, start + stage.micro_rows)
@@ -121,7 +135,41 @@ class TrainStream(Dataset[Batch]):
             torch.tensor(lengths),
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
+            None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
         )
+
+    def _shuffled(self, stage: Stage, first: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows and epochs of a step's rows, every window of an epoch anywhere."""
+        source = self.rows[stage.context]
+        places = np.arange(step * stage.rows, (step + 1) * stage.rows)
+        epochs = places // source.n
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            indices[here] = permute(places[here] % source.n, source.n, self.seed, first, int(epoch))
+        return indices, epochs
+
+    def _in_order(self, stage: Stage, first: int, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows and epochs of a step's rows, and which of them follow what the same row read in the step before.
+
+        An epoch has as many steps as the shortest part has windows; what that leaves over is another rest in each.
+        """
+        source = self.rows[stage.context]
+        assert isinstance(source, Windows)
+        epoch, at = divmod(step, source.n // stage.rows)
+        if self._ordered is None or self._ordered[0] != (first, epoch):
+            documents = permute(np.arange(len(source.counts)), len(source.counts), self.seed, first, epoch)
+            counts = source.counts[documents]
+            ends = np.cumsum(counts)
+            begins = np.repeat(source.ends[documents] - counts, counts)  # of each window's document
+            self._ordered = (first, epoch), begins + np.arange(source.n) - np.repeat(ends - counts, counts)
+        windows = self._ordered[1]
+        starts = np.arange(stage.rows) * source.n // stage.rows
+        indices = windows[starts + at]
+        goes_on = np.zeros(stage.rows, dtype=bool)
+        if at:
+            goes_on = (indices == windows[starts + at - 1] + 1) & ~source.is_first(indices)
+        return indices, np.full(stage.rows, epoch), goes_on
 
     def _in_step(self, stage: Stage) -> int:
         return stage.rows // self.world // stage.micro_rows

@@ -72,6 +72,11 @@ class Windows:
         ids = self.split.tokens[start : start + n + 1]
         return Row(ids[:-1], ids[1:].astype(np.int64), ())
 
+    def is_first(self, indices: np.ndarray) -> np.ndarray:
+        """Whether each window is the first of its document."""
+        documents = self._documents(indices)
+        return indices == self.ends[documents] - self.counts[documents]
+
     def _documents(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.ends, indices, side="right")
 

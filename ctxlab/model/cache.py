@@ -61,7 +61,8 @@ class LayerCache:
         self._keys = Growing(dim=2)
         self._values = Growing(dim=2)
         self.seen = 0  # tokens, those that are forgotten included
-        self.carry: Any = None  # what the scheme's `prepare` continues: running sums, an earlier segment
+        self.carry: Any = None  # what the scheme's `prepare` continues: running sums
+        self.sums: Tensor | None = None  # of a mechanism that keeps them in place of keys and values
 
     def append(self, k: Tensor, v: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
         """Forgets keys before position `first`, adds keys (B,Hkv,T,D) and values (B,Hkv,T,Dv), and returns all held."""
@@ -73,7 +74,8 @@ class LayerCache:
 
     @property
     def bytes(self) -> int:
-        return self._keys.bytes + self._values.bytes
+        sums = 0 if self.sums is None else self.sums.numel() * self.sums.element_size()
+        return self._keys.bytes + self._values.bytes + sums
 
 
 class KVCache:

@@ -65,11 +65,15 @@ def kv_cache_bytes(
     rows: int = 1,
     precision: Precision = "fp32",
 ) -> int:
-    """Bytes of the keys and values of `length` tokens in `rows` sequences: L Hkv (2 D + the scheme's columns) e a token."""
+    """Bytes of the keys and values of `length` tokens in `rows` sequences: L Hkv (2 D + the scheme's columns) e a token.
+
+    Sums that stand in their place are fp32 and count once.
+    """
     columns = POSITIONS.get(position.name).key_columns(position, config)
     mechanism = ATTENTIONS.get(attention.name)
     held = sum(mechanism.cached_tokens(attention, length, layer) for layer in range(config.n_layers))
-    return config.n_kv_heads * (2 * config.head_dim + columns) * held * rows * _BYTES[precision]
+    sums = config.n_layers * mechanism.sum_bytes(config) * rows
+    return config.n_kv_heads * (2 * config.head_dim + columns) * held * rows * _BYTES[precision] + sums
 
 
 def activation_bytes(
@@ -82,13 +86,15 @@ def activation_bytes(
     precision: Precision = "fp32",
     recompute: bool = False,
     loss_chunk: int | None = None,
+    carried: int = 0,
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
 
     What the blocks keep for the backward pass (all of it, or with `recompute` each block's input and one whole block), what
     stands around them, and the largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is
     bf16, the copies of the weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the
-    operations of this model: attention that keeps no scores, and an activation function that keeps its inputs only.
+    operations of this model: attention that keeps no scores, and an activation function that keeps its inputs only. A row of
+    a recurrent model has its `carried` tokens of memory (old, read and new) and their norm, keys and values besides.
     """
     tokens = rows * context
     kept = kept_bytes_per_token(config, position, precision)
@@ -102,7 +108,10 @@ def activation_bytes(
     chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
     logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
     casts = 0 if precision == "fp32" else size * config.n_layers * _block_matrices(config)
-    return tokens * (blocks + ends + backward) + logits + casts
+    width = 2 * config.head_dim + POSITIONS.get(position.name).key_columns(position, config)
+    read = stream + size * (config.d_model + config.n_kv_heads * width) + 4
+    memory = 3 * stream * config.n_layers + read * (1 if recompute else config.n_layers)
+    return tokens * (blocks + ends + backward) + rows * carried * memory + logits + casts
 
 
 def kept_bytes_per_token(config: ModelConfig, position: Position.Config, precision: Precision) -> int:

@@ -26,6 +26,7 @@ from ctxlab.model.config import ModelConfig
 from ctxlab.model.elementwise import rms_norm, swiglu
 from ctxlab.model.loss import chunk_for, token_nats
 from ctxlab.model.position.base import POSITIONS, Position
+from ctxlab.model.recurrence import SegmentMemory
 
 Segments = Sequence[Sequence[int]]
 
@@ -38,7 +39,9 @@ class Frame:
     positions: Tensor  # (T,), or (B,T) when packed
     pieces: list[tuple[int, bool]] | None  # packed: (tokens, scored?) of each piece of the flattened batch
     queries: list[Any]  # the scheme's tables, one entry for the batch or one a piece
-    keys: list[Any]  # the same for the keys: those of all S positions where a cache holds raw keys
+    keys: list[
+        Any
+    ]  # the same for the keys: those of all S positions where a cache holds raw keys, or there is a memory
 
 
 class Norm(nn.Module):
@@ -87,9 +90,15 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
         self.mechanism = mechanism
 
-    def forward(self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value))
-        if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D)
+    def forward(
+        self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None, remembered: int = 0
+    ) -> Tensor:
+        """Of x (B,T,d), or with `remembered` tokens of memory before it (B,S,d), the new tokens' part: (B,T,d)."""
+        q, k, v = (
+            project(y).unflatten(-1, (-1, self.head_dim))
+            for project, y in ((self.query, x[:, remembered:]), (self.key, x), (self.value, x))
+        )
+        if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D), or (B,S,Hkv,D)
             mixed = self._attend(x, q, k, v, position, frame.queries[0], frame.keys[0], cache)
         else:  # documents side by side: each attends within itself
             sizes = [size for size, _ in frame.pieces]
@@ -123,6 +132,9 @@ class SelfAttention(nn.Module):
         raw, q = q, position.query(q, queries, state)
         if cache is None:
             k = position.key(k, keys, state)
+        elif self.mechanism.keeps_sums:
+            out, cache.sums = self.mechanism.recall(q, position.key(k, keys, state), v, cache.sums)
+            return out.transpose(1, 2).flatten(2)
         else:
             if cache.raw and carry is not None:
                 raise IncompatibleError(
@@ -151,8 +163,13 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = _dropout(config)
 
-    def forward(self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None) -> Tensor:
-        attended = self.attention(self.attention_norm(x, frame.dtype), position, frame, cache)
+    def forward(
+        self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None, past: Tensor | None = None
+    ) -> Tensor:
+        """x (B,T,d) on to the next block; past (B,n,d): what this block's inputs were at the n tokens before."""
+        seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
+        normed = self.attention_norm(seen, frame.dtype)
+        attended = self.attention(normed, position, frame, cache, 0 if past is None else past.shape[1])
         x = x + self.dropout(attended)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, frame.dtype)))
 
@@ -168,7 +185,7 @@ class Transformer(nn.Module):
     `lengths` (B,) changes nothing here and the values at padded places are to be ignored. `segments` packs documents side
     by side: the lengths of each row's documents, which attend within themselves, at positions from 0 (what a row has
     beyond them is padding). `cache` continues the sequences that it holds; in any number of chunks, the logits are those of
-    one forward.
+    one forward. `memory` goes on from the segment before: it is read, and holds this one's inputs too afterwards.
     """
 
     def __init__(
@@ -187,6 +204,7 @@ class Transformer(nn.Module):
         self.recompute = False  # whether backward computes each block's activations again instead of keeping them
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
         mechanism = ATTENTIONS.get(attention.name)
+        self.carried_tokens = mechanism.carried_tokens(attention)  # that a training step sees of the step before
         mechanism.check_position(POSITIONS.get(position.name), position.name)
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position = POSITIONS.get(position.name)(position, config, context)
@@ -234,22 +252,52 @@ class Transformer(nn.Module):
         lengths: Tensor | None = None,
         segments: Segments | None = None,
         cache: KVCache | None = None,
+        memory: SegmentMemory | None = None,
     ) -> Tensor:
         """What the head reads, (B,T,d), in the compute dtype.
 
         Raises UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
         """
-        frame = self._frame(tokens, segments, cache)
+        if memory is None:
+            return self._through(tokens, segments, cache)
+        if segments is not None or cache is not None:
+            raise ValueError("Transformer: a memory goes with neither a cache nor a packed batch")
+        parts: list[tuple[Tensor, Tensor]] = []
+        for rows, past in memory.groups():  # one, but for the rows whose document has just begun
+            inputs: list[Tensor] = []
+            parts.append((rows, self._through(tokens[rows], None, None, past, inputs)))
+            memory.append(rows, inputs)
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat([hidden for _, hidden in parts])[order]
+
+    def _through(
+        self,
+        tokens: Tensor,
+        segments: Segments | None,
+        cache: KVCache | None,
+        past: Sequence[Tensor] | None = None,
+        inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Every block in its turn. past: what the blocks' inputs were before; `inputs` takes what they are now."""
+        frame = self._frame(tokens, segments, cache, 0 if past is None else past[0].shape[1])
         x = self.position.embed(self.embedding(tokens), frame.positions)  # (B,T,d)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x, x.dtype)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
+            if inputs is not None:
+                inputs.append(x.detach())
+            before = None if past is None else past[layer]
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, self.position, frame, None, use_reentrant=False)
+                x = checkpoint(block, x, self.position, frame, None, before, use_reentrant=False)
             else:
-                x = block(x, self.position, frame, None if cache is None else cache.layers[layer])
+                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before)
         return self.norm(x, frame.dtype)
+
+    def new_memory(self, rows: int) -> SegmentMemory:
+        """What `hidden` carries on from segment to segment; empty."""
+        device = self.embedding.weight.device
+        return SegmentMemory(self.config.n_layers, rows, self.carried_tokens, self.config.d_model, device)
 
     def compile_blocks(self) -> None:
         """Has torch compile each block; all of them share the code of the first."""
@@ -281,7 +329,7 @@ class Transformer(nn.Module):
     def _head_weight(self) -> Tensor:
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def _frame(self, tokens: Tensor, segments: Segments | None, cache: KVCache | None) -> Frame:
+    def _frame(self, tokens: Tensor, segments: Segments | None, cache: KVCache | None, remembered: int) -> Frame:
         B, T = tokens.shape
         device = tokens.device
         dtype = self.embedding.weight.dtype
@@ -289,19 +337,25 @@ class Transformer(nn.Module):
             dtype = torch.get_autocast_dtype(device.type)
         if segments is None:
             if cache is None:
-                self.position.require_defined(T - 1)
-                positions = held = torch.arange(T, device=device)
+                self.position.require_defined(remembered + T - 1)
+                held = torch.arange(remembered + T, device=device)
+                positions = held[remembered:]
             else:
                 if cache.raw and self.position.form == "embedding":
                     raise IncompatibleError(
                         f"position: {self.position.config.name} is part of the keys and values themselves, which a "
                         "streaming cache cannot move to other positions"
                     )
+                if cache.raw and self.blocks[0].attention.mechanism.keeps_sums:  # type: ignore[union-attr]
+                    raise IncompatibleError(
+                        "decoding.cache: linear attention keeps sums of constant size, of which nothing can be dropped; "
+                        "use full"
+                    )
                 self.position.require_defined(cache.last_after(T))
                 positions, held = cache.advance(T, device)
             tables = self.position.tables(positions, dtype)
-            raw = cache is not None and (self.position.caches_raw_keys or cache.raw)
-            return Frame(dtype, positions, None, [tables], [self.position.tables(held, dtype) if raw else tables])
+            apart = remembered > 0 or (cache is not None and (self.position.caches_raw_keys or cache.raw))
+            return Frame(dtype, positions, None, [tables], [self.position.tables(held, dtype) if apart else tables])
         if cache is not None:
             raise ValueError("Transformer: a packed batch has no cache")
         pieces = _pieces(segments, B, T)

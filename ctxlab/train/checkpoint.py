@@ -155,14 +155,14 @@ def load_weights(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> 
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Optimizer state and generators; unpickles tensors and plain containers only.
+    """Optimizer state, generators and memory; unpickles tensors and plain containers only.
 
     Raises RecordError when the file is not whole.
     """
     path = checkpoint.path / TRAINING
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("optimizer", "generators", "micro_rows")}
+        return {name: state[name] for name in ("optimizer", "generators", "memory", "micro_rows")}
     except Exception as error:  # torch.load raises a dozen types for a damaged file; each means the same here
         raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
 

@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, TrainStream, train_loader
 from ctxlab.errors import ConfigError, CtxlabError, RunError
-from ctxlab.model.attention.base import Attention
+from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.count import activation_bytes
 from ctxlab.model.position.base import Position
+from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.transformer import Transformer
 from ctxlab.records.sinks import Sink
 from ctxlab.train.budget import Budget, plan_budget
@@ -132,6 +133,7 @@ def fit(
         world=config.devices,
         packed=settings.packed,
         pad_id=dataset.tokenizer.pad_id,
+        in_order=model.carried_tokens > 0,
     )
     module = LanguageModel(model, OPTIMIZERS.get(settings.optim.name)(settings.optim), stream, budget)
     if saved:
@@ -190,6 +192,7 @@ def fitting_rows(
         precision=precision,
         recompute=settings.trainer.recompute,
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
+        carried=ATTENTIONS.get(settings.attention.name).carried_tokens(settings.attention),
     )
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
 
@@ -222,7 +225,7 @@ def require_compiler(device: torch.device) -> None:
 
 
 class SetState(lightning.Callback):
-    """Sets random generators, and puts back optimizer state, once Lightning has built the optimizer.
+    """Sets random generators, and puts back optimizer state and memory, once Lightning has built the optimizer.
 
     Every rank draws dropout from a generator of its own: ranks with equal ones would drop the same units.
     """
@@ -238,6 +241,14 @@ class SetState(lightning.Callback):
         if self.state is None:
             return
         module.optimizers(use_pl_optimizer=False).load_state_dict(self.state["optimizer"])
+        memory = self.state["memory"]
+        if memory is not None:
+            share = len(memory["held"]) // trainer.world_size
+            module.memories = [
+                SegmentMemory.restored(memory, slice(start, start + rows), module.device)
+                for rows in [share // module.stream.micro_batches(module.step)]
+                for start in range(rank * share, (rank + 1) * share, rows)
+            ]
         ranks = self.state["generators"]
         if rank < len(ranks):
             torch.set_rng_state(ranks[rank]["cpu"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctxlab.data.stream import Batch, TrainStream
+from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.budget import Budget
 from ctxlab.train.optim.base import Optimizer, rate_factor
@@ -39,6 +40,7 @@ class LanguageModel(lightning.LightningModule):
         self.step_nats = 0.0
         self.gradient_norm = 0.0
         self.rate = 0.0
+        self.memories: list[SegmentMemory] = []  # of a recurrent model, one for each micro-batch of a step
         self._micro = 0
         self._nats: Tensor | None = None
 
@@ -52,7 +54,9 @@ class LanguageModel(lightning.LightningModule):
             wrapped.require_backward_grad_sync = self._micro + 1 == self.stream.micro_batches(self.step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        hidden = self.model.hidden(batch.tokens, lengths=batch.lengths, segments=batch.segments)  # (B, T, d_model)
+        hidden = self.model.hidden(
+            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch)
+        )  # (B, T, d_model)
         nats = self.model.nats(hidden, batch.targets).sum() / batch.n_targets_in_step
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(nats * self.trainer.world_size)
@@ -61,6 +65,19 @@ class LanguageModel(lightning.LightningModule):
         self.stepped = self._micro == self.stream.micro_batches(self.step)
         if self.stepped:
             self._update()
+
+    def _memory(self, batch: Batch) -> SegmentMemory | None:
+        """What the rows of a micro-batch remember: nothing where they begin something new."""
+        if batch.goes_on is None:
+            return None
+        if self._micro == 0:
+            del self.memories[self.stream.micro_batches(self.step) :]  # of a stage with more of them
+        if self._micro < len(self.memories) and len(self.memories[self._micro].held) == len(batch.tokens):
+            self.memories[self._micro].keep(batch.goes_on)
+        else:  # the first step of all, or of a stage with rows of another length
+            del self.memories[self._micro :]
+            self.memories.append(self.model.new_memory(len(batch.tokens)))
+        return self.memories[self._micro]
 
     def _update(self) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)

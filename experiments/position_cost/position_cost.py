@@ -21,8 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import Point, run_point, steps_in_turns
+from ctxlab.train.optim.base import OPTIMIZERS
 from ctxlab.train.precision import resolve_device, resolve_precision
 from ctxlab.units import format_bytes, format_seconds
 
@@ -90,10 +94,27 @@ def longest(schemes: Sequence[str]) -> None:
         if name in LONGEST:
             print(f"{name} at 65,536: {format_bytes(peak(point(name, 65_536, recompute=True)))}", flush=True)
             continue
-        short, half, whole = (peak(point(name, c, recompute=True)) for c in (256, 16_384, 32_768))
-        # At 256 tokens a step is all weights, gradients and optimizer: what is beyond it is activations.
-        ratio = (whole - short) / (half - short)
-        print(f"{name} at 32,768: {format_bytes(whole)}, activations {ratio:.3f} times those at 16,384", flush=True)
+        half, whole = (peak(point(name, c, recompute=True)) for c in (16_384, 32_768))
+        standing = standing_bytes(name)
+        ratio = (whole - standing) / (half - standing)
+        print(
+            f"{name} at 32,768: {format_bytes(whole)}; activations {format_bytes(whole - standing)}, {ratio:.3f} times "
+            f"those at 16,384",
+            flush=True,
+        )
+
+
+def standing_bytes(position: str) -> int:
+    """Weights, gradients and optimizer state: what of a step's memory is there whatever the context."""
+    at = point(position, 8)
+    config = ModelConfig.model_validate(at.model)
+    attention = ATTENTIONS.config(at.attention)
+    model = Transformer(config, POSITIONS.config(at.position), attention, vocab_size=at.vocab_size, context=32_768)
+    optimizer = OPTIMIZERS.get("muon")(OPTIMIZERS.config(at.optim)).build(model)
+    model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.parameters(), *state])
 
 
 def main() -> None:

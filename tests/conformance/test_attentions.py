@@ -15,7 +15,7 @@ from ctxlab.errors import IncompatibleError
 from ctxlab.model import count
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.attention.bias import Toeplitz
-from ctxlab.model.cache import KVCache
+from ctxlab.model.cache import KVCache, StreamingCache
 from tests.model.builders import VOCAB, build, small, tokens
 
 NAMES = ATTENTIONS.names()
@@ -24,9 +24,15 @@ every = pytest.mark.parametrize("name", NAMES)
 
 
 # Settings small enough that a sequence of 40 goes beyond them; layer 1 of a pattern of 2 is global.
-SMALL: dict[str, dict[str, Any]] = {"sliding_window": {"size": 11}, "chunked": {"size": 11}}
-CASES = [(name, {}) for name in NAMES] + list(SMALL.items())
-CASES += [(name, settings | {"global_every": 2}) for name, settings in SMALL.items()]
+SMALL: dict[str, dict[str, Any]] = {
+    "sliding_window": {"size": 11},
+    "chunked": {"size": 11},
+    "recurrent": {"size": 5, "memory": 10},
+}
+PATTERNED = ("sliding_window", "chunked")
+SEEN = {"sliding_window": 11, "chunked": 11, "recurrent": 15}  # keys at most
+CASES = [(name, {}) for name in NAMES] + list(SMALL.items()) + [("recurrent", {"size": 7, "memory": 0})]
+CASES += [(name, SMALL[name] | {"global_every": 2}) for name in PATTERNED]
 CASES += [(name, settings | {"sink": True}) for name, settings in [("full", {}), *SMALL.items()]]
 cases = pytest.mark.parametrize(("name", "settings"), CASES)
 
@@ -49,7 +55,8 @@ def dense(
     if sink is not None:
         score = torch.cat([score, sink[:, None, None].expand(*score.shape[:3], 1)], dim=-1)
         v = torch.cat([v, torch.zeros_like(v[:, :, :1])], dim=2)
-    return score.softmax(-1) @ v, score.logsumexp(-1)
+    blind = ~mask.any(-1, keepdim=True)  # queries that see no key get 0
+    return score.softmax(-1).masked_fill(blind & (score.shape[-1] == k.shape[2]), 0.0) @ v, score.logsumexp(-1)
 
 
 def dense_kernel(
@@ -146,10 +153,10 @@ def test_a_local_layer_sees_no_more_than_it_says_and_the_pattern_is_by_layer(
             name not in SMALL or "size" not in settings or (settings.get("global_every") == 2 and layer % 2 == 1)
         )
         seen = mechanism(name, settings, layer).visible(40, 40, causal=True).sum(1)
-        assert int(seen.max()) == (40 if is_global else 11)
+        assert int(seen.max()) == (40 if is_global else 7 if settings.get("memory") == 0 else SEEN[name])
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", PATTERNED)
 @pytest.mark.parametrize(("n", "expected"), [(1, [0, 1, 2, 3, 4, 5, 6]), (3, [2, 5]), (4, [3])])
 def test_every_nth_layer_is_global(name: str, n: int, expected: list[int]) -> None:
     """Counted from 1: only there does the last query see the first key."""
@@ -165,6 +172,8 @@ def test_cached_chunks_equal_one_forward_and_hold_no_more_than_they_need(
 ) -> None:
     if not ATTENTIONS.get(name).softmax:
         position = "nope"
+    if name == "recurrent" and position == "fire":
+        pytest.skip("no relative scheme: refused")
     model = build(position, attention=config_of(name, settings)).double()
     x = tokens(2, 64)
     with torch.no_grad():
@@ -178,6 +187,18 @@ def test_cached_chunks_equal_one_forward_and_hold_no_more_than_they_need(
                     model.config, model.position.config, config_of(name, settings), length=64, rows=2
                 )  # fmt: skip
                 assert cache.bytes == 2 * held  # float64 here, fp32 there
+
+
+def test_what_linear_attention_caches_does_not_grow() -> None:
+    model = build("nope", attention="linear")
+    cache, sizes = KVCache(model.config.n_layers), []
+    with torch.no_grad():
+        for part in tokens(1, 200).split([1, 99, 100], dim=1):
+            model(part, cache=cache)
+            sizes.append(cache.bytes)
+    assert sizes == [2 * 2 * 8 * 9 * 4] * 3  # layers, key-value heads, head_dim, head_dim + 1, fp32
+    with pytest.raises(IncompatibleError, match=r"decoding\.cache: linear attention keeps sums"):
+        model(tokens(1, 1), cache=StreamingCache(model.config.n_layers, sinks=1, window=4))
 
 
 @cases

@@ -204,3 +204,46 @@ def test_ten_million_documents_cost_a_few_numbers_each(packed: bool) -> None:
     assert (batch.targets == torch.where(ends, IGNORED, batch.tokens + 1)).all()
     assert batch.n_targets_in_step == 64 * context - int(ends.sum())
     assert bool(ends.any()) == packed
+
+
+def test_rows_in_order_go_through_documents_window_by_window() -> None:
+    """Token ids are positions: a row goes on exactly where it begins with the token behind the last one of the step before."""
+    rows = 3
+    n = Windows(ramp(SIZES), 8, 3).n
+    steps = n // rows  # of an epoch
+    one = stream([Stage(8, rows, rows, 3 * steps)], in_order=True)
+    firsts = set(np.cumsum([0, *SIZES]).tolist())
+    orders, went_on = [], 0
+    before: Rows = []
+    for step in range(3 * steps):
+        batch = one[step]
+        assert batch.goes_on is not None
+        now = unpadded(batch)
+        for number, ((tokens, targets, _), goes_on) in enumerate(zip(now, batch.goes_on.tolist(), strict=True)):
+            assert targets == [token + 1 for token in tokens]
+            follows = bool(before) and tokens[0] == before[number][0][-1] + 1
+            assert goes_on == (step % steps > 0 and follows and tokens[0] not in firsts)
+            went_on += goes_on
+        before = now
+        orders.append([identity(row, 8) for row in now])
+    assert went_on > steps
+    epochs = [[window for order in orders[e * steps : (e + 1) * steps] for window in order] for e in range(3)]
+    for epoch in epochs:
+        assert len(set(epoch)) == len(epoch) == steps * rows  # no window twice, at most `rows` - 1 left out
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_ranks_and_micro_batches_share_the_rows_in_order() -> None:
+    whole, parts = stream(in_order=True), ranks(2, 2, in_order=True)
+    for step in range(whole.n_steps):
+        (batch,) = (whole[number] for number in range(whole.first_of(step), whole.first_of(step + 1)))
+        shared = [one[number] for one in parts for number in range(one.first_of(step), one.first_of(step + 1))]
+        assert torch.cat([part.goes_on for part in shared]).equal(batch.goes_on)
+        assert step_rows(parts, step) == step_rows([whole], step)
+
+
+def test_more_rows_in_order_than_windows_are_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"trainer\.batch_tokens: 64 rows in order of 8 tokens are more than the 4\d windows"
+    ):
+        stream([Stage(8, 64, 64, 1)], in_order=True)

@@ -68,6 +68,7 @@ def settings(
     *,
     optim: str = "adamw",
     position: str = "rope",
+    attention: dict[str, Any] | None = None,
     context: int = CONTEXT,
     seed: int = 1,
     packed: bool = False,
@@ -84,7 +85,7 @@ def settings(
     return TrainSettings(
         model=ModelConfig(**{**TINY, **(model or {})}),
         position=POSITIONS.get(position).Config(name=position),
-        attention=ATTENTIONS.get("full").Config(name="full"),
+        attention=ATTENTIONS.config(attention or {"name": "full"}),
         optim=OPTIMIZERS.get(optim).Config(**{"name": optim, "warmup_steps": 2, **(optimizer or {})}),
         trainer=TrainerConfig(**{**base, **trainer}),
         seed=seed,

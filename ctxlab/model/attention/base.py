@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,6 +27,8 @@ class Attention(nn.Module):
     paper: ClassVar[str]
     softmax: ClassVar[bool] = True
     """Whether keys are weighed by the exponential of their scores."""
+    keeps_sums: ClassVar[bool] = False
+    """Whether a cache holds sums over all tokens (see `recall`) in place of keys and values."""
 
     @classmethod
     def check_position(cls, position: type[Position], name: str) -> None:
@@ -85,14 +88,35 @@ class Attention(nn.Module):
         return 0
 
     @classmethod
+    def check_training(cls, config: Config, *, contexts: Sequence[int], packed: bool) -> None:
+        """Raises IncompatibleError where rows of one of these lengths, or packed ones, cannot be trained on."""
+
+    @classmethod
+    def carried_tokens(cls, config: Config) -> int:
+        """How many tokens before its own a training step sees, through a memory carried over from the step before."""
+        return 0
+
+    @classmethod
     def flops(cls, config: Config, model: ModelConfig, context: int, layer: int) -> float:
         """Floating-point operations of scores and weighted sums, forward, a token of one layer."""
+        raise NotImplementedError
+
+    def recall(self, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Causal attention of the next T tokens where the past is in `sums`: (out (B,H,T,Dv), the sums after them).
+
+        Of mechanisms that `keeps_sums` in place of keys and values.
+        """
         raise NotImplementedError
 
     @classmethod
     def cached_tokens(cls, config: Config, length: int, layer: int) -> int:
         """How many tokens' keys and values a layer's cache holds when token number `length` has come, one by one."""
         return length
+
+    @classmethod
+    def sum_bytes(cls, model: ModelConfig) -> int:
+        """Bytes of a layer's sums for one sequence, whatever its length."""
+        return 0
 
 
 ATTENTIONS: Registry[Attention] = Registry("attention", "ctxlab.model.attention")

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.attention.local import Local, is_global
+from ctxlab.model.attention.local import Local
 from ctxlab.model.attention.visible import Chunk, Visible
 
 
@@ -26,16 +26,10 @@ class Chunked(Local):
 
     paper = "Child et al. 2019, arXiv:1904.10509"
 
-    def rule(self, size: int) -> Visible:
-        return Chunk(size)
+    @staticmethod
+    def neighbourhood(config: Any) -> Visible:
+        return Chunk(config.size)
 
     @staticmethod
-    def near(i: Tensor, j: Tensor, size: int) -> Tensor:
-        return i // size == j // size
-
-    def first_needed(self, position: int) -> int:
-        return 0 if self.size is None else position // self.size * self.size
-
-    @classmethod
-    def cached_tokens(cls, config: Any, length: int, layer: int) -> int:
-        return length if is_global(config, layer) else (length - 1) % config.size + 1
+    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
+        return i // config.size == j // config.size

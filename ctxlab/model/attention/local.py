@@ -21,7 +21,10 @@ _FEWEST = 64  # queries and keys in a tile: smaller ones cost more a score than 
 
 
 class Local(Attention):
-    """Attention within a neighbourhood of `size` tokens; layer l (from 0) sees everything where (l + 1) % global_every = 0."""
+    """Attention within a neighbourhood; layer l (from 0) sees everything where (l + 1) % global_every = 0.
+
+    `size` counts the tokens that belong together: of a window, a chunk, a segment.
+    """
 
     class Config(Attention.Config):
         size: int = Field(ge=1)
@@ -29,10 +32,11 @@ class Local(Attention):
 
     def __init__(self, config: Config, model: ModelConfig, layer: int) -> None:
         super().__init__(config, model, layer)
-        self.size = None if is_global(config, layer) else config.size
+        self.rule = None if is_global(config, layer) else self.neighbourhood(config)
 
+    @staticmethod
     @abstractmethod
-    def rule(self, size: int) -> Visible:
+    def neighbourhood(config: Any) -> Visible:
         """Who is in the neighbourhood."""
 
     def mix(
@@ -46,31 +50,43 @@ class Local(Attention):
         bias: Bias | None,
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        if self.size is None or self.size >= k.shape[2]:
+        if self._hides_nothing(k.shape[2], causal):
             return attend_to_all(
                 q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None
             )
-        side = max(_FEWEST, min(BLOCKS[0], 1 << (self.size - 1).bit_length()))
+        assert isinstance(self.config, Local.Config)
+        side = max(_FEWEST, min(BLOCKS[0], 1 << (self.config.size - 1).bit_length()))
         return blockwise_attention(
             q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths,
-            visible=self.rule(self.size), blocks=(side, side),
+            visible=self.rule, blocks=(side, side),
         )  # fmt: skip
+
+    def _hides_nothing(self, n_keys: int, causal: bool) -> bool:
+        """Whether every query sees the first key, and the last one too where it may look ahead."""
+        return self.rule is None or (self.rule.low(n_keys - 1) == 0 and (causal or self.rule.high(0) >= n_keys))
 
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
         i = torch.arange(n_keys - n_queries, n_keys)[:, None]
         j = torch.arange(n_keys)[None, :]
-        seen = torch.ones(n_queries, n_keys, dtype=torch.bool) if self.size is None else self.near(i, j, self.size)
+        seen = torch.ones(n_queries, n_keys, dtype=torch.bool) if self.rule is None else self.near(self.config, i, j)
         return seen & (j <= i) if causal else seen
 
     @staticmethod
     @abstractmethod
-    def near(i: Tensor, j: Tensor, size: int) -> Tensor:
+    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
         """The rule again, for single pairs of positions."""
+
+    def first_needed(self, position: int) -> int:
+        return 0 if self.rule is None else self.rule.low(position)
+
+    @classmethod
+    def cached_tokens(cls, config: Any, length: int, layer: int) -> int:
+        return length if is_global(config, layer) else length - cls.neighbourhood(config).low(length - 1)
 
     @classmethod
     def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
-        """4 H D min(context, size): what the last query of a long sequence costs."""
-        seen = context if is_global(config, layer) else min(context, config.size)
+        """4 H D times the keys that the best-placed query of a long sequence sees."""
+        seen = context if is_global(config, layer) else min(context, cls.neighbourhood(config).most)
         return 4.0 * model.n_heads * model.head_dim * seen
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.attention.local import Local, is_global
+from ctxlab.model.attention.local import Local
 from ctxlab.model.attention.visible import Visible, Window
 
 
@@ -26,16 +26,10 @@ class SlidingWindow(Local):
 
     paper = "Beltagy et al. 2020, arXiv:2004.05150"
 
-    def rule(self, size: int) -> Visible:
-        return Window(size)
+    @staticmethod
+    def neighbourhood(config: Any) -> Visible:
+        return Window(config.size)
 
     @staticmethod
-    def near(i: Tensor, j: Tensor, size: int) -> Tensor:
-        return (i - j).abs() < size
-
-    def first_needed(self, position: int) -> int:
-        return 0 if self.size is None else max(0, position - self.size + 1)
-
-    @classmethod
-    def cached_tokens(cls, config: Any, length: int, layer: int) -> int:
-        return length if is_global(config, layer) else min(length, config.size)
+    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j).abs() < config.size

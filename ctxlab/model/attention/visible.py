@@ -14,6 +14,11 @@ from ctxlab.model.attention.bias import Tile
 class Visible(Protocol):
     """A rule of visibility by position. Causality is not its business."""
 
+    @property
+    def most(self) -> int:
+        """How many keys a causal query sees at most."""
+        ...
+
     def low(self, first: int) -> int:
         """The first key that any query from position `first` on sees."""
         ...
@@ -33,6 +38,10 @@ class Window:
 
     size: int
 
+    @property
+    def most(self) -> int:
+        return self.size
+
     def low(self, first: int) -> int:
         return max(0, first - self.size + 1)
 
@@ -51,6 +60,10 @@ class Chunk:
 
     size: int
 
+    @property
+    def most(self) -> int:
+        return self.size
+
     def low(self, first: int) -> int:
         return first // self.size * self.size
 
@@ -61,6 +74,38 @@ class Chunk:
         start, stop = self.low(tile.queries[-1]), self.high(tile.queries[-1])
         if start <= tile.keys.start and max(tile.keys.stop - 1, tile.queries[0]) < stop:
             return None
-        i = torch.arange(tile.queries.start, tile.queries.stop, -1, device=device)
-        j = torch.arange(tile.keys.start, tile.keys.stop, device=device)
-        return (i // self.size)[:, None] != (j // self.size)[None, :]
+        i, j = _positions(tile, device)
+        return i // self.size != j // self.size
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """A position sees its own segment of `size` tokens and the `memory` tokens before it, a multiple of `size`."""
+
+    size: int
+    memory: int
+
+    @property
+    def most(self) -> int:
+        return self.size + self.memory
+
+    def low(self, first: int) -> int:
+        return max(0, first // self.size * self.size - self.memory)
+
+    def high(self, last: int) -> int:
+        return last // self.size * self.size + self.size
+
+    def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
+        start, stop = self.low(tile.queries[0]), self.high(tile.queries[-1])
+        if start <= tile.keys.start and tile.keys.stop <= stop:
+            return None
+        i, j = _positions(tile, device)
+        back = i // self.size - j // self.size  # in segments
+        return (back < 0) | (back > self.memory // self.size)
+
+
+def _positions(tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Those of a tile's queries, (m,1), and of its keys, (1,n)."""
+    i = torch.arange(tile.queries.start, tile.queries.stop, -1, device=device)
+    j = torch.arange(tile.keys.start, tile.keys.stop, device=device)
+    return i[:, None], j[None, :]

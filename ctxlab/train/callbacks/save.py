@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 
+from ctxlab.model.recurrence import joined, state_of
 from ctxlab.records.sinks import Sink
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.interrupt import StopOnSignal
@@ -21,8 +22,9 @@ class ValidateAndSave(lightning.Callback):
     """Every `validate_every` steps scores the validation split; every `save_every` steps, and at the end, saves.
 
     A validation is followed by a checkpoint when it is the best so far. Checkpoints are taken between optimizer steps,
-    where the whole state is weights, optimizer, random generators and one integer for the data. A run that a signal
-    stops is saved without a validation that it would not have had: it can go on as if nothing had happened.
+    where the whole state is weights, optimizer, random generators, the memory of a recurrent model, and one integer for
+    the data. A run that a signal stops is saved without a validation that it would not have had: it can go on as if
+    nothing had happened.
     """
 
     def __init__(
@@ -101,16 +103,22 @@ class ValidateAndSave(lightning.Callback):
         generators: Any = {"cpu": torch.get_rng_state()}
         if module.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(module.device)
-        ranks = [generators]
+        own: Any = {"generators": generators, "memory": state_of(module.memories) if module.memories else None}
+        ranks = [own]
         if trainer.world_size > 1:
             ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, generators)
+            torch.distributed.all_gather_object(ranks, own)
         if trainer.is_global_zero:
             optimizer: Any = module.optimizers(use_pl_optimizer=False)
             checkpoint = save_checkpoint(
                 self.folder,
                 model=module.model,
-                training={"optimizer": optimizer.state_dict(), "generators": ranks, "micro_rows": self.micro_rows},
+                training={
+                    "optimizer": optimizer.state_dict(),
+                    "generators": [rank["generators"] for rank in ranks],
+                    "memory": joined([rank["memory"] for rank in ranks]) if module.memories else None,
+                    "micro_rows": self.micro_rows,
+                },
                 step=module.step,
                 tokens=module.budget.tokens_before(module.step),
                 seconds=module.seconds,

@@ -53,12 +53,20 @@ def blockwise_attention(
     lse -inf. Tiles that nobody sees are not visited.
     Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64); both carry gradients.
     Scores and all sums over tiles are fp32 (fp64 for fp64); weights and their gradients are rounded to q's dtype.
-    blocks: queries and keys in a tile; any sizes give the same result. Raises ValueError on shapes that do not fit.
+    blocks: queries and keys in a tile; any sizes give the same result. On CUDA, biases that FlexAttention can state run
+    there (see flex.py). Raises ValueError on shapes that do not fit.
     """
     q, k, v = autocast(q, k, v)
     check(q, k, v)
     if lengths is not None and lengths.shape != q.shape[:1]:
         raise ValueError(f"attention: lengths {tuple(lengths.shape)} is not one number for each of {q.shape[0]} rows")
+    if q.device.type == "cuda":
+        from ctxlab.model.attention.flex import can_flex, flexible_attention  # brings torch's compiler with it
+
+        if can_flex(q, v, bias):
+            return flexible_attention(
+                q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, visible=visible
+            )  # fmt: skip
     tensors = () if bias is None else bias.tensors
     counts = None if lengths is None else tuple(int(n) for n in lengths.tolist())
     with torch.autocast(q.device.type, enabled=False):

@@ -27,6 +27,10 @@ class Visible(Protocol):
         """One behind the last key that any query up to position `last` sees, if the mask is not causal."""
         ...
 
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether queries at positions i see keys at positions j."""
+        ...
+
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Which pairs of a tile are hidden, (m,n) bool; None where none is."""
         ...
@@ -48,10 +52,13 @@ class Window:
     def high(self, last: int) -> int:
         return last + self.size
 
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        return (i - j).abs() < self.size
+
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         if tile.queries[0] - tile.keys.start < self.size and tile.nearest > -self.size:
             return None
-        return tile.distances(device).abs() >= self.size
+        return ~self.sees(*_positions(tile, device))
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,14 @@ class Chunk:
     def high(self, last: int) -> int:
         return self.low(last) + self.size
 
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        return i // self.size == j // self.size
+
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         start, stop = self.low(tile.queries[-1]), self.high(tile.queries[-1])
         if start <= tile.keys.start and max(tile.keys.stop - 1, tile.queries[0]) < stop:
             return None
-        i, j = _positions(tile, device)
-        return i // self.size != j // self.size
+        return ~self.sees(*_positions(tile, device))
 
 
 @dataclass(frozen=True)
@@ -95,13 +104,15 @@ class Remembered:
     def high(self, last: int) -> int:
         return last // self.size * self.size + self.size
 
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        back = i // self.size - j // self.size  # in segments
+        return (back >= 0) & (back <= self.memory // self.size)
+
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         start, stop = self.low(tile.queries[0]), self.high(tile.queries[-1])
         if start <= tile.keys.start and tile.keys.stop <= stop:
             return None
-        i, j = _positions(tile, device)
-        back = i // self.size - j // self.size  # in segments
-        return (back < 0) | (back > self.memory // self.size)
+        return ~self.sees(*_positions(tile, device))
 
 
 def _positions(tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:

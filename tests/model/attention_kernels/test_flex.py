@@ -1,0 +1,141 @@
+"""FlexAttention against the blockwise function: the same arguments, the same results."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from ctxlab.model.attention import flex
+from ctxlab.model.attention.bias import BlockBias, Toeplitz
+from ctxlab.model.attention.blockwise import blockwise_attention
+from ctxlab.model.attention.flex import can_flex, flexible_attention
+from ctxlab.model.attention.visible import Chunk, Remembered, Visible, Window
+
+RULES = {"all": None, "window": Window(50), "chunk": Chunk(60), "remembered": Remembered(20, 40)}
+
+
+@pytest.fixture
+def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has no fast backward on a CPU and refuses; its formula, all scores at once, is what is tested here."""
+    module = sys.modules[flex_attention.__module__]
+    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+
+
+def problem(
+    T: int, S: int, *, bidirectional_bias: bool, dtype: torch.dtype, device: str = "cpu", width: int = 16
+) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, h, n, width, dtype=dtype, device=device) for h, n in ((4, T), (2, S), (2, S))]
+    values = torch.randn(4, 2 * S - 1 if bidirectional_bias else S, dtype=torch.float32, device=device)
+    return [x.requires_grad_() for x in inputs], values.requires_grad_()
+
+
+def both(
+    inputs: list[Tensor], values: Tensor, causal: bool, visible: Visible | None, lengths: Tensor | None, **how: Any
+) -> None:
+    bias = Toeplitz(values, 0 if causal else 1 - inputs[1].shape[2], constant_from=how.pop("constant_from", None))
+    tolerance, backward = how.pop("tolerance", 2e-5), how.pop("backward", True)
+    common: dict[str, Any] = {"scale": 0.25, "causal": causal, "bias": bias, "lengths": lengths, "visible": visible}
+    found = flexible_attention(*inputs, **common, **how)
+    expected = blockwise_attention(*(x.cpu() for x in inputs), **common | {
+        "bias": Toeplitz(values.cpu(), bias.first, bias.constant_from),
+        "lengths": None if lengths is None else lengths.cpu(),
+    })  # fmt: skip
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.cpu(), b, atol=tolerance, rtol=tolerance)
+    if not backward:
+        return
+    upstream = [torch.randn(x.shape) for x in expected]
+    upstream[1] = upstream[1].masked_fill(expected[1] == -torch.inf, 0.0)
+    leaves = [*inputs, values]
+    ours = torch.autograd.grad(found, leaves, [g.to(a) for g, a in zip(upstream, found)])
+    theirs = torch.autograd.grad(expected, leaves, [g.to(a.dtype) for g, a in zip(upstream, expected)])
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.cpu(), b.cpu(), atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (130, 300), (1, 300)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_blockwise_with_gradients(rule: str, causal: bool, T: int, S: int, padded: bool) -> None:
+    inputs, values = problem(T, S, bidirectional_bias=not causal, dtype=torch.float32)
+    lengths = torch.tensor([S, S - 35]) if padded else None
+    both(inputs, values, causal, RULES[rule], lengths, compiled=False)
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_bias_that_is_constant_from_a_distance_on_gets_its_whole_gradient(causal: bool) -> None:
+    inputs, values = problem(200, 200, bidirectional_bias=not causal, dtype=torch.float32)
+    both(inputs, values, causal, None, None, compiled=False, constant_from=70)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(700, 700), (130, 700)])
+def test_visits_the_blocks_that_somebody_sees_and_no_other(rule: str, causal: bool, T: int, S: int) -> None:
+    visible = RULES[rule]
+    mask = flex._block_mask(T, S, causal, None, visible, torch.device("cpu"))
+    i, j = torch.arange(S - T, S)[:, None], torch.arange(S)[None, :]
+    seen = (j <= i) if causal else torch.ones(T, S, dtype=torch.bool)
+    seen = seen if visible is None else seen & visible.sees(i, j)
+    if mask is None:
+        assert seen.all()
+        return
+
+    def blocks(pairs: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(pairs, (0, -S % flex.BLOCK, 0, -T % flex.BLOCK))
+        return padded.unflatten(0, (-1, flex.BLOCK)).unflatten(2, (-1, flex.BLOCK))
+
+    parts = blocks(seen)
+    visited = mask.to_dense()[0, 0].bool()
+    assert torch.equal(visited, parts.any(3).any(1))
+    full = torch.zeros_like(visited)
+    for row, n in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        full[row, mask.full_kv_indices[0, 0, row, :n].long()] = True
+    assert (
+        (parts | ~blocks(torch.ones_like(seen))).all(3).all(1)[full].all()
+    )  # nothing is hidden in a block that counts as whole
+
+
+def test_a_mask_of_a_long_text_is_a_list_of_blocks() -> None:
+    mask = flex._block_mask(2**17, 2**17, True, None, Window(4096), torch.device("cpu"))
+    assert mask is not None
+    assert mask.kv_indices.numel() == (2**17 // flex.BLOCK) ** 2
+    assert int((mask.kv_num_blocks + mask.full_kv_num_blocks).max()) == 4096 // flex.BLOCK + 1
+
+
+def test_what_it_cannot_state_goes_blockwise() -> None:
+    on = "cuda" if torch.cuda.is_available() else "meta"
+    q = torch.empty(1, 2, 8, 64, dtype=torch.bfloat16, device=on)
+    assert can_flex(q, q, None) == (on == "cuda")
+    cpu = torch.empty(1, 2, 8, 64)
+    assert not can_flex(cpu, cpu, None)
+    assert not can_flex(q.double(), q.double(), None)
+    assert not can_flex(q, q, BlockBias(lambda tile: cpu, ()))
+
+
+@pytest.mark.slow
+def test_compiled_on_a_cpu_the_forward_is_the_same() -> None:
+    inputs, values = problem(300, 300, bidirectional_bias=False, dtype=torch.float32, width=32)
+    inputs = [x.detach() for x in inputs]
+    with torch.no_grad():
+        both(inputs, values.detach(), True, Window(50), None, backward=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (130, 300), (1, 300)])
+def test_compiled_on_cuda_it_is_the_same_with_gradients(rule: str, causal: bool, T: int, S: int) -> None:
+    inputs, values = problem(T, S, bidirectional_bias=not causal, dtype=torch.float32, device="cuda", width=64)
+    both(inputs, values, causal, RULES[rule], None, tolerance=2e-3)

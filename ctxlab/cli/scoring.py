@@ -15,7 +15,14 @@ from ctxlab.cli.console import progress_bar
 from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.tokenizers.base import Tokenizer
-from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths, evaluate_perplexity
+from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
+from ctxlab.evaluation.perplexity import (
+    DocumentScores,
+    PerplexityConfig,
+    asked_segments,
+    auto_lengths,
+    evaluate_perplexity,
+)
 from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
 from ctxlab.records.schema import Measurement
@@ -50,6 +57,7 @@ def score(
     axes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart."""
+    documents: dict[int, DocumentScores] = {}
     if isinstance(evaluations.perplexity, PerplexityConfig):
         with progress_bar(console) as start:
             measurements, documents = evaluate_perplexity(
@@ -58,6 +66,19 @@ def score(
             )  # fmt: skip
         sink.measure(along(measurements, axes))
         run.write_documents(documents, axes=axes)
+    if isinstance(evaluations.ngram, NGramConfig):
+        cut = evaluations.perplexity if isinstance(evaluations.perplexity, PerplexityConfig) else PerplexityConfig()
+        _, segments = asked_segments(cut, dataset, context)
+        if segments is None:
+            return
+        with progress_bar(console) as start:
+            advance = start("counting n-grams", segments.n * segments.length)
+            rows, sums = evaluate_ngram(
+                dataset, evaluations.ngram, segments,
+                against=documents.get(context), context=context, advance=advance,
+            )  # fmt: skip
+        sink.measure(along(rows, axes))
+        run.write_documents({context: sums}, axes={**axes, "baseline": BASELINE})
 
 
 def measure_cost(

@@ -17,6 +17,7 @@ from ctxlab.config.explain import explain_invalid
 from ctxlab.data.corpora.base import CORPORA, Corpus
 from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
+from ctxlab.evaluation.ngram import NGramConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS, Attention
@@ -93,6 +94,7 @@ class Evaluations(ComponentConfig):
     """The evaluations of a command: `eval=perplexity` brings `eval.perplexity.*`."""
 
     perplexity: OrNone | PerplexityConfig = "none"
+    ngram: OrNone | NGramConfig = "none"
 
 
 class CommandConfig(ComponentConfig):

@@ -79,8 +79,16 @@ def document_scores(segments: EvalSegments, nats: np.ndarray, token_bytes: np.nd
     return scores
 
 
-def perplexity_measurements(scores: DocumentScores, *, context: int, split: str, segment: int) -> list[Measurement]:
-    """nats per token, perplexity and bits per byte of one length, each with its 95% interval over documents.
+def score_measurements(
+    scores: DocumentScores,
+    *,
+    split: str,
+    protocol: str,
+    context: int | None = None,
+    axes: dict[str, Any],
+    facts: dict[str, Any] | None = None,
+) -> list[Measurement]:
+    """nats per token, perplexity and bits per byte of the same sums, each with its 95% interval over documents.
 
     With N nats, T targets and Y bytes over all documents: nats per token N / T, perplexity exp(N / T), bits per byte
     N / (Y ln 2). The interval of the perplexity is the exponential of that of the nats.
@@ -93,10 +101,11 @@ def perplexity_measurements(scores: DocumentScores, *, context: int, split: str,
     common: dict[str, Any] = {
         "context": context,
         "split": split,
-        "protocol": PROTOCOL,
+        "protocol": protocol,
         "n_targets": n_targets,
         "n_docs": n_docs,
-        "axes": {"segment": segment},
+        "axes": axes,
+        "facts": facts or {},
     }
 
     def row(name: str, unit: str, normaliser: str, value: float, bounds: tuple[float, float] | None) -> Measurement:
@@ -150,6 +159,15 @@ def _segments(config: PerplexityConfig, split: Split, length: int) -> EvalSegmen
     return EvalSegments(split, length, max_segments=max(config.max_tokens // length, config.min_documents))
 
 
+def asked_segments(
+    config: PerplexityConfig, dataset: TextDataset, trained_context: int, split: str = "test"
+) -> tuple[tuple[int, ...], EvalSegments | None]:
+    """The lengths asked for, and the cut of the split whose targets all of them score; None where no document fills one."""
+    lengths = auto_lengths(trained_context) if config.lengths == "auto" else tuple(sorted(set(config.lengths)))
+    longest = segment_length(config, lengths, dataset, split)
+    return lengths, None if longest is None else _segments(config, dataset.splits[split], longest)
+
+
 def evaluate_perplexity(
     model: Transformer,
     dataset: TextDataset,
@@ -162,13 +180,11 @@ def evaluate_perplexity(
     progress: Callable[[str, int], Callable[[int], None]] = lambda *_: lambda _: None,
 ) -> tuple[list[Measurement], dict[int, DocumentScores]]:
     """Perplexity of `model` at every length of the config, and the sums by document behind it (to compare in pairs)."""
-    lengths = auto_lengths(trained_context) if config.lengths == "auto" else tuple(sorted(set(config.lengths)))
-    longest = segment_length(config, lengths, dataset, split)
+    lengths, segments = asked_segments(config, dataset, trained_context, split)
     was_training = model.training
     model.eval()
     measurements: list[Measurement] = []
     documents: dict[int, DocumentScores] = {}
-    segments = None if longest is None else _segments(config, dataset.splits[split], longest)
     for length in lengths:
         if segments is None or length > segments.length:
             if segments is not None and segments.length == config.segment:
@@ -189,6 +205,7 @@ def evaluate_perplexity(
         scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
         if math.isfinite(sum(scores.nats)):
             documents[length] = scores
-        measurements += perplexity_measurements(scores, context=length, split=split, segment=segments.length)
+        axes = {"segment": segments.length}
+        measurements += score_measurements(scores, split=split, protocol=PROTOCOL, context=length, axes=axes)
     model.train(was_training)
     return measurements, documents

@@ -77,11 +77,17 @@ class WandbSink:
         self._log({"tokens": row["tokens"], "seconds": row["seconds"], **named})
 
     def measure(self, measurements: Sequence[Measurement]) -> None:
-        """One history row a context; what has no value is a row of the table that `finish` writes, and no point."""
+        """One history row a context; what has no value is a row of the table that `finish` writes, and no point.
+
+        A baseline, which has no context, is a line of the summary.
+        """
         new: dict[tuple[str, int], dict[str, Measurement]] = {}
         for m in measurements:
             if m.context is not None:
                 new.setdefault((str(m.axes.get("run", "")), m.context), {})[_name(m)] = m
+            elif "baseline" in m.axes and m.value is not None:
+                line = {f"baseline/{m.axes['baseline']}/{m.name}": m.value}
+                self._try(functools.partial(self._run.summary.update, line))
         for (whose, context), row in sorted(new.items()):
             self._lengths.setdefault((whose, context), {}).update(row)
             values: dict[str, Any] = {name: m.value for name, m in row.items() if m.value is not None}

@@ -52,7 +52,7 @@ def _group(measurements: Sequence[Measurement | None], *, intervals: Sequence[st
 def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) -> list[str]:
     """What the numbers of a table of lengths are, and why some are missing, in a line each."""
     lines = []
-    scored = next((m for m in measurements if m.name == "nats_per_token" and m.value is not None), None)
+    scored = next((m for m in measurements if m.name == "nats_per_token" and m.context and m.value is not None), None)
     if scored is not None:
         counted = f"the same {scored.n_targets:,} tokens of {scored.n_docs} documents " if scored.n_targets else ""
         has_interval = intervals and any(m.low is not None for m in measurements)
@@ -60,6 +60,7 @@ def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) ->
             f"{scored.split} split, {scored.protocol} windows: {counted}at every context, each scored once"
             + ("; ± is 95% over documents" if has_interval else "")
         )
+    lines += [_counting(m, measurements) for m in measurements if m.name == "nats_per_token" and "baseline" in m.axes]
     cost = next((m for m in measurements if m.name in COSTS and m.value is not None), None)
     if cost is not None:
         memory = next((m for m in measurements if m.name == "peak_memory_bytes" and m.value is not None), None)
@@ -74,6 +75,23 @@ def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) ->
     for (why, reason), contexts in reasons.items():
         lines.append(f"{why} at {', '.join(map(format_length, contexts))}: {reason}")
     return lines
+
+
+def _counting(counted: Measurement, measurements: Sequence[Measurement]) -> str:
+    """What a model of n-grams reaches on the same tokens, and how far the run is from it."""
+    whose = counted.axes.get("run")
+    in_bits = next((m for m in measurements if m.name == "bits_per_byte" and m.axes == counted.axes), None)
+    line = f"{counted.protocol}, on the same tokens: {cell(counted)} nats/token, {cell(in_bits)} bits/byte"
+    facts = counted.facts
+    if "difference" in facts:
+        half = (
+            ""
+            if facts["difference_low"] is None
+            else f" ±{(facts['difference_high'] - facts['difference_low']) / 2:.3f}"
+        )
+        where = format_length(facts["difference_context"])
+        line += f"; {whose or 'the run'} at {where} has {facts['difference']:+.3f}{half}"
+    return line
 
 
 def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> Grid:

@@ -87,7 +87,7 @@ def test_every_file_has_a_mechanism() -> None:
 @cases
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("T", "S"), [(40, 40), (1, 40), (7, 40)])
+@pytest.mark.parametrize(("T", "S"), [(40, 40), (1, 40), (7, 40), (12, 12)])
 def test_equals_dense_attention_under_its_mask(
     name: str, settings: dict[str, Any], T: int, S: int, causal: bool, with_bias: bool
 ) -> None:

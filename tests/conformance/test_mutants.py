@@ -35,7 +35,19 @@ SEED = 9
 SCHEMES = [f"position/{name}.py" for name in POSITIONS.names()]
 MECHANISMS = [
     f"attention/{name}.py"
-    for name in ("blockwise", "bias", "visible", "fused", "merge", "local", "sliding_window", "chunked", "linear")
+    for name in (
+        "blockwise",
+        "bias",
+        "visible",
+        "fused",
+        "merge",
+        "local",
+        "sliding_window",
+        "chunked",
+        "linear",
+        "recurrent",
+        "flex",
+    )
 ]
 DRAWN_OF_A_SCHEME, DRAWN_OF_A_MECHANISM = 1, 3
 AT_A_TIME = 2
@@ -43,7 +55,7 @@ PATIENCE = 10  # times what all tests take without a mutant: one that has not en
 BYTES = 16 * 2**30  # of address space: one that takes up memory for ever is caught
 
 KERNELS = "tests/model/attention_kernels"
-CONFORMANCE = [f"tests/conformance/test_{name}.py" for name in ("positions", "identities", "attentions")]
+CONFORMANCE = [f"tests/conformance/test_{name}.py" for name in ("positions", "identities", "attentions", "recurrence")]
 EVERYTHING = [*CONFORMANCE, "tests/model"]
 # Where a mutant of a file is looked for first; for a scheme, what has its name in CONFORMANCE.
 FIRST = {
@@ -52,6 +64,8 @@ FIRST = {
     "attention/fused.py": [f"{KERNELS}/test_fused.py"],
     "attention/merge.py": [f"{KERNELS}/test_merge.py"],
     "attention/visible.py": [f"{KERNELS}/test_blockwise.py", "-k", "windows or visited"],
+    "attention/recurrent.py": [*CONFORMANCE[2:], "-k", "recurren"],
+    "attention/flex.py": [f"{KERNELS}/test_flex.py"],
     "attention/linear.py": [CONFORMANCE[2], "-k", "linear"],
     "attention/full.py": [CONFORMANCE[2], "-k", "full"],
     "attention/base.py": [CONFORMANCE[2], "-k", "full"],
@@ -121,11 +135,13 @@ CLASSICS = [
     # Weights of merged parts without the largest taken off first.
     Classic("attention/merge.py", "merge", "torch.softmax(lses, dim=0)", "torch.exp(lses) / torch.exp(lses).sum(0)"),
     # A window one too large; chunks that begin one too early; every n-th layer counted from 0; the sink twice.
-    Classic("attention/visible.py", "Window.hidden", "tile.distances(device).abs() >= self.size",
-            "tile.distances(device).abs() > self.size"),
-    Classic("attention/visible.py", "Chunk.hidden", "(i // self.size)[:, None] != (j // self.size)[None, :]",
-            "((i + 1) // self.size)[:, None] != ((j + 1) // self.size)[None, :]"),
+    Classic("attention/visible.py", "Window.sees", "(i - j).abs() < self.size", "(i - j).abs() <= self.size"),
+    Classic("attention/visible.py", "Chunk.sees", "i // self.size == j // self.size",
+            "(i + 1) // self.size == (j + 1) // self.size"),
     Classic("attention/visible.py", "Chunk.low", "first // self.size * self.size", "(first + 1) // self.size * self.size"),
+    # A memory one segment shorter, one token shorter.
+    Classic("attention/visible.py", "Remembered.sees", "self.memory // self.size", "self.memory // self.size - 1"),
+    Classic("attention/visible.py", "Remembered.low", "self.memory", "self.memory - 1"),
     Classic("attention/local.py", "is_global", "(layer + 1) % config.global_every", "layer % config.global_every"),
     Classic("attention/base.py", "Attention.attend", "lse - with_sink", "2 * (lse - with_sink)"),
     # The width of the model for that of a head.
@@ -137,7 +153,11 @@ SKIPPED = {
     "check": "refuses settings: its messages and limits have tests of their own",
     "n_parameters": "counted against the model itself in tests/model/test_count.py",
     "initialize": "draws parameters, whose values these tests draw themselves",
+    "check_position": "refuses schemes, as check does settings",
+    "check_training": "refuses rows, as check does settings",
     "_kernel": "which kernel a device has",
+    "can_flex": "what a device has a kernel for",
+    "_compiled": "needs a CUDA device",
     "_cuda_half": "needs a CUDA device",
     "_cuda_single": "needs a CUDA device",
     "_Scratch": "sizes of buffers that are cut to a tile's shape",
@@ -199,9 +219,24 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a divisor where there is no knot to find: any but 0 will do",
     (
         "attention/local.py",
-        "Local.mix",
-        "self.size is None or self.size >= k.shape[2] -> self.size is None or self.size > k.shape[2]",
-    ): "a neighbourhood as long as the keys hides what the rule says either way",
+        "Local._hides_nothing",
+        "self.rule.low(n_keys - 1) -> self.rule.low(n_keys + 1)",
+    ): "a rule that hides nothing hides nothing blockwise either",
+    (
+        "attention/local.py",
+        "Local._hides_nothing",
+        "self.rule.high(0) >= n_keys -> self.rule.high(0) > n_keys",
+    ): "a rule that hides nothing hides nothing blockwise either",
+    (
+        "attention/sliding_window.py",
+        "SlidingWindow.near",
+        "(i - j).abs() < config.size -> (j - i).abs() < config.size",
+    ): "as far from j to i as from i to j",
+    (
+        "attention/linear.py",
+        "Linear.mix",
+        "q.shape[1] // k.shape[1] -> -(-q.shape[1] // k.shape[1])",
+    ): "key-value heads divide the heads",
     (
         "attention/blockwise.py",
         "_Hidden.__call__",

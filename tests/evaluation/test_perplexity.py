@@ -24,7 +24,7 @@ from ctxlab.evaluation.perplexity import (
     PerplexityConfig,
     auto_lengths,
     evaluate_perplexity,
-    perplexity_measurements,
+    score_measurements,
 )
 from ctxlab.model.cache import KVCache
 from ctxlab.model.transformer import Transformer
@@ -247,7 +247,7 @@ def test_bytes_are_those_of_the_targets_and_not_of_the_inputs() -> None:
 def test_intervals_by_hand() -> None:
     """n = (12, 30, 18) nats of m = (10, 20, 10) tokens: R = 1.5, residuals (-3, 0, 3), mean m = 40 / 3."""
     scores = DocumentScores(["a", "b", "c"], [12.0, 30.0, 18.0], [10, 20, 10], [25, 50, 25])
-    rows = {row.name: row for row in perplexity_measurements(scores, context=4, split="test", segment=8)}
+    rows = {row.name: row for row in score_measurements(scores, context=4, split="test", protocol="", axes={})}
     error = math.sqrt((9 + 0 + 9) / (3 * 2)) / (40 / 3)
     half = 4.302652730 * error  # t(0.975, 2) of a printed table
     assert student_t_quantile(0.975, 2) == pytest.approx(4.302652730, abs=1e-8)
@@ -258,7 +258,7 @@ def test_intervals_by_hand() -> None:
     assert (bits.value, bits.low, bits.high) == pytest.approx(
         (1.5 * per_byte, (1.5 - half) * per_byte, (1.5 + half) * per_byte), rel=1e-8
     )
-    assert (nats.n_targets, nats.n_docs, nats.axes) == (40, 3, {"segment": 8})
+    assert (nats.n_targets, nats.n_docs, nats.axes) == (40, 3, {})
 
 
 def test_one_document_has_numbers_without_an_interval() -> None:

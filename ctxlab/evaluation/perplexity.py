@@ -3,6 +3,10 @@
 The test documents are cut into segments of one length (the longest asked for that enough documents fill). At length c a
 segment is scored in windows of c inputs t[i:i+c] and c targets t[i+1:i+c+1] that follow one another without overlap. So
 every length scores every target of every segment once, and a difference between lengths is due to context alone.
+
+There the first targets of a window see next to nothing (Press et al. 2022, arXiv:2108.12409, appendix B, the early-token
+curse). With strides the same targets are scored again in windows that overlap: each moves on by S tokens and scores those S, so
+that all but a segment's first c targets see at least c - S tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.tokens import Split
 from ctxlab.data.windows import EvalSegments, longest_length
 from ctxlab.errors import UndefinedBeyondTraining
-from ctxlab.evaluation.intervals import ratio_interval
+from ctxlab.evaluation.intervals import paired_interval, ratio_interval
 from ctxlab.fields import Count, Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
 from ctxlab.records.schema import Measurement
@@ -30,6 +34,7 @@ from ctxlab.train.precision import Precision
 from ctxlab.train.scoring import score_windows
 
 PROTOCOL = "non-overlapping"
+SLIDING = "sliding"
 AUTO_MULTIPLES = (0.5, 1, 2, 4, 8)
 _LARGEST_NATS = math.log(sys.float_info.max)
 
@@ -41,6 +46,7 @@ class PerplexityConfig(ComponentConfig):
         "auto", description="auto: 1/2, 1, 2, 4 and 8 times the trained context"
     )
     segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
+    strides: tuple[Length, ...] = Field((), description="scored again in windows that move on by so many tokens")
     min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
     max_tokens: OrNone | Count = Field(131_072, description="scored at each length, shared by the documents; none: all")
     batch_tokens: int = Field(16_384, ge=1, json_schema_extra={"identity": False})
@@ -122,6 +128,15 @@ def score_measurements(
     ]  # fmt: skip
 
 
+def _against(scores: DocumentScores, plain: DocumentScores | None) -> dict[str, float]:
+    """What a protocol changes in nats per token of the same targets, with the interval paired over documents."""
+    if plain is None or not math.isfinite(sum(scores.nats)):
+        return {}
+    changed = {"difference": (sum(scores.nats) - sum(plain.nats)) / sum(scores.targets)}
+    bounds = paired_interval(scores.nats, plain.nats, scores.targets)
+    return changed if bounds is None else changed | {"difference_low": bounds[0], "difference_high": bounds[1]}
+
+
 def _exp(nats: float) -> float:
     """exp, infinite where it has no number: the record says so, the other lengths go on."""
     return math.exp(nats) if nats < _LARGEST_NATS else math.nan if math.isnan(nats) else math.inf
@@ -193,19 +208,27 @@ def evaluate_perplexity(
                 reason = f"fewer than {config.min_documents} {split} documents have {length + 1} tokens"
             measurements += missing_measurements(length, split, "no_document", reason)
             continue
-        advance = progress(f"scoring {split} at {length}", segments.n * segments.length)
-        try:
-            nats = score_windows(
-                model, segments, length, device=device, precision=precision,
-                batch_tokens=config.batch_tokens, advance=advance,
-            )  # fmt: skip
-        except UndefinedBeyondTraining as undefined:
-            measurements += missing_measurements(length, split, "undefined", str(undefined))
-            continue
-        scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
-        if math.isfinite(sum(scores.nats)):
-            documents[length] = scores
-        axes = {"segment": segments.length}
-        measurements += score_measurements(scores, split=split, protocol=PROTOCOL, context=length, axes=axes)
+        for stride in (None, *(s for s in sorted(set(config.strides)) if s < length)):
+            moving = "" if stride is None else f", moving on by {stride}"
+            advance = progress(f"scoring {split} at {length}{moving}", segments.n * segments.length)
+            try:
+                nats = score_windows(
+                    model, segments, length, device=device, precision=precision,
+                    batch_tokens=config.batch_tokens, stride=stride, advance=advance,
+                )  # fmt: skip
+            except UndefinedBeyondTraining as undefined:
+                measurements += missing_measurements(length, split, "undefined", str(undefined))
+                break
+            scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
+            if stride is None and math.isfinite(sum(scores.nats)):
+                documents[length] = scores
+            measurements += score_measurements(
+                scores,
+                split=split,
+                protocol=PROTOCOL if stride is None else SLIDING,
+                context=length,
+                axes={"segment": segments.length} | ({} if stride is None else {"stride": stride}),
+                facts={} if stride is None else _against(scores, documents.get(length)),
+            )
     model.train(was_training)
     return measurements, documents

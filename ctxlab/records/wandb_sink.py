@@ -79,15 +79,19 @@ class WandbSink:
     def measure(self, measurements: Sequence[Measurement]) -> None:
         """One history row a context; what has no value is a row of the table that `finish` writes, and no point.
 
-        A baseline, which has no context, is a line of the summary.
+        A baseline, which has no context, is a line of the summary, and so is a length scored in overlapping windows.
         """
         new: dict[tuple[str, int], dict[str, Measurement]] = {}
         for m in measurements:
-            if m.context is not None:
+            if m.context is not None and "stride" not in m.axes:
                 new.setdefault((str(m.axes.get("run", "")), m.context), {})[_name(m)] = m
-            elif "baseline" in m.axes and m.value is not None:
-                line = {f"baseline/{m.axes['baseline']}/{m.name}": m.value}
-                self._try(functools.partial(self._run.summary.update, line))
+            elif m.value is not None and {"stride", "baseline"} & m.axes.keys():
+                of = (
+                    f"sliding/{m.context}/{m.axes['stride']}"
+                    if "stride" in m.axes
+                    else f"baseline/{m.axes['baseline']}"
+                )
+                self._try(functools.partial(self._run.summary.update, {f"{of}/{m.name}": m.value}))
         for (whose, context), row in sorted(new.items()):
             self._lengths.setdefault((whose, context), {}).update(row)
             values: dict[str, Any] = {name: m.value for name, m in row.items() if m.value is not None}

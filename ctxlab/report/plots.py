@@ -23,7 +23,11 @@ _LABEL_PIXELS = 15  # room that a curve's name needs
 
 def curve(measurements: Sequence[Measurement], metric: str) -> list[tuple[int, float]]:
     """(context, value) of a metric where it has one, contexts in order."""
-    points = {m.context: m.value for m in measurements if m.name == metric and m.context is not None}
+    points = {
+        m.context: m.value
+        for m in measurements
+        if m.name == metric and m.context is not None and "stride" not in m.axes
+    }
     return sorted((context, value) for context, value in points.items() if value is not None)
 
 

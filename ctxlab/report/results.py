@@ -61,11 +61,11 @@ def cell(measurement: Measurement | None, *, interval: bool = False) -> str:
     return text
 
 
-def by_context(measurements: Sequence[Measurement]) -> ByContext:
-    """context -> name -> measurement, contexts in order."""
+def by_context(measurements: Sequence[Measurement], *, stride: int | None = None) -> ByContext:
+    """context -> name -> measurement, contexts in order, of windows that follow one another, or move on by a stride."""
     found: ByContext = {}
     for m in measurements:
-        if m.context is not None:
+        if m.context is not None and m.axes.get("stride") == stride:
             found.setdefault(m.context, {})[m.name] = m
     return dict(sorted(found.items()))
 

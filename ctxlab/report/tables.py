@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,24 @@ def lengths_table(measurements: Sequence[Measurement], trained: int | None) -> G
         cells += _group([row.get(name) for name in costs])
         grid.add(cells, style="bold" if context == trained else "")
     return grid
+
+
+def sliding_table(measurements: Sequence[Measurement], stride: int) -> Grid:
+    """One row a context: the same targets in windows that overlap, and what that changes, paired over documents."""
+    rows = by_context(measurements, stride=stride)
+    names = [name for name in _SCORES if any(name in row for row in rows.values())]
+    grid = Grid(["context", *map(title, names), "change"], heading=f"windows that move on by {format_length(stride)}")
+    for context, row in rows.items():
+        cells = _group([row.get(name) for name in names], intervals=("nats_per_token", "bits_per_byte"))
+        facts = next(iter(row.values())).facts
+        grid.add([format_length(context), *cells, _difference(facts) if "difference" in facts else "-"])
+    return grid
+
+
+def _difference(facts: dict[str, Any]) -> str:
+    """A difference in nats per token, with half of its paired interval."""
+    low, high = facts.get("difference_low"), facts.get("difference_high")
+    return f"{facts['difference']:+.3f}" + ("" if low is None or high is None else f" ±{(high - low) / 2:.3f}")
 
 
 def _group(measurements: Sequence[Measurement | None], *, intervals: Sequence[str] = ()) -> list[str]:
@@ -84,13 +103,7 @@ def _counting(counted: Measurement, measurements: Sequence[Measurement]) -> str:
     line = f"{counted.protocol}, on the same tokens: {cell(counted)} nats/token, {cell(in_bits)} bits/byte"
     facts = counted.facts
     if "difference" in facts:
-        half = (
-            ""
-            if facts["difference_low"] is None
-            else f" ±{(facts['difference_high'] - facts['difference_low']) / 2:.3f}"
-        )
-        where = format_length(facts["difference_context"])
-        line += f"; {whose or 'the run'} at {where} has {facts['difference']:+.3f}{half}"
+        line += f"; {whose or 'the run'} at {format_length(facts['difference_context'])} has {_difference(facts)}"
     return line
 
 
@@ -160,7 +173,9 @@ def _against(measurement: Measurement | None, first: Measurement | None) -> str:
 
 def side_by_side(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Grid:
     """nats per token of several runs at each length; a measurement's axis `run` says whose it is."""
-    found = {(m.axes.get("run"), m.context): m for m in measurements if m.name == "nats_per_token"}
+    found = {
+        (m.axes.get("run"), m.context): m for m in measurements if m.name == "nats_per_token" and "stride" not in m.axes
+    }
     contexts = sorted({context for _, context in found if context is not None})
     grid = Grid(["run", *map(format_length, contexts)], heading="nats/token by context")
     for run in runs:
@@ -209,6 +224,8 @@ def show_next(console: Console, *lines: tuple[str, str]) -> None:
 def show_lengths(measurements: Sequence[Measurement], trained: int | None, console: Console) -> None:
     """The table of lengths with what its numbers are, and its curves."""
     console.print(lengths_table(measurements, trained))
+    for stride in sorted({m.axes["stride"] for m in measurements if "stride" in m.axes}):
+        console.print(sliding_table(measurements, stride))
     show_footnotes(measurements, console)
     show_curves(measurements, trained, console)
 

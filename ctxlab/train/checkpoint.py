@@ -162,7 +162,8 @@ def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path / TRAINING
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: state[name] for name in ("optimizer", "generators", "memory", "micro_rows")}
+        whole = {name: state[name] for name in ("optimizer", "generators", "micro_rows")}
+        return whole | {"memory": state.get("memory")}  # only recurrent models have one
     except Exception as error:  # torch.load raises a dozen types for a damaged file; each means the same here
         raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
 

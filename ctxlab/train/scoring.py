@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -26,20 +26,23 @@ def score_windows(
     device: torch.device,
     precision: Precision,
     batch_tokens: int,
+    stride: int | None = None,
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
 ) -> np.ndarray:
     """Nats of every segment, float64 (n_segments,), when it is scored in windows of `length`.
 
+    Windows follow one another, or with a `stride` begin so many tokens after one another, and all but the first score what is
+    new in them: every target counts once either way. `advance` hears of the targets.
     `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
     Raises UndefinedBeyondTraining where the model's positions end before `length`.
     """
     nats = np.zeros(segments.n)
-    starts = range(0, segments.length, length)
-    # All full windows of one width go together, the shorter last ones of segments (length no divisor) by themselves.
-    windows = [(s, i, min(length, segments.length - i)) for s in range(segments.n) for i in starts]
-    for width in sorted({w for *_, w in windows}, reverse=True):
-        alike = [(s, i) for s, i, w in windows if w == width]
+    cuts = windows(segments.length, length, stride)
+    # All windows alike go together: those that begin segments, those that follow, the shorter last ones.
+    for width, scored in sorted({(cut.width, cut.scored) for cut in cuts}, reverse=True):
+        starts = [cut.start for cut in cuts if (cut.width, cut.scored) == (width, scored)]
+        alike = [(s, i) for s in range(segments.n) for i in starts]
         rows = max(1, batch_tokens // width)
         for number, first in enumerate(range(0, len(alike), rows)):
             chosen = alike[first : first + rows]
@@ -48,16 +51,37 @@ def score_windows(
                 block = torch.from_numpy(
                     np.stack([segments.segment(s)[1][i : i + width + 1] for s, i in chosen]).astype(np.int64)
                 ).to(device)  # (B, width + 1)
-                np.add.at(nats, owners, _window_nats(model, block, precision).cpu().numpy())
-            advance(len(chosen) * width)
+                np.add.at(nats, owners, _window_nats(model, block, scored, precision).cpu().numpy())
+            advance(len(chosen) * scored)
     return nats
 
 
-def _window_nats(model: Transformer, block: Tensor, precision: Precision) -> Tensor:
-    """Summed nats of each row of tokens (B, width + 1) given its own past, float64 (B,)."""
+class Window(NamedTuple):
+    """Inputs from `start` on of a segment, `width` of them, of whose targets the last `scored` count."""
+
+    start: int
+    width: int
+    scored: int
+
+
+def windows(segment: int, length: int, stride: int | None = None) -> list[Window]:
+    """How a segment is cut: every target is scored by one window; with a stride all but the first see length - stride more."""
+    if stride is None or stride >= length:
+        return [Window(i, min(length, segment - i), min(length, segment - i)) for i in range(0, segment, length)]
+    found = [Window(0, min(length, segment), min(length, segment))]
+    end = length
+    while end < segment:
+        new = min(stride, segment - end)
+        end += new
+        found.append(Window(end - length, length, new))
+    return found
+
+
+def _window_nats(model: Transformer, block: Tensor, scored: int, precision: Precision) -> Tensor:
+    """Summed nats of the last `scored` tokens of each row (B, width + 1) given the row's past, float64 (B,)."""
     with autocast(precision, block.device):
-        hidden = model.hidden(block[:, :-1])
-        nats = model.nats(hidden, block[:, 1:])  # (B, width)
+        hidden = model.hidden(block[:, :-1])[:, -scored:]
+        nats = model.nats(hidden, block[:, -scored:])  # (B, scored)
     return nats.double().sum(dim=1)
 
 

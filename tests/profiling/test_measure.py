@@ -10,10 +10,19 @@ from typing import Any
 
 import pytest
 
+from ctxlab.errors import RunError
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.position.nope import NoPE
 from ctxlab.profiling import measure
-from ctxlab.profiling.measure import EXACT_ALLOCATOR, MeasureConfig, Point, measure_step, plugin_files, run_point
+from ctxlab.profiling.measure import (
+    EXACT_ALLOCATOR,
+    MeasureConfig,
+    Point,
+    measure_step,
+    plugin_files,
+    run_point,
+    steps_in_turns,
+)
 from ctxlab.records.schema import Measurement
 from tests.profiling.builders import point
 
@@ -35,6 +44,38 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Child:
 
 def nano(**settings: Any) -> Point:
     return point("nano", 64, **settings)
+
+
+# Several processes in turns
+
+
+def test_points_run_one_step_each_in_turn(child: Child, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    child(f"""read -r spec; name=$(echo "$spec" | grep -o '"context": [0-9]*'); echo ready
+        while read -r line; do echo "$name" >> {log}; echo ready; done
+        echo '{{"status": "done", "seconds": [1.5, 2.5]}}'""")
+    points = [point("nano", context) for context in (64, 128)]
+    assert steps_in_turns(points, 2) == [[1.5, 2.5], [1.5, 2.5]]
+    assert log.read_text().splitlines() == ['"context": 64', '"context": 128'] * 2
+
+
+def test_a_point_that_cannot_be_measured_ends_the_turns_of_all(child: Child, tmp_path: Path) -> None:
+    child(f"""echo $$ >> {tmp_path}/pids; read -r spec
+        case "$spec" in *'"context": 64'*) echo ready; exec sleep 60;; esac
+        echo '{{"status": "failed", "reason": "no room here"}}'""")
+    with pytest.raises(RunError, match=r"^no room here$"):
+        steps_in_turns([point("nano", 64), point("nano", 128)], 1)
+    for pid in (tmp_path / "pids").read_text().split():
+        assert not Path(f"/proc/{pid}").exists()
+    child("read -r spec; exit 3")
+    with pytest.raises(RunError, match=r"^a point ended with exit code 3$"):
+        steps_in_turns([point("nano", 64)], 1)
+
+
+def test_steps_in_turns_are_real_steps() -> None:
+    found = steps_in_turns([nano(), nano(recompute=True)], 2)
+    assert [len(seconds) for seconds in found] == [2, 2]
+    assert all(second > 0 for seconds in found for second in seconds)
 
 
 # One process

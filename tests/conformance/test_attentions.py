@@ -197,8 +197,21 @@ def test_what_linear_attention_caches_does_not_grow() -> None:
             model(part, cache=cache)
             sizes.append(cache.bytes)
     assert sizes == [2 * 2 * 8 * 9 * 4] * 3  # layers, key-value heads, head_dim, head_dim + 1, fp32
-    with pytest.raises(IncompatibleError, match=r"decoding\.cache: linear attention keeps sums"):
-        model(tokens(1, 1), cache=StreamingCache(model.config.n_layers, sinks=1, window=4))
+
+
+@every
+def test_a_streaming_cache_is_taken_by_full_attention_alone(name: str) -> None:
+    """A window, a chunk or a segment counts tokens that such a cache has dropped."""
+    model = build("nope", attention=name)
+    cache = StreamingCache(model.config.n_layers, sinks=1, window=4)
+    if ATTENTIONS.get(name).streams:
+        assert name == "full"
+        model(tokens(1, 1), cache=cache)
+        return
+    with pytest.raises(
+        IncompatibleError, match=rf"^decoding\.cache: .* which {name} attention cannot follow; use full$"
+    ):
+        model(tokens(1, 1), cache=cache)
 
 
 @cases

@@ -21,17 +21,19 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
     prompt = config.prompt if config.prompt_file == "none" else _read(config.prompt_file)
     out = invocation.stdout_console.file  # not through the console, which would turn tabs into spaces
-    out.write(prompt)
+    pieces = loaded.stream(prompt, config.decoding, seed=config.seed)
+    shown = False
     try:
         with autocast(precision, device):
-            for piece in loaded.stream(prompt, config.decoding, seed=config.seed):
-                out.write(piece)
+            for piece in pieces:
+                out.write(piece if shown else prompt + piece)  # the prompt too only where it can be gone on from
                 out.flush()
+                shown = True
     except UndefinedBeyondTraining as end:
-        out.write("\n")
+        out.write("\n" if shown else prompt + "\n")
         invocation.stderr_console.print(f"stopped: {end}", soft_wrap=True, markup=False)
         return 0
-    out.write("\n")
+    out.write("\n" if shown else prompt + "\n")
     return 0
 
 

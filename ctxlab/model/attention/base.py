@@ -27,6 +27,8 @@ class Attention(nn.Module):
     paper: ClassVar[str]
     softmax: ClassVar[bool] = True
     """Whether keys are weighed by the exponential of their scores."""
+    streams: ClassVar[bool] = False
+    """Whether it still says who sees whom where a cache has dropped tokens and closed the ranks of the others."""
     keeps_sums: ClassVar[bool] = False
     """Whether a cache holds sums over all tokens (see `recall`) in place of keys and values."""
 

@@ -24,6 +24,7 @@ class Full(Attention):
     class Config(Attention.Config):
         name: Literal["full"] = "full"
 
+    streams = True
     paper = "Vaswani et al. 2017, arXiv:1706.03762"
 
     def mix(

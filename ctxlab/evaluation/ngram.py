@@ -118,12 +118,13 @@ class KneserNey:
 def modified_discounts(counts: np.ndarray) -> np.ndarray:
     """D(0) = 0, D(c) = c - (c + 1) Y n_{c+1} / n_c for c = 1, 2, 3 and more, Y = n_1 / (n_1 + 2 n_2), n_c the n-grams of count c.
 
-    Chen and Goodman 1999, eq. 26. Where a text is so small that an n_c is 0, Y stands for its discount, or a half for Y.
+    Chen and Goodman 1999, eq. 26. Where a text is so small that an n_c is 0, or what follows is not within 0 < D <= c, Y stands
+    for the discount, or a half for Y: something is always left over for what was never seen.
     """
     n = [int((counts == c).sum()) for c in range(1, 5)]
     y = n[0] / (n[0] + 2 * n[1]) if n[0] else 0.5
     found = [c - (c + 1) * y * n[c] / n[c - 1] if n[c - 1] else y for c in (1, 2, 3)]
-    return np.clip(np.array([0.0, *found]), 0.0, np.arange(4))
+    return np.array([0.0, *(d if 0 < d <= c else y for c, d in enumerate(found, start=1))])
 
 
 def evaluate_ngram(
@@ -169,7 +170,7 @@ def evaluate_ngram(
         scores,
         split=split,
         protocol=f"modified Kneser-Ney, order {config.order}",
-        axes={"baseline": BASELINE, "order": config.order},
+        axes={"segment": segments.length, "baseline": BASELINE, "order": config.order},
         facts=facts,
     )
     return measurements, scores

@@ -65,7 +65,7 @@ def test_the_record_of_a_training_is_whole(trained: Path) -> None:
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3]
     assert all(row["attempt"] == 1 and row["tokens"] == 4096 * row["step"] for row in rows)
     measured = {(m.name, m.context): m for m in run.measurements()}
-    assert {context for name, context in measured if name == "perplexity"} == set(LENGTHS)
+    assert {context for name, context in measured if name == "perplexity"} == {*LENGTHS, None}
     assert {sums.context for sums in run.documents()} == set(LENGTHS)
     assert len({m.n_targets for m in measured.values()}) == 1
     assert load_tokenizer(trained / "tokenizer").vocab_size == 260
@@ -86,7 +86,11 @@ def test_the_mirror_of_a_training_is_read_back(trained: Path) -> None:
         row["loss"] for row in Run(trained).metrics() if row["split"] == "train"
     ]
     by_context = {row["context"]: row["eval/perplexity"] for row in rows if "eval/perplexity" in row}
-    assert by_context == {m.context: m.value for m in Run(trained).measurements() if m.name == "perplexity"}
+    measured = {m.context: m.value for m in Run(trained).measurements() if m.name == "perplexity"}
+    counted = measured.pop(None)  # by n-grams, which have no context
+    assert by_context == measured
+    summary = {name: value for one in records["summary"] for name, value in one["update"].items()}
+    assert summary["baseline/ngram/perplexity"] == counted
     axes = leet.axes(records)
     assert (axes["train/loss"], axes["eval/perplexity"]) == ("tokens", "context")
 
@@ -158,7 +162,7 @@ def test_eval_of_one_run_and_of_two_side_by_side(trained: Path) -> None:
     one = the_new_run(before)
     assert (one.record.parent, one.record.command, one.record.status) == (trained.name, "eval", "done")
     assert f"run={trained.name}" in shlex.split(one.record.line)
-    assert {m.context for m in one.measurements()} == {32, 100}
+    assert {m.context for m in one.measurements()} == {32, 100, None}
 
     shutil.copytree(trained, "runs/other-aaaa")
     record = json.loads(Path("runs/other-aaaa/run.json").read_text())
@@ -175,7 +179,7 @@ def test_eval_of_one_run_and_of_two_side_by_side(trained: Path) -> None:
         if m.name == "nats_per_token":
             by_run.setdefault(m.axes["run"], {})[m.context] = m.value
     assert by_run[trained.name] == by_run["other-aaaa"]
-    assert set(by_run[trained.name]) == set(LENGTHS)
+    assert set(by_run[trained.name]) == {*LENGTHS, None}
 
 
 def test_generate_prints_the_text_and_nothing_else(place: Path) -> None:

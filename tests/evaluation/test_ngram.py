@@ -99,6 +99,15 @@ def test_a_vocabulary_and_an_order_whose_product_fills_more_than_64_bits() -> No
     np.testing.assert_allclose(p, q, rtol=5e-2)
 
 
+def test_nothing_is_impossible_in_a_text_of_few_tokens() -> None:
+    """Byte-like text, whose counts of counts are not those that the formulas expect."""
+    random = np.random.default_rng(0)
+    documents = [np.concatenate([[BOS], 40 + random.integers(0, 10, 300)]) for _ in range(20)]
+    model = KneserNey(documents, order=5, vocab_size=260, bos_id=BOS)
+    other = np.concatenate([[BOS], random.integers(0, 260, 500)])
+    assert (model.probabilities(other, np.arange(1, len(other))) > 0).all()
+
+
 def test_documents_shorter_than_the_order() -> None:
     model = KneserNey([np.array([BOS, 2, 3]), np.array([BOS, 2])], order=5, vocab_size=V, bos_id=BOS)
     assert len(model.orders) == 3
@@ -113,6 +122,8 @@ def test_discounts_by_hand() -> None:
     found = modified_discounts(np.array([1] * 7 + [2] * 3 + [3] * 2 + [4]))
     assert found.tolist() == pytest.approx([0, 1 - 2 * y * 3 / 7, 2 - 3 * y * 2 / 3, 3 - 4 * y * 1 / 2])
     assert modified_discounts(np.array([5, 6])).tolist() == [0, 0.5, 0.5, 0.5]  # none that occurs once
+    falling = modified_discounts(np.array([1] * 9 + [2] + [3] * 5))  # 2 - 3 Y n_3 / n_2 would be below 0
+    assert falling.tolist() == pytest.approx([0, 9 / 11, 9 / 11, 3.0])
     assert math.isclose(modified_discounts(np.array([1, 1, 5]))[1], 1.0)  # none twice: the whole count is set free
 
 

@@ -98,13 +98,15 @@ def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) ->
 
 def _counting(counted: Measurement, measurements: Sequence[Measurement]) -> str:
     """What a model of n-grams reaches on the same tokens, and how far the run is from it."""
-    whose = counted.axes.get("run")
+    whose = counted.axes.get("run", "the run")
     in_bits = next((m for m in measurements if m.name == "bits_per_byte" and m.axes == counted.axes), None)
     line = f"{counted.protocol}, on the same tokens: {cell(counted)} nats/token, {cell(in_bits)} bits/byte"
     facts = counted.facts
-    if "difference" in facts:
-        line += f"; {whose or 'the run'} at {format_length(facts['difference_context'])} has {_difference(facts)}"
-    return line
+    if facts.get("difference") is None:
+        return line
+    difference = _difference(facts)
+    where = f"{format_length(facts['difference_context'])} is {difference[1:]} {'above' if difference[0] == '+' else 'below'}"
+    return f"{line}; {whose} at {where} it"
 
 
 def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> Grid:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from ctxlab.records.schema import Measurement
 from ctxlab.report.screens import difference_table, show_difference, show_run
 from ctxlab.report.tables import (
     comparison_table,
@@ -17,6 +19,7 @@ from ctxlab.report.tables import (
     show_evaluation,
     show_sweep,
     show_training,
+    sliding_table,
 )
 from tests.records.builders import costs, make_run, missing, result, scores
 from tests.report.builders import CURVES, same_ids, text_of, trained_run, written
@@ -239,3 +242,29 @@ def test_runs_that_measured_cost_alone_are_compared_at_every_context(tmp_path: P
         "(1.50x)",
         ids[1],
     ]
+
+
+@pytest.mark.parametrize(("difference", "said"), [(0.158, "0.158 ±0.100 above it"), (-0.02, "0.020 ±0.100 below it")])
+def test_counting_is_said_beneath_the_table_with_the_runs_distance_from_it(difference: float, said: str) -> None:
+    facts = {
+        "difference": difference, "difference_low": difference - 0.1, "difference_high": difference + 0.1,
+        "difference_context": 2048,
+    }  # fmt: skip
+    common: dict[str, Any] = {"protocol": "modified Kneser-Ney, order 5", "axes": {"baseline": "ngram"}, "facts": facts}
+    rows = [
+        Measurement(name="nats_per_token", value=3.451, unit="nats/token", **common),
+        Measurement(name="bits_per_byte", value=1.985, unit="bits/byte", **common),
+    ]
+    assert footnotes(rows) == [
+        f"modified Kneser-Ney, order 5, on the same tokens: 3.451 nats/token, 1.985 bits/byte; the run at 2k is {said}"
+    ]
+
+
+def test_overlapping_windows_have_a_table_of_their_own() -> None:
+    def row(value: float, **more: Any) -> Measurement:
+        return Measurement(name="nats_per_token", value=value, unit="nats/token", context=64, **more)
+
+    facts = {"difference": -0.25, "difference_low": -0.3, "difference_high": -0.2}
+    rows = [row(4.0), row(3.75, axes={"stride": 16}, facts=facts)]
+    assert [row[-1] for row in lengths_table(rows, None).rows] == ["4.000"]
+    assert [list(row) for row in sliding_table(rows, 16).rows] == [["64", "3.750", "-0.250 ±0.050"]]

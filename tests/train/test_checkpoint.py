@@ -111,7 +111,7 @@ def test_a_crash_anywhere_in_saving_leaves_a_run_that_goes_on_to_the_same_end(
         if (folder / pointer).exists():
             found = find_checkpoint(folder, pointer)
             assert load_weights(found).keys() == whole.weights.keys()
-            assert load_training(found).keys() == {"optimizer", "generators", "micro_rows"}
+            assert load_training(found).keys() == {"optimizer", "generators", "memory", "micro_rows"}
     train(tmp_path, data, settings(**EVERY), resume=(folder / "last").exists())
     assert {path.name for path in folder.iterdir()} == {
         "last", "best", *((folder / pointer).read_text().strip() for pointer in ("last", "best"))

@@ -13,8 +13,7 @@ from pydantic import Field
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.tokens import Split
 from ctxlab.data.windows import EvalSegments
-from ctxlab.evaluation.intervals import paired_interval
-from ctxlab.evaluation.perplexity import DocumentScores, document_scores, score_measurements
+from ctxlab.evaluation.perplexity import DocumentScores, difference_facts, document_scores, score_measurements
 from ctxlab.fields import Count
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig
@@ -56,9 +55,8 @@ class KneserNey:
         self.vocab_size = vocab_size
         self.orders: list[_Order] = []
         tokens = np.concatenate(documents).astype(np.int64)
-        ends = np.repeat(
-            np.cumsum([len(d) for d in documents]), [len(d) for d in documents]
-        )  # of each token's document
+        sizes = [len(document) for document in documents]
+        ends = np.repeat(np.cumsum(sizes), sizes)  # of each token's document
         starts = np.arange(len(tokens))  # of the n-grams of one order
         prefix, n_prefixes = np.zeros_like(starts), 1  # the names of what comes before their last token
         shorter = starts  # the names of the n-grams of the order before, by their first token
@@ -157,15 +155,8 @@ def evaluate_ngram(
         advance(len(places))
     scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
     facts: dict[str, Any] = {"train_tokens": counted, "train_seconds": seconds}
-    if against is not None and (against.names, against.targets) == (scores.names, scores.targets):
-        difference = (sum(against.nats) - sum(scores.nats)) / sum(scores.targets)
-        low, high = paired_interval(against.nats, scores.nats, scores.targets) or (None, None)
-        facts |= {
-            "difference": difference,
-            "difference_low": low,
-            "difference_high": high,
-            "difference_context": context,
-        }
+    if difference := difference_facts(against, scores):
+        facts |= {**difference, "difference_context": context}
     measurements = score_measurements(
         scores,
         split=split,

@@ -128,13 +128,16 @@ def score_measurements(
     ]  # fmt: skip
 
 
-def _against(scores: DocumentScores, plain: DocumentScores | None) -> dict[str, float]:
-    """What a protocol changes in nats per token of the same targets, with the interval paired over documents."""
-    if plain is None or not math.isfinite(sum(scores.nats)):
+def difference_facts(scores: DocumentScores | None, other: DocumentScores | None) -> dict[str, float]:
+    """By how many nats per token one is above the other on the same targets, with the interval paired over documents."""
+    if scores is None or other is None or (scores.names, scores.targets) != (other.names, other.targets):
         return {}
-    changed = {"difference": (sum(scores.nats) - sum(plain.nats)) / sum(scores.targets)}
-    bounds = paired_interval(scores.nats, plain.nats, scores.targets)
-    return changed if bounds is None else changed | {"difference_low": bounds[0], "difference_high": bounds[1]}
+    difference = (sum(scores.nats) - sum(other.nats)) / sum(scores.targets)
+    if not math.isfinite(difference):
+        return {}
+    bounds = paired_interval(scores.nats, other.nats, scores.targets)
+    ends = {} if bounds is None else {"difference_low": bounds[0], "difference_high": bounds[1]}
+    return {"difference": difference, **ends}
 
 
 def _exp(nats: float) -> float:
@@ -228,7 +231,7 @@ def evaluate_perplexity(
                 protocol=PROTOCOL if stride is None else SLIDING,
                 context=length,
                 axes={"segment": segments.length} | ({} if stride is None else {"stride": stride}),
-                facts={} if stride is None else _against(scores, documents.get(length)),
+                facts={} if stride is None else difference_facts(scores, documents.get(length)),
             )
     model.train(was_training)
     return measurements, documents

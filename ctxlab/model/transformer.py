@@ -133,7 +133,8 @@ class SelfAttention(nn.Module):
         if cache is None:
             k = position.key(k, keys, state)
         elif self.mechanism.keeps_sums:
-            out, cache.sums = self.mechanism.recall(q, position.key(k, keys, state), v, cache.sums)
+            out, sums = self.mechanism.recall(q, position.key(k, keys, state), v, cache.sums)
+            cache.sums = sums.detach()
             return out.transpose(1, 2).flatten(2)
         else:
             if cache.raw and carry is not None:

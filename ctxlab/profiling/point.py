@@ -66,9 +66,14 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
         optimizer = optim.build(model)
         tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
 
+        # A recurrent model's steps all see a memory but the first of a document: measured is one that does.
+        memory = model.new_memory(1) if model.carried_tokens else None
+        if memory is not None:
+            memory.held.fill_(memory.capacity)
+
         def step(size: int = context) -> None:
             with autocast(spec["precision"], device):
-                hidden = model.hidden(tokens[:, :size])
+                hidden = model.hidden(tokens[:, :size], memory=memory)
                 loss = model.nats(hidden, tokens[:, 1 : size + 1]).mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))

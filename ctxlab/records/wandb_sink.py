@@ -86,12 +86,7 @@ class WandbSink:
             if m.context is not None and "stride" not in m.axes:
                 new.setdefault((str(m.axes.get("run", "")), m.context), {})[_name(m)] = m
             elif m.value is not None and {"stride", "baseline"} & m.axes.keys():
-                of = (
-                    f"sliding/{m.context}/{m.axes['stride']}"
-                    if "stride" in m.axes
-                    else f"baseline/{m.axes['baseline']}"
-                )
-                self._try(functools.partial(self._run.summary.update, {f"{of}/{m.name}": m.value}))
+                self._try(functools.partial(self._run.summary.update, {_name(m): m.value}))
         for (whose, context), row in sorted(new.items()):
             self._lengths.setdefault((whose, context), {}).update(row)
             values: dict[str, Any] = {name: m.value for name, m in row.items() if m.value is not None}
@@ -206,8 +201,14 @@ class WandbSink:
 
 
 def _name(m: Measurement) -> str:
-    """`eval/nats_per_token`; with the run's id between where one record measures several runs."""
+    """`eval/nats_per_token`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`; with the run's id before the metric where
+    one record measures several runs.
+    """
     whose = f"{m.axes['run']}/" if "run" in m.axes else ""
+    if "stride" in m.axes:
+        return f"sliding/{m.context}/{m.axes['stride']}/{whose}{m.name}"
+    if "baseline" in m.axes:
+        return f"baseline/{m.axes['baseline']}/{whose}{m.name}"
     return f"{_heading(m.name)}/{whose}{m.name}"
 
 

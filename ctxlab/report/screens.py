@@ -106,8 +106,14 @@ def difference_table(first: Run, second: Run) -> Grid:
         name, context = key[0], key[1]
         at = f" at {format_length(context)}" if context is not None else ""
         one, other = ours.get(key), theirs.get(key)
-        pair = sums[0].get((context or 0, key[2] or "")), sums[1].get((context or 0, key[2] or ""))
-        grid.add([f"{title(name)}{at}", cell(one), cell(other), _difference(one, other, *pair)])
+        axes = (one or theirs[key]).axes
+        plain = not {"stride", "baseline"} & axes.keys()  # sums by document are those of windows side by side
+        ours_by, theirs_by = (found.get((context or 0, key[2] or "")) if plain else None for found in sums)
+        moving = f", moving on by {format_length(axes['stride'])}" if "stride" in axes else ""
+        of = f", {axes['baseline']}" if "baseline" in axes else ""
+        grid.add(
+            [f"{title(name)}{at}{moving}{of}", cell(one), cell(other), _difference(one, other, ours_by, theirs_by)]
+        )
     return grid
 
 

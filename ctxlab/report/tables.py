@@ -15,7 +15,7 @@ from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
-from ctxlab.report.results import by_context, cell, differing_keys, rise, title, value_at
+from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
 from ctxlab.units import format_count, format_length, format_seconds
 
 _SCORES = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -79,7 +79,6 @@ def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) ->
             f"{scored.split} split, {scored.protocol} windows: {counted}at every context, each scored once"
             + ("; ± is 95% over documents" if has_interval else "")
         )
-    lines += [_counting(m, measurements) for m in measurements if m.name == "nats_per_token" and "baseline" in m.axes]
     cost = next((m for m in measurements if m.name in COSTS and m.value is not None), None)
     if cost is not None:
         memory = next((m for m in measurements if m.name == "peak_memory_bytes" and m.value is not None), None)
@@ -96,17 +95,25 @@ def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) ->
     return lines
 
 
-def _counting(counted: Measurement, measurements: Sequence[Measurement]) -> str:
-    """What a model of n-grams reaches on the same tokens, and how far the run is from it."""
-    whose = counted.axes.get("run", "the run")
-    in_bits = next((m for m in measurements if m.name == "bits_per_byte" and m.axes == counted.axes), None)
-    line = f"{counted.protocol}, on the same tokens: {cell(counted)} nats/token, {cell(in_bits)} bits/byte"
-    facts = counted.facts
-    if facts.get("difference") is None:
-        return line
-    difference = _difference(facts)
-    where = f"{format_length(facts['difference_context'])} is {difference[1:]} {'above' if difference[0] == '+' else 'below'}"
-    return f"{line}; {whose} at {where} it"
+def counting_notes(measured: Sequence[tuple[str, Sequence[Measurement]]]) -> list[str]:
+    """What models of n-grams reach on the same tokens, and how far each run, (name, measurements), is from them.
+
+    Runs of one text and tokenizer have one such model: it is said once.
+    """
+    found: dict[str, list[str]] = {}
+    for name, measurements in measured:
+        for counted in measurements:
+            if counted.name != "nats_per_token" or "baseline" not in counted.axes:
+                continue
+            in_bits = next((m for m in measurements if m.name == "bits_per_byte" and m.axes == counted.axes), None)
+            line = f"{counted.protocol}, on the same tokens: {cell(counted)} nats/token, {cell(in_bits)} bits/byte"
+            distances = found.setdefault(line, [])
+            if "difference" in counted.facts:
+                text = _difference(counted.facts)
+                at = format_length(counted.facts["difference_context"])
+                whose = counted.axes.get("run", name)
+                distances.append(f"{whose} at {at} is {text[1:]} {'above' if text[0] == '+' else 'below'} it")
+    return ["; ".join([line, *distances]) for line, distances in found.items()]
 
 
 def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> Grid:
@@ -233,7 +240,7 @@ def show_lengths(measurements: Sequence[Measurement], trained: int | None, conso
 
 
 def show_footnotes(measurements: Sequence[Measurement], console: Console) -> None:
-    for line in footnotes(measurements):
+    for line in [*footnotes(measurements), *counting_notes([("the run", measurements)])]:
         console.print(Text(line, style="dim"))
 
 
@@ -297,6 +304,7 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     lines = footnotes(measured, intervals=any(run.documents() for run in runs))
     if lines:
         lines[0] += f"; {title(metric)}, memory and step at the trained context"
+    lines += counting_notes([(name, run.measurements()) for name, run in zip(labels(runs), runs, strict=True)])
     for line in lines:
         console.print(Text(line, style="dim"))
     trained = trained_contexts(runs)

@@ -246,7 +246,7 @@ class SetState(lightning.Callback):
             share = len(memory["held"]) // trainer.world_size
             module.memories = [
                 SegmentMemory.restored(memory, slice(start, start + rows), module.device)
-                for rows in [share // module.stream.micro_batches(module.step)]
+                for rows in [share // module.stream.micro_batches(module.step - 1)]  # as the last step left them
                 for start in range(rank * share, (rank + 1) * share, rows)
             ]
         ranks = self.state["generators"]

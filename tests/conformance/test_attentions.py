@@ -45,6 +45,25 @@ def mechanism(name: str, settings: dict[str, Any], layer: int = 0) -> Attention:
     return ATTENTIONS.get(name)(config_of(name, settings), small(), layer)
 
 
+def mask_by_hand(name: str, settings: dict[str, Any], T: int, S: int, causal: bool) -> Tensor:
+    """Who sees whom in a layer that is not global, (T,S), pair by pair as the papers say it; query t stands at S - T + t."""
+    config = config_of(name, settings)
+
+    def sees(i: int, j: int) -> bool:
+        if causal and j > i:
+            return False
+        if name == "sliding_window":
+            return abs(i - j) <= config.size - 1  # itself is one of them
+        if name == "chunked":
+            return math.floor(i / config.size) == math.floor(j / config.size)
+        if name == "recurrent":
+            begin = math.floor(i / config.size) * config.size  # of the segment
+            return begin - config.memory <= j < begin + config.size
+        return True
+
+    return torch.tensor([[sees(i, j) for j in range(S)] for i in range(S - T, S)])
+
+
 def dense(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +127,7 @@ def test_equals_dense_attention_under_its_mask(
         q, k, v, scale=8**-0.5, causal=causal, bias=Toeplitz(values, 1 - S) if with_bias else None
     )  # fmt: skip
     oracle = dense if made.softmax else dense_kernel
-    expected, expected_lse = oracle(q, k, v, made.visible(T, S, causal=causal), matrix, made.sink)
+    expected, expected_lse = oracle(q, k, v, mask_by_hand(name, settings, T, S, causal), matrix, made.sink)
     torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-6, rtol=0)
     upstream = torch.randn_like(out)
@@ -123,9 +142,24 @@ def test_padded_keys_are_not_seen_without_a_causal_mask(name: str, settings: dic
     lengths = torch.tensor([13, 20])
     made = mechanism(name, settings)
     out, _ = made.double().attend(q, k, v, scale=8**-0.5, causal=False, lengths=lengths)
-    mask = made.visible(20, 20, causal=False) & (torch.arange(20) < lengths[:, None])[:, None, None, :]
+    mask = mask_by_hand(name, settings, 20, 20, False) & (torch.arange(20) < lengths[:, None])[:, None, None, :]
     oracle = dense if made.softmax else dense_kernel
     torch.testing.assert_close(out, oracle(q, k, v, mask, 0.0, made.sink)[0], atol=1e-10, rtol=0)
+
+
+@cases
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(40, 40), (7, 40)])
+def test_states_its_mask(name: str, settings: dict[str, Any], T: int, S: int, causal: bool) -> None:
+    assert torch.equal(
+        mechanism(name, settings).visible(T, S, causal=causal), mask_by_hand(name, settings, T, S, causal)
+    )
+
+
+def test_a_training_step_of_a_recurrent_model_sees_its_memory_at_any_context() -> None:
+    config = config_of("recurrent", {"size": 5, "memory": 10})
+    flops = [ATTENTIONS.get("recurrent").flops(config, small(), context, 0) for context in (5, 40)]
+    assert flops == [4 * 4 * 8 * 15] * 2
 
 
 @cases
@@ -138,7 +172,9 @@ def test_flops_and_cache_follow_who_sees_whom(name: str, settings: dict[str, Any
         assert kind.flops(config, model, 96, layer) == kind.flops(config, model, 96_000, layer)  # whatever the context
         return
     seen = made.visible(96, 96, causal=True).sum(1)
-    assert kind.flops(config, model, 96, layer) == 4 * model.n_heads * model.head_dim * int(seen.max())
+    behind = kind.carried_tokens(config)  # a row of a training step stands behind a memory
+    in_training = made.visible(96, 96 + behind, causal=True).sum(1)
+    assert kind.flops(config, model, 96, layer) == 4 * model.n_heads * model.head_dim * int(in_training.max())
     assert [kind.cached_tokens(config, n, layer) for n in range(1, 97)] == seen.tolist()
     first = [int(row.nonzero()[0]) for row in made.visible(96, 96, causal=True)]
     assert [made.first_needed(position) for position in range(96)] == first
@@ -197,6 +233,14 @@ def test_what_linear_attention_caches_does_not_grow() -> None:
             model(part, cache=cache)
             sizes.append(cache.bytes)
     assert sizes == [2 * 2 * 8 * 9 * 4] * 3  # layers, key-value heads, head_dim, head_dim + 1, fp32
+
+
+def test_a_cache_of_sums_carries_no_gradient() -> None:
+    model = build("nope", attention="linear")
+    cache = KVCache(model.config.n_layers)
+    for _ in range(2):  # with gradients on
+        model(tokens(1, 3), cache=cache)
+        assert not any(layer.sums.requires_grad for layer in cache.layers)
 
 
 @every

@@ -34,20 +34,7 @@ ROOT = Path(__file__).parents[2]
 SEED = 9
 SCHEMES = [f"position/{name}.py" for name in POSITIONS.names()]
 MECHANISMS = [
-    f"attention/{name}.py"
-    for name in (
-        "blockwise",
-        "bias",
-        "visible",
-        "fused",
-        "merge",
-        "local",
-        "sliding_window",
-        "chunked",
-        "linear",
-        "recurrent",
-        "flex",
-    )
+    f"attention/{name}.py" for name in ("blockwise", "bias", "visible", "fused", "merge", "local", "linear", "flex")
 ]
 DRAWN_OF_A_SCHEME, DRAWN_OF_A_MECHANISM = 1, 3
 AT_A_TIME = 2
@@ -56,6 +43,7 @@ BYTES = 16 * 2**30  # of address space: one that takes up memory for ever is cau
 
 KERNELS = "tests/model/attention_kernels"
 CONFORMANCE = [f"tests/conformance/test_{name}.py" for name in ("positions", "identities", "attentions", "recurrence")]
+LOCAL = [CONFORMANCE[2], "-k", "sliding_window or chunked or recurrent"]
 EVERYTHING = [*CONFORMANCE, "tests/model"]
 # Where a mutant of a file is looked for first; for a scheme, what has its name in CONFORMANCE.
 FIRST = {
@@ -63,15 +51,14 @@ FIRST = {
     "attention/bias.py": [f"{KERNELS}/test_blockwise.py"],
     "attention/fused.py": [f"{KERNELS}/test_fused.py"],
     "attention/merge.py": [f"{KERNELS}/test_merge.py"],
-    "attention/visible.py": [f"{KERNELS}/test_blockwise.py", "-k", "windows or visited"],
-    "attention/recurrent.py": [*CONFORMANCE[2:], "-k", "recurren"],
+    "attention/visible.py": LOCAL,
+    "attention/local.py": LOCAL,
     "attention/flex.py": [f"{KERNELS}/test_flex.py"],
     "attention/linear.py": [CONFORMANCE[2], "-k", "linear"],
     "attention/full.py": [CONFORMANCE[2], "-k", "full"],
     "attention/base.py": [CONFORMANCE[2], "-k", "full"],
     "position/base.py": [CONFORMANCE[0], "-k", "rope"],
 }
-LOCAL = [CONFORMANCE[2], "-k", "sliding_window or chunked"]
 
 
 class Classic(NamedTuple):
@@ -227,11 +214,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "Local._hides_nothing",
         "self.rule.high(0) >= n_keys -> self.rule.high(0) > n_keys",
     ): "a rule that hides nothing hides nothing blockwise either",
-    (
-        "attention/sliding_window.py",
-        "SlidingWindow.near",
-        "(i - j).abs() < config.size -> (j - i).abs() < config.size",
-    ): "as far from j to i as from i to j",
     (
         "attention/linear.py",
         "Linear.mix",
@@ -478,12 +460,7 @@ def caught(mutant: Mutant, base: Path, folder: Path, seconds: float) -> str | No
     path = folder / "ctxlab" / "model" / mutant.file
     path.write_text(mutant.source)
     Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
-    if mutant.file in FIRST:
-        first = FIRST[mutant.file]
-    elif mutant.file.startswith("attention/"):
-        first = LOCAL
-    else:
-        first = [*CONFORMANCE, "-k", Path(mutant.file).stem]
+    first = FIRST.get(mutant.file) or [*CONFORMANCE, "-k", Path(mutant.file).stem]
     found = failure(folder, first, seconds) or failure(folder, EVERYTHING, seconds)
     shutil.rmtree(folder)
     return found

@@ -17,6 +17,7 @@ import torch
 
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.transformer import Transformer
 from ctxlab.profiling import point as points
 from ctxlab.profiling.measure import Point, measure_step, run_point
 from ctxlab.profiling.point import start_peak
@@ -280,6 +281,25 @@ def test_a_status_file_without_a_peak_is_passed_over(tmp_path: Path, monkeypatch
 
 def test_the_machine_has_more_memory_than_this_process_used() -> None:
     assert peak_memory_bytes()[0] < total_memory_bytes() < 2**50
+
+
+@pytest.mark.parametrize(("memory_tokens", "seen"), [(0, None), (32, 32)])
+def test_every_measured_step_of_a_recurrent_model_sees_a_full_memory(
+    monkeypatch: pytest.MonkeyPatch, memory_tokens: int, seen: int | None
+) -> None:
+    hidden, held = Transformer.hidden, []
+
+    def recorded(self: Transformer, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        memory = options["memory"]
+        held.append(None if memory is None else int(memory.held))
+        return hidden(self, tokens, **options)
+
+    monkeypatch.setattr(Transformer, "hidden", recorded)
+    attention = {"name": "recurrent", "size": 16, "memory": memory_tokens}
+    for what in ("memory", "time"):
+        points.measure(spec(point("nano", 64, attention=attention, enough_seconds=0.1), what))
+    assert len(held) > 4
+    assert set(held) == {seen}
 
 
 # Time

@@ -162,6 +162,25 @@ def test_several_runs_measured_in_one_record_keep_their_own_curves(tmp_path: Pat
     assert [row["eval/b/nats_per_token"] for row in rows if "eval/b/nats_per_token" in row] == [4.0]
 
 
+def test_baselines_and_overlapping_windows_of_several_runs_are_lines_of_the_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    sink = open_mirror(run, LoggerConfig(), job_type="eval")
+    for who, value in (("a", 3.0), ("b", 4.0)):
+        sink.measure([
+            result("nats_per_token", value, None, axes={"run": who, "baseline": "ngram"}),
+            result("nats_per_token", value + 1, 256, axes={"run": who, "stride": 64}),
+        ])  # fmt: skip
+    sink.finish(0)
+    run.finish("done")
+    records = leet.inspect(run.path)
+    summary = {name: value for one in records["summary"] for name, value in one["update"].items()}
+    assert {name: value for name, value in summary.items() if "nats" in name} == {
+        "baseline/ngram/a/nats_per_token": 3.0, "baseline/ngram/b/nats_per_token": 4.0,
+        "sliding/256/64/a/nats_per_token": 4.0, "sliding/256/64/b/nats_per_token": 5.0,
+    }  # fmt: skip
+    assert "history" not in records  # no points of a curve
+
+
 def test_what_a_killed_process_logged_is_there(tmp_path: Path) -> None:
     code = """
 sink = opened("offline")

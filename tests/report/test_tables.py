@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from ctxlab.evaluation.perplexity import DocumentScores
 from ctxlab.records.schema import Measurement
 from ctxlab.report.screens import difference_table, show_difference, show_run
 from ctxlab.report.tables import (
     comparison_table,
     cost_tables,
+    counting_notes,
     footnotes,
     lengths_table,
     show_evaluation,
@@ -244,20 +246,58 @@ def test_runs_that_measured_cost_alone_are_compared_at_every_context(tmp_path: P
     ]
 
 
-@pytest.mark.parametrize(("difference", "said"), [(0.158, "0.158 ±0.100 above it"), (-0.02, "0.020 ±0.100 below it")])
-def test_counting_is_said_beneath_the_table_with_the_runs_distance_from_it(difference: float, said: str) -> None:
+def counted(nats: float, bits: float, difference: float, **axes: Any) -> list[Measurement]:
+    """What `eval=ngram` leaves of one run at 2,048 tokens."""
     facts = {
         "difference": difference, "difference_low": difference - 0.1, "difference_high": difference + 0.1,
         "difference_context": 2048,
     }  # fmt: skip
-    common: dict[str, Any] = {"protocol": "modified Kneser-Ney, order 5", "axes": {"baseline": "ngram"}, "facts": facts}
-    rows = [
-        Measurement(name="nats_per_token", value=3.451, unit="nats/token", **common),
-        Measurement(name="bits_per_byte", value=1.985, unit="bits/byte", **common),
+    axes = {"baseline": "ngram", **axes}
+    common: dict[str, Any] = {"protocol": "modified Kneser-Ney, order 5", "axes": axes, "facts": facts}
+    return [
+        Measurement(name="nats_per_token", value=nats, unit="nats/token", **common),
+        Measurement(name="bits_per_byte", value=bits, unit="bits/byte", **common),
     ]
-    assert footnotes(rows) == [
-        f"modified Kneser-Ney, order 5, on the same tokens: 3.451 nats/token, 1.985 bits/byte; the run at 2k is {said}"
+
+
+def test_counting_is_said_beneath_the_table_with_every_runs_distance_from_it() -> None:
+    said = "modified Kneser-Ney, order 5, on the same tokens: 3.451 nats/token, 1.985 bits/byte"
+    rows = counted(3.451, 1.985, 0.158)
+    assert counting_notes([("the run", rows)]) == [f"{said}; the run at 2k is 0.158 ±0.100 above it"]
+    other = counted(3.451, 1.985, -0.02)
+    assert counting_notes([("rope", rows), ("alibi", other)]) == [
+        f"{said}; rope at 2k is 0.158 ±0.100 above it; alibi at 2k is 0.020 ±0.100 below it"
     ]
+    apart = counting_notes([("bytes", counted(1.1, 1.5, 0.2)), ("pieces", rows)])
+    assert [line.split(": ")[1].split(" is")[0] for line in apart] == [
+        "1.100 nats/token, 1.500 bits/byte; bytes at 2k", "3.451 nats/token, 1.985 bits/byte; pieces at 2k",
+    ]  # fmt: skip
+    together = counted(1.1, 1.5, 0.2, run="a") + counted(3.451, 1.985, 0.1, run="b")  # one record of two runs
+    assert [line.split(": ")[1].split(" is")[0] for line in counting_notes([("the run", together)])] == [
+        "1.100 nats/token, 1.500 bits/byte; a at 2k", "3.451 nats/token, 1.985 bits/byte; b at 2k",
+    ]  # fmt: skip
+
+
+def test_compared_runs_have_rows_of_their_own_for_overlapping_windows_and_counting(tmp_path: Path) -> None:
+    """Sums by document are kept of windows side by side alone: no other row has an interval from them."""
+    runs = []
+    for name, shift in (("rope", 0.0), ("alibi", -0.5)):
+        run = make_run(tmp_path, config={"position": {"name": name}})
+        sums = DocumentScores(["a", "b"], [400.0 + shift * 100, 300.0 + shift * 90], [100, 100], [250, 250])
+        run.write_documents({64: sums})
+        run.measure(
+            result("nats_per_token", 3.5 + shift, 64, split="test"),
+            result("nats_per_token", 3.2 + shift, 64, split="test", axes={"stride": 16}),
+            *counted(3.0, 1.7, 0.5),
+        )
+        runs.append(run)
+    lines = {row[0]: row[3] for row in difference_table(*runs).rows}
+    assert list(lines) == [
+        "nats/token, ngram", "nats/token at 64", "nats/token at 64, moving on by 16", "bits/byte, ngram",
+    ]  # fmt: skip
+    assert lines["nats/token at 64"].startswith("-0.500 ±")
+    assert lines["nats/token at 64, moving on by 16"] == "-0.500"
+    assert lines["nats/token, ngram"] == "+0.000"
 
 
 def test_overlapping_windows_have_a_table_of_their_own() -> None:

@@ -102,15 +102,21 @@ class Crash(Exception):
     """What ends a run from outside."""
 
 
-@pytest.mark.parametrize("saved", [3, 6], ids=["in the first stage", "in the second"])
-def test_a_curriculum_goes_on_to_the_same_bits_from_any_stage(
-    tmp_path: Path, saved: int, monkeypatch: pytest.MonkeyPatch
+RISING = {"micro_batch": 4, "context_schedule": ({"context": HALF, "share": 0.5},)}  # 4 steps of 16 rows, 4 of 8
+UP_AND_DOWN = {
+    "micro_batch": 1, "batch_tokens": CONTEXT,  # 2 steps of 1 row, 4 of 2, 2 of 1
+    "context_schedule": ({"context": CONTEXT, "share": 0.25}, {"context": HALF, "share": 0.5}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stages", "saved"), [(RISING, 3), (RISING, 4), (RISING, 6), (UP_AND_DOWN, 2), (UP_AND_DOWN, 5), (UP_AND_DOWN, 6)]
+)
+def test_a_curriculum_goes_on_to_the_same_bits_from_any_stage_and_from_between_two(
+    tmp_path: Path, stages: dict[str, Any], saved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the budget in rows half as long, and twice as many; the other stage has fewer micro-batches of as many rows."""
     data = dataset(tmp_path)
-    config = recurrent(
-        micro_batch=4, context_schedule=({"context": HALF, "share": 0.5},), validate_every=saved, checkpoint_every=saved
-    )
+    config = recurrent(**stages, validate_every=saved, checkpoint_every=saved)
     whole = train(tmp_path, data, config, "whole").rows.rows
 
     def metrics(self: Rows, row: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.attention.local import Local
@@ -29,7 +28,3 @@ class Chunked(Local):
     @staticmethod
     def neighbourhood(config: Any) -> Visible:
         return Chunk(config.size)
-
-    @staticmethod
-    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
-        return i // config.size == j // config.size

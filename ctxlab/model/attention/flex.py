@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
@@ -15,6 +16,9 @@ from ctxlab.model.attention.visible import Visible
 
 BLOCK = 128
 """Queries and keys in a block that is visited or not."""
+
+COMPILATIONS = 128
+"""Kinds of call in one process, at most; torch's own limit is 8, and what it does beyond needs T x S scores."""
 
 
 def can_flex(q: Tensor, v: Tensor, bias: Bias | None) -> bool:
@@ -37,25 +41,26 @@ def flexible_attention(
     bias: Bias | None,
     lengths: Tensor | None,
     visible: Visible | None,
-    compiled: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """What `blockwise_attention` returns, from the same arguments: (out (B,H,T,Dv), lse (B,H,T)), both with gradients.
 
     Dong et al. 2024 (FlexAttention), arXiv:2412.05496. Blocks that nobody sees are not visited, by a list of blocks made
-    from the rule itself: no T x S mask exists at any time. Not `compiled` it is a reference for tests: torch then computes
-    all scores at once.
+    from the rule itself: no T x S mask exists at any time.
+
+    torch compiles it anew for each kind of call (a rule, a length that it has learned to vary, with or without gradients).
+    After a few of them it would go on with a formula that holds all scores; here there may be many, and too many is an error.
     """
     assert bias is None or isinstance(bias, Toeplitz), "can_flex comes first"
     mask = _block_mask(q.shape[2], k.shape[2], causal, lengths, visible, q.device)
-    run: Any = _compiled() if compiled else flex_attention
-    out, aux = run(
-        q, k, v,
-        score_mod=None if bias is None else _added(bias, q.shape[2], k.shape[2]),
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        return_aux=AuxRequest(lse=True),
-    )  # fmt: skip
+    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True):
+        out, aux = _compiled()(
+            q, k, v,
+            score_mod=None if bias is None else _added(bias, q.shape[2], k.shape[2]),
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
     return out, aux.lse
 
 

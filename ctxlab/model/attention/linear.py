@@ -60,9 +60,7 @@ class Linear(Attention):
         check(q, k, v)
         assert bias is None, "check_position comes first"
         with torch.autocast(q.device.type, enabled=False):
-            high = torch.promote_types(q.dtype, torch.float32)
-            fq, fk = F.elu(q.to(high)) + 1, F.elu(k.to(high)) + 1
-            wide = F.pad(v.to(high), (0, 1), value=1.0)  # the last column's sum is the denominator
+            fq, fk, wide = _features(q, k, v)
             if lengths is not None:
                 seen = torch.arange(k.shape[2], device=k.device) < lengths[:, None]
                 fk = fk * seen[:, None, :, None]
@@ -76,9 +74,7 @@ class Linear(Attention):
     def recall(self, q: Tensor, k: Tensor, v: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = autocast(q, k, v)
         with torch.autocast(q.device.type, enabled=False):
-            high = torch.promote_types(q.dtype, torch.float32)
-            fq, fk = F.elu(q.to(high)) + 1, F.elu(k.to(high)) + 1
-            wide = F.pad(v.to(high), (0, 1), value=1.0)  # (B,Hkv,T,Dv+1)
+            fq, fk, wide = _features(q, k, v)
             if sums is None:
                 sums = fk.new_zeros(*fk.shape[:2], fk.shape[3], wide.shape[3])
             group = q.shape[1] // k.shape[1]
@@ -98,6 +94,12 @@ class Linear(Attention):
     def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
         """4 H D (D + chunk): a token into the sums and a query out of them, and the pairs within a chunk."""
         return 4.0 * model.n_heads * model.head_dim * (model.head_dim + min(_CHUNK, context))
+
+
+def _features(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """phi of queries and keys, and values with a column of ones, whose sum is the denominator; fp32 or wider."""
+    high = torch.promote_types(q.dtype, torch.float32)
+    return F.elu(q.to(high)) + 1, F.elu(k.to(high)) + 1, F.pad(v.to(high), (0, 1), value=1.0)
 
 
 def _causal(fq: Tensor, fk: Tensor, v: Tensor, sums: Tensor | None) -> Tensor:

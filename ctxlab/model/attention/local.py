@@ -68,13 +68,8 @@ class Local(Attention):
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
         i = torch.arange(n_keys - n_queries, n_keys)[:, None]
         j = torch.arange(n_keys)[None, :]
-        seen = torch.ones(n_queries, n_keys, dtype=torch.bool) if self.rule is None else self.near(self.config, i, j)
+        seen = torch.ones(n_queries, n_keys, dtype=torch.bool) if self.rule is None else self.rule.sees(i, j)
         return seen & (j <= i) if causal else seen
-
-    @staticmethod
-    @abstractmethod
-    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
-        """The rule again, for single pairs of positions."""
 
     def first_needed(self, position: int) -> int:
         return 0 if self.rule is None else self.rule.low(position)
@@ -85,8 +80,9 @@ class Local(Attention):
 
     @classmethod
     def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
-        """4 H D times the keys that the best-placed query of a long sequence sees."""
-        seen = context if is_global(config, layer) else min(context, cls.neighbourhood(config).most)
+        """4 H D times the keys that the best-placed query of a long sequence sees, those of a carried memory among them."""
+        reach = context + cls.carried_tokens(config)
+        seen = context if is_global(config, layer) else min(reach, cls.neighbourhood(config).most)
         return 4.0 * model.n_heads * model.head_dim * seen
 
 

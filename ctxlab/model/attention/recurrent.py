@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS
@@ -38,7 +37,7 @@ class Recurrent(Local):
         @model_validator(mode="after")
         def _whole_segments(self) -> Recurrent.Config:
             if self.memory % self.size:
-                nearest = max(1, round(self.memory / self.size)) * self.size
+                nearest = round(self.memory / self.size) * self.size
                 raise ValueError(
                     f"memory ({self.memory}) must be a multiple of the segment's size ({self.size}); "
                     f"the nearest valid value is {nearest}"
@@ -77,8 +76,3 @@ class Recurrent(Local):
     @staticmethod
     def neighbourhood(config: Any) -> Visible:
         return Remembered(config.size, config.memory)
-
-    @staticmethod
-    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
-        segments = i // config.size - j // config.size
-        return (segments >= 0) & (segments <= config.memory // config.size)

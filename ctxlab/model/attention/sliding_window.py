@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.attention.local import Local
@@ -29,7 +28,3 @@ class SlidingWindow(Local):
     @staticmethod
     def neighbourhood(config: Any) -> Visible:
         return Window(config.size)
-
-    @staticmethod
-    def near(config: Any, i: Tensor, j: Tensor) -> Tensor:
-        return (i - j).abs() < config.size

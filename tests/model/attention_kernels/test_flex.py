@@ -21,9 +21,14 @@ RULES = {"all": None, "window": Window(50), "chunk": Chunk(60), "remembered": Re
 
 @pytest.fixture
 def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch has no fast backward on a CPU and refuses; its formula, all scores at once, is what is tested here."""
-    module = sys.modules[flex_attention.__module__]
-    monkeypatch.setattr(module, "_validate_device", lambda *_: None)
+    """torch has no backward for a CPU and refuses."""
+    monkeypatch.setattr(sys.modules[flex_attention.__module__], "_validate_device", lambda *_: None)
+
+
+@pytest.fixture
+def by_formula(monkeypatch: pytest.MonkeyPatch, backward_on_cpu: None) -> None:
+    """Not compiled: torch's formula, all scores at once."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
 
 
 def problem(
@@ -57,7 +62,7 @@ def both(
         torch.testing.assert_close(a.cpu(), b.cpu(), atol=10 * tolerance, rtol=10 * tolerance)
 
 
-@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.usefixtures("by_formula")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("causal", [True, False])
@@ -66,15 +71,15 @@ def both(
 def test_equals_blockwise_with_gradients(rule: str, causal: bool, T: int, S: int, padded: bool) -> None:
     inputs, values = problem(T, S, bidirectional_bias=not causal, dtype=torch.float32)
     lengths = torch.tensor([S, S - 35]) if padded else None
-    both(inputs, values, causal, RULES[rule], lengths, compiled=False)
+    both(inputs, values, causal, RULES[rule], lengths)
 
 
-@pytest.mark.usefixtures("backward_on_cpu")
+@pytest.mark.usefixtures("by_formula")
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_bias_that_is_constant_from_a_distance_on_gets_its_whole_gradient(causal: bool) -> None:
     inputs, values = problem(200, 200, bidirectional_bias=not causal, dtype=torch.float32)
-    both(inputs, values, causal, None, None, compiled=False, constant_from=70)
+    both(inputs, values, causal, None, None, constant_from=70)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -110,6 +115,36 @@ def test_a_mask_of_a_long_text_is_a_list_of_blocks() -> None:
     assert mask is not None
     assert mask.kv_indices.numel() == (2**17 // flex.BLOCK) ** 2
     assert int((mask.kv_num_blocks + mask.full_kv_num_blocks).max()) == 4096 // flex.BLOCK + 1
+
+
+@pytest.mark.usefixtures("backward_on_cpu")
+def test_however_many_kinds_of_call_a_process_makes_all_of_them_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules, batches, lengths with and without gradients, as training and the evaluation behind it bring them."""
+    ran = 0
+
+    def counting(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        def run(*inputs: Any) -> Any:
+            nonlocal ran
+            ran += 1
+            return graph(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, backend=counting)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    calls = 0
+    for T, S, rows, with_gradient in [
+        (160, 160, 2, True), (160, 160, 1, False), (130, 130, 2, False), (256, 256, 1, False), (300, 300, 2, False),
+        (1, 200, 1, False), (1, 201, 1, False), (40, 300, 1, True),
+    ]:  # fmt: skip
+        for rule in (None, Window(50), Chunk(60)):
+            q, k, v = (torch.randn(rows, 2, n, 16, requires_grad=with_gradient) for n in (T, S, S))
+            flexible_attention(
+                q, k, v, scale=0.25, causal=True, bias=Toeplitz(torch.randn(2, S), 0), lengths=None, visible=rule
+            )  # fmt: skip
+            calls += 1
+    assert ran == calls
 
 
 def test_what_it_cannot_state_goes_blockwise() -> None:

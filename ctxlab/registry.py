@@ -57,13 +57,13 @@ def import_file(name: str, path: Path) -> ModuleType:
 class Registry(Generic[T]):
     """name -> class for one kind of component (`position`, `attention`, `corpus`, ...).
 
-    `package` is imported module by module on first use, so a new file registers itself. A plugin registers the same way
-    by being imported. Registering a name twice is a programming error and raises at once.
+    Each of `packages` is imported module by module on first use, so a new file registers itself. A plugin registers the
+    same way by being imported. Registering a name twice is a programming error and raises at once.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, *packages: str) -> None:
         self.kind = kind
-        self.package = package
+        self.packages = packages
         self._classes: dict[str, type[T]] = {}
         self._discovered = False
         self._discovering = threading.RLock()
@@ -96,6 +96,7 @@ class Registry(Generic[T]):
             if self._discovered:
                 return
             self._discovered = True
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__, prefix=f"{self.package}."):
-                importlib.import_module(module.name)
+            for name in self.packages:
+                package = importlib.import_module(name)
+                for module in pkgutil.iter_modules(package.__path__, prefix=f"{name}."):
+                    importlib.import_module(module.name)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def check(config: Any, progress: Progress) -> None:
     """Raises ConfigError or DataError where this machine lacks what a config asks for; fetches its text."""
-    from ctxlab.data.corpora.base import CORPORA
     from ctxlab.data.prepare import default_cache
+    from ctxlab.data.source import SOURCES
     from ctxlab.records.sinks import check_mirror
     from ctxlab.train.precision import resolve_device
 
@@ -28,7 +28,7 @@ def check(config: Any, progress: Progress) -> None:
     data: Any = getattr(config, "data", "none")
     cache = config.paths.cache
     if data != "none":
-        CORPORA.get(data.name)(data).fetch(default_cache() if cache == "auto" else Path(cache).expanduser(), progress)
+        SOURCES.get(data.name)(data).fetch(default_cache() if cache == "auto" else Path(cache).expanduser(), progress)
     file = getattr(getattr(config, "tokenizer", None), "path", None)
     has_a_copy = any(getattr(config, key, "none") != "none" for key in ("resume", "init"))
     if file is not None and not has_a_copy and not Path(file).expanduser().is_file():

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from ctxlab.cli.console import progress_bar
-from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.prepare import TextDataset, prepare
+from ctxlab.data.source import Source
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
 from ctxlab.evaluation.perplexity import (
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def prepare_text(
-    data: Corpus.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console
+    data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console
 ) -> TextDataset:
     """Text and tokens, from the cache or made now with a bar on `console`."""
     with progress_bar(console) as start:

@@ -28,7 +28,7 @@ def check(config: CommandConfig) -> None:
     if isinstance(config, TrainConfig):
         contexts = [config.context, *(stage.context for stage in config.trainer.context_schedule)]
         mechanism = ATTENTIONS.get(config.attention.name)
-        mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packed)
+        mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, create_model
 
 from ctxlab.config.explain import explain_invalid
-from ctxlab.data.corpora.base import CORPORA, Corpus
+from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.ngram import NGramConfig
@@ -40,7 +40,7 @@ _NOT_IDENTITY: dict[str, Any] = {"identity": False}
 REGISTRIES: dict[str, Registry[Any]] = {
     "position": POSITIONS,
     "attention": ATTENTIONS,
-    "data": CORPORA,
+    "data": SOURCES,
     "tokenizer": TOKENIZERS,
     "optim": OPTIMIZERS,
 }
@@ -122,7 +122,7 @@ class TrainConfig(RecordedConfig):
     model: ModelConfig
     position: SerializeAsAny[Position.Config]
     attention: SerializeAsAny[Attention.Config]
-    data: SerializeAsAny[Corpus.Config]
+    data: SerializeAsAny[Source.Config]
     tokenizer: SerializeAsAny[Tokenizer.Config]
     optim: SerializeAsAny[Optimizer.Config]
     trainer: TrainerConfig
@@ -145,7 +145,7 @@ class EvalConfig(RecordedConfig):
     run: Annotated[tuple[str, ...], BeforeValidator(_one_or_several), AfterValidator(_no_repeats), Field(min_length=1)]
     checkpoint: Checkpoint = "last"
     attention: OrNone | SerializeAsAny[Attention.Config] = "none"
-    data: OrNone | SerializeAsAny[Corpus.Config] = "none"
+    data: OrNone | SerializeAsAny[Source.Config] = "none"
     trainer: EvaluationTrainer = EvaluationTrainer()
     eval: Evaluations = Evaluations()
     profile: MeasureConfig = MeasureConfig()

@@ -21,9 +21,10 @@ from zipfile import BadZipFile
 import numpy as np
 import platformdirs
 
-from ctxlab.data.corpora.base import CORPORA, Corpus
+from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.lock import locked
 from ctxlab.data.progress import Progress, silent
+from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.splits import SPLITS, Cut, Splits, documents, split
 from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer, load_tokenizer
 from ctxlab.data.tokens import Split, read_split, write_tokens
@@ -50,7 +51,7 @@ def default_cache() -> Path:
 
 
 def prepare(
-    data: Corpus.Config,
+    data: Source.Config,
     tokenizer: Tokenizer.Config | Tokenizer,
     *,
     cache: Path | None = None,
@@ -61,7 +62,8 @@ def prepare(
     Raises DataError, one line, for text or a tokenizer that cannot be used.
     """
     root = default_cache() if cache is None else cache
-    corpus = CORPORA.get(data.name)(data)
+    corpus = SOURCES.get(data.name)(data)
+    assert isinstance(corpus, Corpus)
     corpus.fetch(root, progress)
     facts = corpus.facts()
     made = tokenizer if isinstance(tokenizer, Tokenizer) else _tokenizer(tokenizer, corpus, facts, root, progress)

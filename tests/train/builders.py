@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ctxlab.data.corpora.base import CORPORA
 from ctxlab.data.prepare import TextDataset, prepare
+from ctxlab.data.source import SOURCES
 from ctxlab.data.tokenizers.base import TOKENIZERS
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
@@ -60,7 +60,7 @@ def dataset(tmp_path: Path, **corpus: Any) -> TextDataset:
     folder = tmp_path / f"text-{name}"
     if not folder.exists():
         write_corpus(folder, **corpus)
-    data = CORPORA.get("text").Config(name="text", path=str(folder))
+    data = SOURCES.get("text").Config(name="text", path=str(folder))
     return prepare(data, TOKENIZERS.get("byte").Config(name="byte"), cache=tmp_path / "cache")
 
 

@@ -77,7 +77,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
             trainer=config.trainer,
             seed=config.seed,
             context=config.context,
-            packed=config.data.packed,
+            packed=config.data.packs,
             workers=config.data.workers,
         ),
         dataset,

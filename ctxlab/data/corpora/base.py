@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from ctxlab.data.progress import Progress
-from ctxlab.registry import ComponentConfig, Registry
+from ctxlab.data.source import Source
 
 
 class Document(NamedTuple):
@@ -26,24 +24,15 @@ def lines_of(text: str) -> Iterable[str]:
     return io.StringIO(text, newline="\n")
 
 
-class Corpus(ABC):
+class Corpus(Source):
     """Text as documents in a fixed order. Nothing here holds more than a line's worth of it."""
 
-    source: ClassVar[str] = ""
-    """Where it comes from, for `ctxlab list`."""
-
-    class Config(ComponentConfig):
-        name: str
+    class Config(Source.Config):
         packed: bool = Field(False, description="rows of several documents, kept apart segment by segment")
-        workers: int = Field(0, ge=0, description="processes that read batches; 0: the training process itself",
-                             json_schema_extra={"identity": False})  # fmt: skip
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @abstractmethod
-    def fetch(self, cache: Path, progress: Progress) -> None:
-        """Makes sure that the text is on this machine. Raises DataError in one line when it cannot be."""
+        @property
+        def packs(self) -> bool:
+            return self.packed
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
@@ -52,6 +41,3 @@ class Corpus(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]:
         """What pins this state of the text, cheap to find: the identity of the token cache, and part of the record."""
-
-
-CORPORA: Registry[Corpus] = Registry("data", "ctxlab.data.corpora")

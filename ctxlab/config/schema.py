@@ -19,6 +19,7 @@ from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.ngram import NGramConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
+from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import ModelConfig
@@ -95,6 +96,10 @@ class Evaluations(ComponentConfig):
 
     perplexity: OrNone | PerplexityConfig = "none"
     ngram: OrNone | NGramConfig = "none"
+    task: OrNone | OwnTask = "none"
+    needle: OrNone | NeedleGrid = "none"
+    passkey: OrNone | PasskeyGrid = "none"
+    ruler: OrNone | Ruler = "none"
 
 
 class CommandConfig(ComponentConfig):

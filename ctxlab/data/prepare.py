@@ -28,6 +28,7 @@ from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.splits import SPLITS, Cut, Splits, documents, split
 from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer, load_tokenizer
 from ctxlab.data.tokens import Split, read_split, write_tokens
+from ctxlab.data.windows import Packed, Rows, Windows
 from ctxlab.errors import DataError
 
 FORMAT = 1  # of the cache: raised when the same input gives other files
@@ -42,6 +43,10 @@ class TextDataset:
     splits: dict[str, Split]
     tokenizer: Tokenizer
     facts: dict[str, Any]
+
+    def rows(self, context: int, *, seed: int, packed: bool) -> Rows:
+        """Training rows of one context. Raises DataError where no document is that long."""
+        return (Packed if packed else Windows)(self.splits["train"], context, seed)
 
 
 def default_cache() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +18,9 @@ class Source(ABC):
 
     source: ClassVar[str] = ""
     """Where it comes from, for `ctxlab list`."""
+
+    implies: ClassVar[Mapping[str, str]] = {}
+    """group -> the option that a line means by choosing this data, unless it says otherwise."""
 
     class Config(ComponentConfig):
         name: str

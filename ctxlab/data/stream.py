@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ctxlab.data.permutation import permute
-from ctxlab.data.tokens import Split
-from ctxlab.data.windows import IGNORED, Packed, Rows, Windows
+from ctxlab.data.windows import IGNORED, Rows, Windows
 from ctxlab.errors import DataError
 
 
@@ -52,32 +51,29 @@ class Batch:
 class TrainStream(Dataset[Batch]):
     """Every micro-batch of one rank, by number from the start of the run; `in_order` for a model that carries a memory.
 
-    Raises DataError when a stage's context is longer than every document, or when rows in order are more than there are
-    windows.
+    `rows_of` says which rows there are of a context. Raises DataError when rows in order are more than there are windows.
     """
 
     def __init__(
         self,
-        split: Split,
+        rows_of: Callable[[int], Rows],
         *,
         seed: int,
         stages: tuple[Stage, ...],
         rank: int = 0,
         world: int = 1,
-        packed: bool = False,
         pad_id: int = 0,
         in_order: bool = False,
     ) -> None:
         self.seed, self.stages, self.rank, self.world, self.pad_id = seed, stages, rank, world, pad_id
-        make = Packed if packed else Windows
-        self.rows: dict[int, Rows] = {stage.context: make(split, stage.context, seed) for stage in stages}
+        self.rows: dict[int, Rows] = {stage.context: rows_of(stage.context) for stage in stages}
         self.in_order = in_order
         self._ordered: tuple[tuple[int, int], np.ndarray] | None = None  # the last epoch's windows, in order
         for stage in stages if in_order else ():
             if self.rows[stage.context].n < stage.rows:
                 raise DataError(
                     f"trainer.batch_tokens: {stage.rows} rows in order of {stage.context} tokens are more than the "
-                    f"{self.rows[stage.context].n} windows of the {split.name} split"
+                    f"{self.rows[stage.context].n} windows that there are to train on"
                 )
 
     @property

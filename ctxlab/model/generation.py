@@ -66,6 +66,25 @@ def generate(
         new = torch.tensor([[chosen]], device=device)
 
 
+@torch.inference_mode()
+def greedy(model: Transformer, prompts: Tensor, max_new_tokens: int, *, stop_id: int) -> Tensor:
+    """The most likely token again and again behind prompts of one length (B,T): (B,n), n <= max_new_tokens.
+
+    Ends early when every row has said `stop_id`; what a row says behind it means nothing.
+    Raises UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
+    """
+    cache = KVCache(model.config.n_layers)
+    new, said = prompts, []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
+    for _ in range(max_new_tokens):
+        new = model.logits(model.hidden(new, cache=cache)[:, -1]).argmax(-1, keepdim=True)  # (B,1)
+        said.append(new)
+        ended |= new[:, 0] == stop_id
+        if ended.all():
+            break
+    return torch.cat(said, dim=1)
+
+
 def _read(model: Transformer, tokens: Tensor, config: DecodingConfig) -> tuple[KVCache, Tensor]:
     """A cache, and the tokens (1,T) that are still to be read: what a streaming cache has no room for has been."""
     if config.cache == "full":

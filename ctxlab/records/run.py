@@ -4,6 +4,7 @@ run.json             what the run is, how it went, how to do it again
 metrics.jsonl        a row a logging step
 measurements.jsonl   a row a result
 documents.jsonl      a row a context: the sums behind its results, document by document
+items.jsonl          a row an example of a task, with what was answered
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from ctxlab.errors import RecordError
 from ctxlab.records.process import Heartbeat, is_alive, this_process
-from ctxlab.records.schema import DocumentSums, Measurement, RunRecord, check_row, read_record
+from ctxlab.records.schema import DocumentSums, Measurement, RunRecord, TaskItem, check_row, read_record
 
-RUN, METRICS_FILE, MEASUREMENTS_FILE, DOCUMENTS_FILE = (
-    "run.json", "metrics.jsonl", "measurements.jsonl", "documents.jsonl",
+RUN, METRICS_FILE, MEASUREMENTS_FILE, DOCUMENTS_FILE, ITEMS_FILE = (
+    "run.json", "metrics.jsonl", "measurements.jsonl", "documents.jsonl", "items.jsonl",
 )  # fmt: skip
 _HEARTBEAT, _LOCK = ".heartbeat", ".lock"
 
@@ -159,6 +160,19 @@ class Run:
             with contextlib.suppress(ValueError):
                 one = DocumentSums.model_validate_json(line)
                 found[(one.context, one.split, axes_key(one.axes))] = one
+        return list(found.values())
+
+    def write_items(self, items: Sequence[TaskItem]) -> None:
+        """Appends examples of tasks with their answers, to disk."""
+        self._append_rows(ITEMS_FILE, [item.model_dump_json() + "\n" for item in items])
+
+    def items(self) -> list[TaskItem]:
+        """The examples of tasks, the last one written of each."""
+        found: dict[tuple[Any, ...], TaskItem] = {}
+        for line in _lines(self.path / ITEMS_FILE):
+            with contextlib.suppress(ValueError):
+                one = TaskItem.model_validate_json(line)
+                found[(one.task, one.context, one.depth, one.item, axes_key(one.axes))] = one
         return list(found.values())
 
     def _append_rows(self, name: str, lines: list[str]) -> None:

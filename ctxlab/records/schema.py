@@ -149,6 +149,19 @@ class DocumentSums(_Row):
     n_bytes: tuple[int, ...] = Field(description="UTF-8 bytes of the targets' text")
 
 
+class TaskItem(_Row):
+    """One example of a task and what was answered: two runs are compared in pairs of these."""
+
+    task: str
+    context: int
+    depth: float | None = None
+    item: int
+    score: float = Field(description="0 to 1")
+    wanted: tuple[str, ...] = ()
+    answer: str | None = Field(default=None, description="what was generated, where something was")
+    axes: dict[str, Any] = Field(default_factory=dict)
+
+
 class SweepCell(_Row):
     """Which cell of which sweep a run is."""
 

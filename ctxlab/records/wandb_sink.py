@@ -201,12 +201,15 @@ class WandbSink:
 
 
 def _name(m: Measurement) -> str:
-    """`eval/nats_per_token`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`; with the run's id before the metric where
+    """`eval/nats_per_token`, `eval/mqar/accuracy`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`; with the run's id before the metric where
     one record measures several runs.
     """
     whose = f"{m.axes['run']}/" if "run" in m.axes else ""
     if "stride" in m.axes:
         return f"sliding/{m.context}/{m.axes['stride']}/{whose}{m.name}"
+    if "task" in m.axes:
+        depth = f"{m.axes['depth']:.0%}/" if "depth" in m.axes else ""
+        return f"{_heading(m.name)}/{m.axes['task']}/{depth}{whose}{m.name}"
     if "baseline" in m.axes:
         return f"baseline/{m.axes['baseline']}/{whose}{m.name}"
     return f"{_heading(m.name)}/{whose}{m.name}"

@@ -122,7 +122,7 @@ def distance_figure(curves: Curves, *, heading: str) -> Any:
         y=altair.Y("score:Q", axis=altair.Axis(title="score, against distance 0", gridOpacity=0.5)),
         color=colour,
     )  # fmt: skip
-    return _styled(chart.properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
+    return styled(chart.properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
 
 
 def save_loss_by_length(runs: Sequence[Run], path: Path) -> Path | None:
@@ -182,7 +182,7 @@ def loss_figure(curves: Curves, trained: Sequence[int], *, heading: str) -> Any:
             x=altair.value(_WIDTH), y=altair.Y("label:Q", scale=y_scale), color=colour
         )
         layers.append(at_end.mark_text(align="left", dx=8, fontSize=13).encode(text="text:N"))
-    return _styled(altair.layer(*layers).properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
+    return styled(altair.layer(*layers).properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
 
 
 def _title(heading: str) -> Any:
@@ -191,7 +191,8 @@ def _title(heading: str) -> Any:
     return altair.Title(heading, anchor="start", offset=14, fontSize=15)
 
 
-def _styled(chart: Any) -> Any:
+def styled(chart: Any) -> Any:
+    """One look for every figure."""
     return (
         chart.configure_view(stroke=None)
         .configure_axis(labelFontSize=12, titleFontSize=13, titleFontWeight="normal", titlePadding=10)

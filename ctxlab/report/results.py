@@ -65,7 +65,7 @@ def by_context(measurements: Sequence[Measurement], *, stride: int | None = None
     """context -> name -> measurement, contexts in order, of windows that follow one another, or move on by a stride."""
     found: ByContext = {}
     for m in measurements:
-        if m.context is not None and m.axes.get("stride") == stride:
+        if m.context is not None and m.axes.get("stride") == stride and "depth" not in m.axes:
             found.setdefault(m.context, {})[m.name] = m
     return dict(sorted(found.items()))
 

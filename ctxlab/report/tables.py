@@ -16,6 +16,7 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
 from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
+from ctxlab.report.task_tables import show_tasks, task_rows
 from ctxlab.units import format_count, format_length, format_seconds
 
 _SCORES = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -231,7 +232,12 @@ def show_next(console: Console, *lines: tuple[str, str]) -> None:
 
 
 def show_lengths(measurements: Sequence[Measurement], trained: int | None, console: Console) -> None:
-    """The table of lengths with what its numbers are, and its curves."""
+    """The table of lengths with what its numbers are, its curves, and the scores on tasks."""
+    if task_rows(measurements):
+        show_tasks(measurements, console)
+    measurements = [m for m in measurements if "task" not in m.axes]
+    if not measurements:
+        return
     console.print(lengths_table(measurements, trained))
     for stride in sorted({m.axes["stride"] for m in measurements if "stride" in m.axes}):
         console.print(sliding_table(measurements, stride))

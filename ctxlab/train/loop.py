@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import signal
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, TrainStream, train_loader
+from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import ModelConfig
@@ -27,6 +29,7 @@ from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.transformer import Transformer
 from ctxlab.records.sinks import Sink
+from ctxlab.train.answers import TaskValidation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.finite import RequireFinite
@@ -79,7 +82,7 @@ class Outcome:
 
 def fit(
     settings: TrainSettings,
-    dataset: TextDataset,
+    dataset: TextDataset | TaskDataset,
     *,
     folder: Path,
     sink: Sink,
@@ -126,12 +129,11 @@ def fit(
     )
     launched = _lightning(device, config, precision)
     stream = TrainStream(
-        dataset.splits["train"],
+        functools.partial(dataset.rows, seed=settings.seed, packed=settings.packed),
         seed=settings.seed,
         stages=budget.stages,
         rank=launched.global_rank,
         world=config.devices,
-        packed=settings.packed,
         pad_id=dataset.tokenizer.pad_id,
         in_order=model.carried_tokens > 0,
     )
@@ -146,7 +148,7 @@ def fit(
         sink=sink,
         clock=clock,
         interrupt=interrupt,
-        validate=Validation(dataset, settings.context, max_tokens=config.validate_tokens, precision=precision),
+        validate=_validation(dataset, settings.context, max_tokens=config.validate_tokens, precision=precision),
         validate_every=_every(config.validate_every, budget, VALIDATIONS_IN_A_RUN),
         save_every=_every(config.checkpoint_every, budget, CHECKPOINTS_IN_A_RUN),
         attempt=attempt,
@@ -310,6 +312,14 @@ def _dead_rank(ranks: list[subprocess.Popen[bytes]]) -> str | None:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             return f"rank {number} of {len(ranks) + 1} ended with {how}"
     return None
+
+
+def _validation(
+    dataset: TextDataset | TaskDataset, context: int, *, max_tokens: int, precision: Precision
+) -> Validation | TaskValidation:
+    if isinstance(dataset, TaskDataset):
+        return TaskValidation(dataset, context, max_tokens=max_tokens, precision=precision)
+    return Validation(dataset, context, max_tokens=max_tokens, precision=precision)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -27,8 +27,12 @@ PAD = 999
 Rows = list[tuple[list[int], list[int], list[int]]]  # tokens, targets, segments
 
 
-def stream(stages: Sequence[Stage] = STAGES, seed: int = 3, **options: Any) -> TrainStream:
-    return TrainStream(ramp(SIZES), seed=seed, stages=tuple(stages), pad_id=PAD, **options)
+def stream(stages: Sequence[Stage] = STAGES, seed: int = 3, packed: bool = False, **options: Any) -> TrainStream:
+    rows = Packed if packed else Windows
+    split = ramp(SIZES)
+    return TrainStream(
+        lambda context: rows(split, context, seed), seed=seed, stages=tuple(stages), pad_id=PAD, **options
+    )
 
 
 def unpadded(batch: Batch) -> Rows:
@@ -184,10 +188,11 @@ def test_a_stage_longer_than_every_document_is_refused() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_ten_million_documents_cost_a_few_numbers_each(packed: bool) -> None:
     n, size, context = 10_000_000, 1000, 96
+    rows = Packed if packed else Windows
     split = Split("train", Ramp(n * size), np.arange(n + 1) * size, ())  # type: ignore[arg-type]
     tracemalloc.start()
     try:
-        one = TrainStream(split, seed=0, stages=(Stage(context, 64, 64, 10**6),), packed=packed)
+        one = TrainStream(lambda c: rows(split, c, 0), seed=0, stages=(Stage(context, 64, 64, 10**6),))
         kept, peak = tracemalloc.get_traced_memory()
         assert kept <= 4 * 8 * n
         assert peak <= 6 * 8 * n

@@ -36,7 +36,11 @@ def losses_by_hand(config: TrainSettings, data: TextDataset, steps: int) -> list
     rows = config.trainer.batch_tokens // config.context
     stages = (Stage(config.context, rows, rows, steps),)
     stream = TrainStream(
-        data.splits["train"], seed=config.seed, stages=stages, pad_id=data.tokenizer.pad_id, in_order=True
+        lambda context: data.rows(context, seed=config.seed, packed=False),
+        seed=config.seed,
+        stages=stages,
+        pad_id=data.tokenizer.pad_id,
+        in_order=True,
     )
     remembered: list[Tensor] = [torch.zeros(0, dtype=torch.int64)] * rows
     losses = []

@@ -34,7 +34,10 @@ def pieces(config: TrainSettings, data: TextDataset, step: int) -> list[tuple[Te
     rows = config.trainer.batch_tokens // config.context
     stage = Stage(config.context, rows, rows, step + 1)
     stream = TrainStream(
-        data.splits["train"], seed=config.seed, stages=(stage,), packed=config.packed, pad_id=data.tokenizer.pad_id
+        lambda context: data.rows(context, seed=config.seed, packed=config.packed),
+        seed=config.seed,
+        stages=(stage,),
+        pad_id=data.tokenizer.pad_id,
     )
     batch = stream[step]
     found = []
@@ -173,7 +176,7 @@ def test_bf16_backward_is_that_of_plain_autocast(tmp_path: Path, data: TextDatas
     config = settings(max_steps=1, precision="bf16", position="alibi", optimizer={"clip": 0.0})
     model = fresh_model(config, data)
     stage = Stage(config.context, 8, 8, 1)
-    batch = TrainStream(data.splits["train"], seed=config.seed, stages=(stage,))[0]
+    batch = TrainStream(lambda c: data.rows(c, seed=config.seed, packed=False), seed=config.seed, stages=(stage,))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = model.hidden(batch.tokens, lengths=batch.lengths)
         loss = model.nats(hidden, batch.targets).sum() / batch.n_targets_in_step

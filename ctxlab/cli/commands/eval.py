@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxlab.cli.main import DONE
 from ctxlab.cli.mirror import Recording, recording
-from ctxlab.cli.scoring import measure_cost, memory_source, prepare_text, score, step_point
+from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point
 from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.model.attention.base import ATTENTIONS
@@ -72,7 +72,7 @@ def _evaluate(
     attention = None if config.attention == "none" else config.attention.model_dump(mode="json")
     loaded = open_run(parent, checkpoint=config.checkpoint, device=device, attention=attention)
     data = SOURCES.config(recorded["data"]) if config.data == "none" else config.data
-    dataset = prepare_text(data, loaded.tokenizer, config.paths.cache, invocation.stderr_console)
+    dataset = prepare_data(data, loaded.tokenizer, config.paths.cache, invocation.stderr_console)
     score(
         loaded.model, dataset, evaluations,
         context=loaded.context, device=device, precision=precision,

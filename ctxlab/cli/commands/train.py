@@ -13,7 +13,7 @@ from rich.text import Text
 from ctxlab.cli.execute import is_first_rank
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
-from ctxlab.cli.scoring import measure_cost, memory_source, prepare_text, score, step_point
+from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
 from ctxlab.errors import DataError, RunError
 from ctxlab.records.provenance import collect
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
     from ctxlab.config.schema import TrainConfig
     from ctxlab.data.prepare import TextDataset
+    from ctxlab.data.tasks.dataset import TaskDataset
 
 
 def run(config: TrainConfig, run: Run, invocation: Invocation) -> int:
@@ -59,7 +60,7 @@ def _follow(config: TrainConfig, run: Run, invocation: Invocation) -> int:
 def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocation) -> int:
     console = invocation.stderr_console
     resume = config.resume != "none" and run.has_weights
-    dataset = prepare_text(config.data, _tokenizer(config, run, invocation), config.paths.cache, console)
+    dataset = prepare_data(config.data, _tokenizer(config, run, invocation), config.paths.cache, console)
     if resume:
         _require_same_text(run, dataset)
     if is_first_rank():
@@ -119,7 +120,7 @@ def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokeniz
     return config.tokenizer
 
 
-def _require_same_text(run: Run, dataset: TextDataset) -> None:
+def _require_same_text(run: Run, dataset: TextDataset | TaskDataset) -> None:
     """A run that goes on reads the text that it began with, or it is another run."""
     before, now = run.record.provenance.data.get("text_sha256"), dataset.facts["text_sha256"]
     if before is not None and before != now:
@@ -132,7 +133,7 @@ def _initial_weights(config: TrainConfig, invocation: Invocation) -> dict[str, t
     return load_weights(find_checkpoint(invocation.store.open(config.init).checkpoints))
 
 
-def _record_outcome(config: TrainConfig, run: Run, dataset: TextDataset, outcome: Outcome) -> None:
+def _record_outcome(config: TrainConfig, run: Run, dataset: TextDataset | TaskDataset, outcome: Outcome) -> None:
     run.update(
         parameters={
             "all": outcome.model.n_parameters(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol
@@ -37,12 +37,15 @@ class DoesNotFit(DataError):
 class Task(Source):
     """Examples by a random generator. The part that they are for decides which values may occur in them."""
 
+    implies: ClassVar[Mapping[str, str]] = {"eval": "[task]"}
     paper: ClassVar[str] = ""
     chance: ClassVar[str] = ""
     """What guessing is, in words; its score is `guess`."""
 
     class Config(Source.Config):
         examples: int = Field(100_000, ge=1, description="rows of an epoch; every epoch has new ones")
+
+    config: Config
 
     @property
     def label(self) -> str:
@@ -59,6 +62,10 @@ class TokenRow(NamedTuple):
 
 class TokenTask(Task):
     """A task over the numbers 0 to vocab_size - 1, scored at the labelled places."""
+
+    implies: ClassVar[Mapping[str, str]] = {"tokenizer": "ids", "eval": "[task]"}
+    generated: ClassVar[bool] = False
+    """Whether the labelled places are one answer at the end, to be said by greedy generation."""
 
     def fetch(self, cache: Path, progress: Progress) -> None:
         """There is nothing to fetch."""

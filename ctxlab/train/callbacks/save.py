@@ -11,6 +11,7 @@ import torch
 
 from ctxlab.model.recurrence import joined, state_of
 from ctxlab.records.sinks import Sink
+from ctxlab.train.answers import TaskValidation
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.interrupt import StopOnSignal
 from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, point, prune, save_checkpoint
@@ -34,7 +35,7 @@ class ValidateAndSave(lightning.Callback):
         sink: Sink,
         clock: Clock,
         interrupt: StopOnSignal,
-        validate: Validation,
+        validate: Validation | TaskValidation,
         validate_every: int | None,
         save_every: int | None,
         attempt: int,

@@ -1,0 +1,145 @@
+"""What a model answers to the examples of a task: at labelled places in one pass, or by greedy generation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ctxlab.data.tasks.base import TokenTask
+from ctxlab.data.tasks.dataset import TaskDataset
+from ctxlab.data.windows import IGNORED, Row
+from ctxlab.model.generation import greedy
+from ctxlab.model.transformer import Transformer
+from ctxlab.train.precision import Precision, autocast
+
+_LOGITS = 1 << 14  # labelled places whose logits exist at once
+
+
+class Labels(NamedTuple):
+    """Of every example (n,): labelled places, how many of them come out right, and their nats."""
+
+    labels: np.ndarray
+    right: np.ndarray
+    nats: np.ndarray
+
+
+@torch.inference_mode()
+def answer_labels(
+    model: Transformer,
+    rows: Sequence[Row],
+    *,
+    pad_id: int,
+    device: torch.device,
+    precision: Precision,
+    batch_tokens: int,
+    part: tuple[int, int] = (0, 1),
+    advance: Callable[[int], None] = lambda _: None,
+) -> Labels:
+    """The likeliest token at every labelled place, given the example's own tokens before it.
+
+    A model that is right at every label of an answer is one whose greedy generation is that answer.
+    `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
+    """
+    found = np.zeros((3, len(rows)))
+    by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens))
+    first = number = 0
+    while first < len(by_length):
+        width = len(rows[by_length[first]].tokens)
+        chosen = by_length[first : first + max(1, batch_tokens // width)]
+        first += len(chosen)
+        if number % part[1] == part[0]:
+            tokens = np.full((len(chosen), width), pad_id, dtype=np.int64)
+            targets = np.full_like(tokens, IGNORED)
+            for at, i in enumerate(chosen):
+                tokens[at, : len(rows[i].tokens)] = rows[i].tokens
+                targets[at, : len(rows[i].tokens)] = rows[i].targets
+            labelled = torch.from_numpy(targets != IGNORED).to(device)  # (B,T)
+            wanted = torch.from_numpy(targets).to(device)[labelled]  # (n,)
+            lengths = torch.tensor([len(rows[i].tokens) for i in chosen], device=device)
+            with autocast(precision, device):
+                hidden = model.hidden(torch.from_numpy(tokens).to(device), lengths=lengths)[labelled]  # (n, d)
+                logits = [model.logits(some).float() for some in hidden.split(_LOGITS)]
+            right = torch.cat([some.argmax(-1) for some in logits]) == wanted
+            parts = zip(logits, wanted.split(_LOGITS))
+            nats = torch.cat([F.cross_entropy(some, goal, reduction="none") for some, goal in parts])
+            owners = labelled.nonzero()[:, 0].cpu().numpy()
+            values = torch.stack([torch.ones_like(nats), right.float(), nats]).double().cpu().numpy()  # (3, n)
+            for row, value in zip(found, values):
+                np.add.at(row, np.array(chosen)[owners], value)
+        advance(len(chosen))
+        number += 1
+    return Labels(*found)
+
+
+@torch.inference_mode()
+def answer_freely(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: Sequence[int],
+    *,
+    stop_id: int,
+    device: torch.device,
+    precision: Precision,
+    batch_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[list[int]]:
+    """What greedy generation says to each prompt, up to its `new_tokens` or to `stop_id` (left out).
+
+    Prompts of one length are answered together.
+    """
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, (prompt, most) in enumerate(zip(prompts, new_tokens, strict=True)):
+        alike[len(prompt), most].append(index)
+    answers: list[list[int]] = [[] for _ in prompts]
+    for (length, most), members in sorted(alike.items()):
+        rows = max(1, batch_tokens // (length + most))
+        for first in range(0, len(members), rows):
+            chosen = members[first : first + rows]
+            with autocast(precision, device):
+                block = torch.tensor([list(prompts[i]) for i in chosen], device=device)
+                said = greedy(model, block, most, stop_id=stop_id).tolist()
+            for index, ids in zip(chosen, said, strict=True):
+                answers[index] = ids[: ids.index(stop_id)] if stop_id in ids else ids
+            advance(len(chosen))
+    return answers
+
+
+class TaskValidation:
+    """Scores a fixed set of the task's validation examples at the trained context, shared by the ranks.
+
+    The accuracy is of labelled places where an example has many questions, and of whole answers where it has one.
+    """
+
+    def __init__(self, dataset: TaskDataset, context: int, *, max_tokens: int, precision: Precision) -> None:
+        count = max(1, max_tokens // context)
+        self.rows = [dataset.row("validation", context, (index,), None) for index in range(count)]
+        self.pad_id = dataset.tokenizer.pad_id
+        self.precision = precision
+        self.whole = not (isinstance(dataset.task, TokenTask) and not dataset.task.generated)
+
+    def __call__(self, trainer: lightning.Trainer, model: Transformer, device: torch.device) -> dict[str, float]:
+        """nats per scored token, and accuracy; every rank returns the same numbers."""
+        model.eval()
+        found: Any = np.stack(
+            answer_labels(
+                model,
+                self.rows,
+                pad_id=self.pad_id,
+                device=device,
+                precision=self.precision,
+                batch_tokens=16_384,
+                part=(trainer.global_rank, trainer.world_size),
+            )
+        )
+        model.train()
+        if trainer.world_size > 1:
+            found = trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="sum").cpu().numpy()
+        count, right, nats = found
+        accuracy = (right == count).mean() if self.whole else right.sum() / count.sum()
+        return {"nats_per_token": float(nats.sum() / count.sum()), "accuracy": float(accuracy)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shlex
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class _Work:
         plain = [override for override in overrides if key_of(override) not in SELECTOR_KEYS]
         inherited = [
             *self._inherit(selectors.get("init", ("none",)), plain),
-            *self._own_task(selectors.get("run", ("none",)), plain),
+            *_own_task(self.line.command, self.store, selectors, plain),
         ]
         if composed is None or inherited:
             composed = self.composer.compose([*inherited, *plain])
@@ -174,15 +174,6 @@ class _Work:
                 plugins.write_option(self.generated, group, name, run.record.config[group])
                 parts.append(f"{group}={name}")
         return parts
-
-    def _own_task(self, runs: tuple[str, ...], overrides: list[str]) -> list[str]:
-        """What is evaluated of runs that were trained on a task, unless the line says: that task."""
-        chosen = {key_of(override) for override in overrides}
-        if self.line.command != "eval" or runs == ("none",) or chosen & {"eval", "data", "experiment"}:
-            return []
-        records = [_found(self.store, "run", (run,)).record for run in runs]
-        implied = [SOURCES.get(record.config["data"]["name"]).implies for record in records]
-        return [f"eval={implied[0]['eval']}"] if all("eval" in one for one in implied) else []
 
     def _resolve(self, config: dict[str, Any], selectors: dict[str, tuple[str, ...]]) -> dict[str, str]:
         """Selectors become ids, in the config and in the line that is recorded."""
@@ -279,7 +270,22 @@ def _refuse_spent(run: Run, config: schema.TrainConfig) -> None:
 def _without_sweeps(composer: Composer, line: Line) -> Composed:
     """One composition that tells where runs are kept and whether an experiment is a sweep, before that is expanded."""
     overrides = [o.input_line or "" for o in composer.parse(line.overrides) if not o.is_sweep_override()]
-    return composer.compose([o for o in overrides if key_of(o) not in SELECTOR_KEYS])
+    plain = [o for o in overrides if key_of(o) not in SELECTOR_KEYS]
+    runs = line.free_text.get("paths.runs") or composer.compose([]).config["paths"]["runs"]
+    store = RunStore(Path(runs).expanduser())
+    return composer.compose([*_own_task(line.command, store, line.selectors, plain), *plain])
+
+
+def _own_task(
+    command: str, store: RunStore, selectors: Mapping[str, tuple[str, ...]], overrides: Sequence[str]
+) -> list[str]:
+    """What is evaluated of runs that were trained on a task, unless the line says: that task."""
+    chosen = {key_of(override) for override in overrides}
+    if command != "eval" or chosen & {"eval", "data", "experiment"}:
+        return []
+    records = [_found(store, "run", (run,)).record for run in selectors.get("run", ("last",))]
+    implied = [SOURCES.get(record.config["data"]["name"]).implies for record in records]
+    return [f"eval={implied[0]['eval']}"] if all("eval" in one for one in implied) else []
 
 
 def _with_segment(cell: Cell, segment: int) -> Cell:

@@ -201,7 +201,8 @@ class WandbSink:
 
 
 def _name(m: Measurement) -> str:
-    """`eval/nats_per_token`, `eval/mqar/accuracy`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`; with the run's id before the metric where
+    """`eval/nats_per_token`, `eval/mqar/accuracy`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`,
+    with the run's id before the metric where
     one record measures several runs.
     """
     whose = f"{m.axes['run']}/" if "run" in m.axes else ""

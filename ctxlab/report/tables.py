@@ -210,10 +210,15 @@ def show_training(run: Run, console: Console) -> None:
     where = _elsewhere(run)
     show_next(
         console,
-        (f'{where}ctxlab generate {record.id} "To be, or not to be"', "go on from a prompt"),
+        (f"{where}ctxlab generate {record.id} {shlex.quote(_prompt(record.config))}", "go on from a prompt"),
         (f"{where}ctxlab train -m model={record.config['model']['name']} {sweep}", "a sweep around it"),
         (f"{where}ctxlab runs show {record.id}", "look at it"),
     )
+
+
+def _prompt(config: dict[str, Any]) -> str:
+    """Something to go on from, in what the run speaks."""
+    return "1 2 3 4" if config["tokenizer"]["name"] == "ids" else "To be, or not to be"
 
 
 def _elsewhere(run: Run) -> str:

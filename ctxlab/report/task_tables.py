@@ -106,7 +106,18 @@ def task_notes(rows: Sequence[Measurement]) -> list[str]:
     return lines + [f"{why} at {', '.join(map(format_length, at))}: {reason}" for (why, reason), at in reasons.items()]
 
 
-def compared_tasks(runs: Sequence[tuple[str, Sequence[Measurement], Sequence[TaskItem]]]) -> list[Grid]:
+Answered = tuple[str, Sequence[Measurement], Sequence[TaskItem]]  # a run's name, its results, its examples
+
+
+def show_compared_tasks(runs: Sequence[Answered], console: Console) -> None:
+    """Several runs on the same examples, with what the numbers are; nothing where no task was asked."""
+    for grid in compared_tasks(runs):
+        console.print(grid)
+    for line in task_notes([m for _, rows, _ in runs for m in task_rows(rows)]):
+        console.print(Text(line, style="dim"))
+
+
+def compared_tasks(runs: Sequence[Answered]) -> list[Grid]:
     """Runs side by side, a table a task: scores by length (over all depths), and the difference to the first run, paired
     over the examples.
     """

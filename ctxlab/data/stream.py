@@ -46,6 +46,7 @@ class Batch:
     segments: list[list[int]] | None  # packed: the lengths of each row's documents
     n_targets_in_step: int  # scored targets of the whole optimizer step, over all ranks and micro-batches
     goes_on: Tensor | None = None  # (B,) bool, in order: whether a row follows the same row of the step before
+    few_targets: bool = False  # less than half of the places are scored: the head is worth leaving out elsewhere
 
 
 class TrainStream(Dataset[Batch]):
@@ -132,6 +133,7 @@ class TrainStream(Dataset[Batch]):
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
             None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
+            bool(2 * (targets != IGNORED).sum() < targets.size),
         )
 
     def _shuffled(self, stage: Stage, first: int, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctxlab.data.stream import Batch, TrainStream
+from ctxlab.data.windows import IGNORED
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.budget import Budget
@@ -57,7 +58,11 @@ class LanguageModel(lightning.LightningModule):
         hidden = self.model.hidden(
             batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch)
         )  # (B, T, d_model)
-        nats = self.model.nats(hidden, batch.targets).sum() / batch.n_targets_in_step
+        targets = batch.targets
+        if batch.few_targets:
+            scored = targets != IGNORED
+            hidden, targets = hidden[scored].unsqueeze(0), targets[scored].unsqueeze(0)  # (1, n, d_model), (1, n)
+        nats = self.model.nats(hidden, targets).sum() / batch.n_targets_in_step
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(nats * self.trainer.world_size)
         self._nats = nats.detach() if self._nats is None else self._nats + nats.detach()

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.source import SOURCES
+from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.tokenizers.base import TOKENIZERS
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
@@ -125,7 +126,9 @@ class Trained:
         return {name: tensor.clone() for name, tensor in self.outcome.model.state_dict().items()}
 
 
-def train(tmp_path: Path, data: TextDataset, config: TrainSettings, name: str = "run", **how: Any) -> Trained:
+def train(
+    tmp_path: Path, data: TextDataset | TaskDataset, config: TrainSettings, name: str = "run", **how: Any
+) -> Trained:
     """Trains in this process, with checkpoints below `tmp_path`."""
     rows = Rows()
     folder = tmp_path / name

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Stage, TrainStream
+from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
+from ctxlab.data.tasks.mqar import MQAR
+from ctxlab.data.tokenizers.ids import Ids
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.loop import TrainSettings
 from tests.train.builders import dataset, settings, train
@@ -29,7 +32,7 @@ class ByHand:
     model: Transformer
 
 
-def pieces(config: TrainSettings, data: TextDataset, step: int) -> list[tuple[Tensor, Tensor]]:
+def pieces(config: TrainSettings, data: TextDataset | TaskDataset, step: int) -> list[tuple[Tensor, Tensor]]:
     """Every document that a step's global batch holds a part of: its tokens and targets, without any padding."""
     rows = config.trainer.batch_tokens // config.context
     stage = Stage(config.context, rows, rows, step + 1)
@@ -50,7 +53,7 @@ def pieces(config: TrainSettings, data: TextDataset, step: int) -> list[tuple[Te
     return found
 
 
-def fresh_model(config: TrainSettings, data: TextDataset) -> Transformer:
+def fresh_model(config: TrainSettings, data: TextDataset | TaskDataset) -> Transformer:
     torch.manual_seed(config.seed)
     return Transformer(
         config.model, config.position, config.attention, vocab_size=data.tokenizer.vocab_size, context=config.context
@@ -72,7 +75,7 @@ def rate(config: TrainSettings, step: int) -> float:
     return optim.learning_rate * min(1.0, (step + 1) / (optim.warmup_steps + 1)) * cosine
 
 
-def by_hand(config: TrainSettings, data: TextDataset, steps: int) -> ByHand:
+def by_hand(config: TrainSettings, data: TextDataset | TaskDataset, steps: int) -> ByHand:
     """AdamW, decoupled decay on matrices that are no embeddings, clipping to the norm of the whole gradient."""
     model = fresh_model(config, data)
     done = ByHand([], [], model)
@@ -114,7 +117,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextDataset]:
 @pytest.mark.parametrize("packed", [False, True], ids=["windows", "packed"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_every_step_is_the_one_by_hand_whatever_the_micro_batch(
-    tmp_path: Path, data: TextDataset, micro_batch: int, packed: bool
+    tmp_path: Path, data: TextDataset | TaskDataset, micro_batch: int, packed: bool
 ) -> None:
     config = settings(micro_batch=micro_batch, packed=packed, max_steps=6)
     expected = by_hand(config, data, 6)
@@ -130,7 +133,24 @@ def test_every_step_is_the_one_by_hand_whatever_the_micro_batch(
         torch.testing.assert_close(run.weights[name], parameter.detach(), atol=2e-5, rtol=1e-4, msg=name)
 
 
-def test_the_first_loss_is_the_mean_over_targets_and_not_a_mean_of_means(tmp_path: Path, data: TextDataset) -> None:
+@pytest.mark.parametrize("micro_batch", [2, 8])
+def test_steps_of_a_task_whose_places_are_mostly_unscored_are_the_ones_by_hand(
+    tmp_path: Path, micro_batch: int
+) -> None:
+    """The head is left out where nothing is scored: loss and gradients are those of the whole."""
+    task = prepare_task(MQAR.Config(vocab_size=16, pairs=(2,)), Ids.Config())
+    config = settings(micro_batch=micro_batch, context=16, max_steps=4)
+    expected = by_hand(config, task, 4)
+    run = train(tmp_path, task, config)
+    assert [row["loss"] for row in run.rows.of("train")] == pytest.approx(expected.losses, rel=1e-6)
+    assert [row["gradient_norm"] for row in run.rows.of("train")] == pytest.approx(expected.norms, rel=1e-5)
+    for name, parameter in expected.model.named_parameters():
+        torch.testing.assert_close(run.weights[name], parameter.detach(), atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_the_first_loss_is_the_mean_over_targets_and_not_a_mean_of_means(
+    tmp_path: Path, data: TextDataset | TaskDataset
+) -> None:
     config = settings(micro_batch=1, max_steps=1)
     model, parts = fresh_model(config, data), pieces(config, data, 0)
     with torch.no_grad():
@@ -144,7 +164,7 @@ def test_the_first_loss_is_the_mean_over_targets_and_not_a_mean_of_means(tmp_pat
 
 @pytest.mark.parametrize("clip", [0.05, 0.0])
 def test_the_gradient_is_clipped_to_its_whole_norm_and_logged_as_it_was(
-    tmp_path: Path, data: TextDataset, clip: float
+    tmp_path: Path, data: TextDataset | TaskDataset, clip: float
 ) -> None:
     config = settings(optimizer={"clip": clip}, max_steps=4)
     expected = by_hand(config, data, 4)
@@ -156,14 +176,16 @@ def test_the_gradient_is_clipped_to_its_whole_norm_and_logged_as_it_was(
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 10_000])
-def test_the_chunk_of_the_loss_changes_nothing(tmp_path: Path, data: TextDataset, chunk: int) -> None:
+def test_the_chunk_of_the_loss_changes_nothing(tmp_path: Path, data: TextDataset | TaskDataset, chunk: int) -> None:
     whole = train(tmp_path, data, settings(max_steps=3), "whole").rows.of("train")
     chunked = train(tmp_path, data, settings(max_steps=3, loss_chunk=chunk), "chunked").rows.of("train")
     for name in ("loss", "gradient_norm"):
         assert [row[name] for row in chunked] == pytest.approx([row[name] for row in whole], rel=1e-5)
 
 
-def test_recomputed_activations_give_the_same_bits_under_dropout(tmp_path: Path, data: TextDataset) -> None:
+def test_recomputed_activations_give_the_same_bits_under_dropout(
+    tmp_path: Path, data: TextDataset | TaskDataset
+) -> None:
     config: dict[str, Any] = {"max_steps": 3, "model": {"dropout": 0.2}, "micro_batch": 4}
     kept = train(tmp_path, data, settings(**config), "kept")
     again = train(tmp_path, data, settings(**config, recompute=True), "again")
@@ -172,7 +194,7 @@ def test_recomputed_activations_give_the_same_bits_under_dropout(tmp_path: Path,
         assert torch.equal(weight, again.weights[name]), name
 
 
-def test_bf16_backward_is_that_of_plain_autocast(tmp_path: Path, data: TextDataset) -> None:
+def test_bf16_backward_is_that_of_plain_autocast(tmp_path: Path, data: TextDataset | TaskDataset) -> None:
     config = settings(max_steps=1, precision="bf16", position="alibi", optimizer={"clip": 0.0})
     model = fresh_model(config, data)
     stage = Stage(config.context, 8, 8, 1)

@@ -15,13 +15,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import platformdirs
 
-from ctxlab.data.corpora.base import Corpus
+from ctxlab.data.corpora.base import Corpus, Document
 from ctxlab.data.lock import locked
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.source import SOURCES, Source
@@ -78,6 +78,29 @@ def prepare(
             if not (folder / _FACTS).exists():
                 _make(folder, corpus, facts, made, root, progress)
     return _read(folder)
+
+
+class TrainingText(NamedTuple):
+    """The documents of a corpus that are trained on."""
+
+    key: str  # tells one state of this text from another
+    n_bytes: int
+    documents: Iterator[Document]  # read the lines of each before going on to the next
+
+
+def training_text(data: Corpus.Config, *, cache: Path | None = None, progress: Progress = silent) -> TrainingText:
+    """What of a corpus is trained on, whatever the tokenizer. Raises DataError for text that cannot be used."""
+    root = default_cache() if cache is None else cache
+    corpus = SOURCES.get(data.name)(data)
+    assert isinstance(corpus, Corpus)
+    corpus.fetch(root, progress)
+    facts = corpus.facts()
+    splits = _splits(corpus, facts, root, progress)
+    chosen = splits.labels == SPLITS.index("train")
+    texts = zip(documents(corpus, splits.cut), chosen, strict=True)
+    return TrainingText(
+        _key(facts, "splits"), int(splits.n_bytes[chosen].sum()), (document for document, mine in texts if mine)
+    )
 
 
 def _tokenizer(

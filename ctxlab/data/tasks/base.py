@@ -103,7 +103,7 @@ class Haystack(Protocol):
 class Tools:
     """What a text task makes its examples with."""
 
-    count: Callable[[str], int]  # tokens of a text
+    count: Callable[[str], int]  # tokens of a text; what is counted once is remembered by it: `Tokenizer.count`
     haystack: Haystack
     part: Part
     taken: Container[str] = frozenset()  # values that occur in the text of the train split: no evaluation asks for them

@@ -65,7 +65,7 @@ class TaskDataset:
         """What a text task makes its examples of a part with."""
         assert self.text is not None
         return Tools(
-            count=lambda text: len(self.tokenizer.encode(text)),
+            count=self.tokenizer.count,
             haystack=CorpusHaystack(self.text.splits[part], self.tokenizer),
             part=part,
         )

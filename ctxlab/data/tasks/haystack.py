@@ -64,8 +64,8 @@ def hide(
     where its share says. None where there is no room for a text.
     """
     frame = tools.count(wrap("\n".join(sentences)))
-    for spare in (0, LEAST // 2):  # of the least text that there is room for, if its tokens are more than was thought
-        text = tools.haystack.text(random, room - frame - spare)
+    for more in (LEAST // 2, -LEAST // 2):  # what is too much is left out; with one sentence that is too long, less is taken
+        text = tools.haystack.text(random, room - frame + more)
         pieces = units(text)
         sums = [0, *accumulate(len(piece) * (room - frame) / len(text) for piece in pieces)]
 
@@ -88,7 +88,7 @@ class CorpusHaystack:
     """
 
     def __init__(self, split: Split, tokenizer: Tokenizer) -> None:
-        if not tokenizer.token_bytes[split.tokens[: 1 << 16]].any():
+        if len(split.tokens) <= 2 * split.n_documents:  # bos and eos of each
             raise DataError(f"data.haystack: there is no text in the {split.name} split")
         self.split, self.tokenizer = split, tokenizer
 
@@ -130,7 +130,7 @@ class CorpusHaystack:
     def _beginning(self, unit: str, n_tokens: int) -> str:
         """As many words of a unit as fit."""
         words = re.findall(r"\S+\s*|\s+", unit)
-        sizes = accumulate(len(self.tokenizer.encode(word)) for word in words)
+        sizes = accumulate(self.tokenizer.count(word) for word in words)
         return "".join(word for word, size in zip(words, sizes, strict=True) if size <= n_tokens)
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import DoesNotFit, Example, TextTask, Tools
 from ctxlab.data.tasks.haystack import LEAST, hide
-from ctxlab.data.tasks.values import costliest, draw, longest
+from ctxlab.data.tasks.values import costliest, draw, longest, spread
 
 NEEDLE = "The number of the {key} is {value}."
 QUESTION = "\nThe number of the {key} is"
@@ -88,7 +88,7 @@ class Needle(TextTask):
         """One of the 9 * 10^(digits - 1) numbers of so many digits; with several needles, one of theirs: 1 / needles."""
         if self.config.needles > 1:
             return 1 / self.config.needles
-        return 1 / (9 * 10 ** (self.config.digits - 1))
+        return 1 / spread("numbers", self.config.digits)
 
     def solve(self, prompt: str) -> str:
         text, _, asked = prompt.rpartition("\nThe number of the ")

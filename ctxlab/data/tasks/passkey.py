@@ -12,7 +12,7 @@ from pydantic import Field
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import DoesNotFit, Example, TextTask, Tools
 from ctxlab.data.tasks.fill import fill
-from ctxlab.data.tasks.values import draw, longest
+from ctxlab.data.tasks.values import draw, longest, spread
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -76,7 +76,7 @@ class Passkey(TextTask):
 
     def guess(self, length: int, tools: Tools) -> float:
         """One of the 9 * 10^(digits - 1) numbers of so many digits."""
-        return 1 / (9 * 10 ** (self.config.digits - 1))
+        return 1 / spread("numbers", self.config.digits)
 
     def solve(self, prompt: str) -> str:
         found = re.search(r"The pass key is (\d+)\. Remember it\.", prompt)

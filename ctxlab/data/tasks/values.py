@@ -63,6 +63,13 @@ def longest(kind: Kind, count: Callable[[str], int], digits: int = 7) -> tuple[s
     return value, max(0, len(value) - count(value))
 
 
+def spread(kind: Kind, digits: int = 7) -> float:
+    """How many values of a kind there are."""
+    if kind == "words":
+        return len(words.adjectives()) * len(words.nouns())
+    return 9 * 10 ** (digits - 1) if kind == "numbers" else 2.0**122  # a version 4 uuid has so many free bits
+
+
 @lru_cache(maxsize=16)
 def costliest(choices: tuple[str, ...], count: Callable[[str], int]) -> str:
     """The word of most tokens."""

@@ -67,6 +67,10 @@ class Tokenizer(ABC):
         whole = [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
         return [token for ids in self.encode_lines(whole) for token in ids]
 
+    def count(self, text: str) -> int:
+        """How many tokens a text has."""
+        return len(self.encode(text))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are silent, bytes that are no UTF-8 (half a character) become U+FFFD."""
         return b"".join(self.pieces[token] for token in ids).decode("utf-8", errors="replace")

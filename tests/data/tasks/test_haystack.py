@@ -10,7 +10,7 @@ from ctxlab.data.tasks.fill import fill
 from ctxlab.data.tasks.haystack import LONGEST, CorpusHaystack, insert, place, units
 from ctxlab.errors import DataError
 from tests.data.builders import prose, trained
-from tests.data.tasks.tools import TEXTS, counter, haystack, split_of
+from tests.data.tasks.tools import TEXTS, haystack, split_of
 
 PLAY = "**LEAR**  \nBlow, winds! and crack. Rage, blow!\n\nYou 3.5 cataracts and\nhurricanoes spout  "
 CHINESE = "天地玄黄。宇宙洪荒！\n日月盈昃" + "辰" * 400
@@ -52,12 +52,12 @@ def test_what_is_put_in_stands_on_the_line_before_unless_that_has_ended() -> Non
 @pytest.mark.parametrize("kind", ["byte", "unigram", "bpe"])
 def test_text_is_whole_units_of_the_corpus_and_almost_as_long_as_asked_for(kind: str) -> None:
     joined = " ".join(" ".join([*TEXTS, *TEXTS]).split())
-    longest = max(counter(kind)(unit) for text in TEXTS for unit in units(text))
+    longest = max(trained(kind).count(unit) for text in TEXTS for unit in units(text))
     for seed in range(200):
         asked = int(generator("asked", seed).integers(80, 1200))
         text = haystack(kind).text(generator(seed), asked)
         # a piece that begins with a space is another one at the beginning of a text
-        assert asked - longest - 2 <= counter(kind)(text) <= asked + 2
+        assert asked - longest - 2 <= trained(kind).count(text) <= asked + 2
         found = joined.find(" ".join(text.split()))
         assert found >= 0
         assert not found or joined[found - 2] == "."

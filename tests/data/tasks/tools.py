@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +15,7 @@ from ctxlab.data.tasks.base import Part, TextTask, Tools
 from ctxlab.data.tasks.haystack import CorpusHaystack
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokens import Split
-from tests.data.builders import prose, trained
+from tests.data.builders import WORDS, prose, trained
 
 TEXTS = tuple(prose(seed, 30 + 20 * seed) for seed in range(12))
 
@@ -29,18 +32,37 @@ def haystack(kind: str) -> CorpusHaystack:
     return CorpusHaystack(split_of(TEXTS, trained(kind)), trained(kind))
 
 
-@functools.cache
-def counter(kind: str) -> functools.partial[int]:
-    return functools.partial(_count, trained(kind))
-
-
-def _count(tokenizer: Tokenizer, text: str) -> int:
-    return len(tokenizer.encode(text))
-
-
 def tools(kind: str, part: Part = "test", taken: Container[str] = frozenset()) -> Tools:
-    return Tools(counter(kind), haystack(kind), part, taken)
+    return Tools(trained(kind).count, haystack(kind), part, taken)
 
 
 def text_tasks() -> list[str]:
     return [name for name in SOURCES.names() if issubclass(SOURCES.get(name), TextTask)]
+
+
+def write_squad(file: Path, *, version: int = 2) -> list[dict[str, Any]]:
+    """A file as SQuAD's, of six articles of four paragraphs; each question's answer is in one. Returns the questions."""
+    data: list[dict[str, Any]] = []
+    for article in range(6):
+        paragraphs = []
+        for number in range(4):
+            name = WORDS[(7 * article + number) % len(WORDS)]
+            fact = f"The keeper of {name} {article} is Master {name.title()}son."
+            asked = {"question": f"Who keeps {name} {article}?", "answers": [{"text": f"Master {name.title()}son"}] * 2}
+            unknown = {"question": f"Who sold {name} {article}?", "answers": [], "is_impossible": True}
+            text = f"{prose(100 * article + number, 4, blank_every=9)}{fact}"
+            paragraphs.append({"context": text, "qas": [asked, unknown] if version == 2 else [asked]})
+        data.append({"title": f"Article {article}", "paragraphs": paragraphs})
+    file.write_text(json.dumps({"version": f"v{version}.0", "data": data}))
+    return [asked["qas"][0] | {"context": asked["context"]} for article in data for asked in article["paragraphs"]]
+
+
+def write_hotpot(file: Path) -> list[dict[str, Any]]:
+    """A file as HotpotQA's, of 24 questions with ten paragraphs each. Returns the questions."""
+    data = []
+    for number in range(24):
+        context = [[f"Title {number} {i}", [prose(1000 * number + i, 1).strip(), " And more."]] for i in range(10)]
+        answer = "yes" if number % 3 == 0 else f"answer {number}"
+        data.append({"question": f"What is it of {number}?", "answer": answer, "context": context})
+    file.write_text(json.dumps(data))
+    return data

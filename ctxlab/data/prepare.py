@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -43,6 +43,8 @@ class TextDataset:
     splits: dict[str, Split]
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    corpus: Corpus.Config | None = None  # what it was made of, and the cache that it is in
+    cache: Path | None = None
 
     def rows(self, context: int, *, seed: int, packed: bool) -> Rows:
         """Training rows of one context. Raises DataError where no document is that long."""
@@ -77,7 +79,7 @@ def prepare(
         with locked(folder):
             if not (folder / _FACTS).exists():
                 _make(folder, corpus, facts, made, root, progress)
-    return _read(folder)
+    return replace(_read(folder), corpus=corpus.config, cache=root)
 
 
 class TrainingText(NamedTuple):

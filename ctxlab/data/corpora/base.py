@@ -27,6 +27,8 @@ def lines_of(text: str) -> Iterable[str]:
 class Corpus(Source):
     """Text as documents in a fixed order. Nothing here holds more than a line's worth of it."""
 
+    config: Config
+
     class Config(Source.Config):
         packed: bool = Field(False, description="rows of several documents, kept apart segment by segment")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from ctxlab.data.progress import Progress, silent
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Example, Part, Task, TextTask, TokenTask, Tools, generator, haystack_corpus
 from ctxlab.data.tasks.haystack import CorpusHaystack
+from ctxlab.data.tasks.taken import taken_values
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.ids import Ids
 from ctxlab.data.windows import IGNORED, Row
@@ -68,7 +69,16 @@ class TaskDataset:
             count=self.tokenizer.count,
             haystack=CorpusHaystack(self.text.splits[part], self.tokenizer),
             part=part,
+            taken=frozenset() if part == "train" else self._taken,
         )
+
+    @functools.cached_property
+    def _taken(self) -> Container[str]:
+        """Values in the training text, which no evaluation asks for: found when the first one is made."""
+        assert self.text is not None
+        if self.text.corpus is None:
+            return frozenset()
+        return taken_values(self.text.corpus, cache=self.text.cache)
 
 
 class TaskRows:

@@ -108,7 +108,9 @@ def test_the_answer_stands_as_deep_as_asked(make: Make, name: str, kind: str) ->
         for seed in range(4):
             example = checked(task, seed, 8192, given, depth)
             # at the ends other needles may stand before it or behind it
-            assert example.depth == pytest.approx(depth, abs=0.0 if depth in (0.0, 1.0) and "key_1" not in name else 0.05)
+            assert example.depth == pytest.approx(
+                depth, abs=0.0 if depth in (0.0, 1.0) and "key_1" not in name else 0.05
+            )
             answer = example.prompt.index(f" {example.answers[0]}.") / len(example.prompt)
             assert answer == pytest.approx(depth, abs=0.1)
     depths = [task.example(generator(seed), 2048, given).depth or 0.0 for seed in range(60)]

@@ -16,9 +16,9 @@ PACKAGE = Path(ctxlab.__file__).parent
 # Each layer may import itself and the ones before it.
 LAYERS = (
     "errors", "registry", "units", "fields", "cores", "records", "data", "model", "train", "evaluation", "profiling", "interop",
-    "config", "report", "launch", "cli",
+    "config", "report", "launch", "study", "cli",
 )  # fmt: skip
-WITHOUT_TORCH = ("errors", "registry", "units", "fields", "cores", "records", "report", "launch")
+WITHOUT_TORCH = ("errors", "registry", "units", "fields", "cores", "records", "report", "launch", "study")
 HEAVY = {"torch", "lightning", "transformers"}
 
 

@@ -34,12 +34,15 @@ COMMANDS = (
     Command("profile", "[group=option] [key=value]", "memory and time of a training step by context", composed=True),
     Command("show", "[position=NAME] [key=value]", "draw a positional scheme by distance, head by head", composed=True),
     Command("runs", "[FILTER...]", "list, show, compare, tag and remove run records"),
+    Command("experiment", "list|run|status|report NAME", "studies: a question, the lines that answer it, its findings"),
     Command("list", "[KIND]", "what can be composed, one line each, with its paper"),
     Command("doctor", "", "what this machine offers"),
     Command("completion", "bash|zsh", 'shell completion: eval "$(ctxlab completion bash)"'),
 )
 # Called by ctxlab itself and by the shell: module and function below ctxlab.cli.commands.
-_HIDDEN = {"_run": ("run_cell", "run"), "_complete": ("completion", "answer")}
+_HIDDEN = {
+    "_run": ("run_cell", "run"), "_complete": ("completion", "answer"), "_check": ("experiment", "check"),
+}  # fmt: skip
 _EXAMPLES = (
     ("ctxlab train", "a small decoder on a real book corpus, minutes on 2 cores"),
     ("ctxlab train model=tiny context=512 position=alibi", ""),

@@ -19,13 +19,13 @@ from ctxlab.errors import ConfigError
 if TYPE_CHECKING:
     from ctxlab.config.prepare import Cell, Prepared
 
-_RECORDED = ("train", "eval", "profile")
+RECORDED = ("train", "eval", "profile")  # commands that write records
 
 
 def start(command: str, argv: list[str]) -> int:
     """Runs a composed command and returns its exit code."""
     line = split(command, argv)
-    if line.multirun and command not in _RECORDED:
+    if line.multirun and command not in RECORDED:
         raise ConfigError(f"-m: ctxlab {command} makes no record, so there is nothing to sweep over")
     threads_are_given = "OMP_NUM_THREADS" in os.environ
     set_thread_defaults()
@@ -69,7 +69,7 @@ def _run_once(prepared: Prepared) -> int:
         overrides=prepared.line.overrides,
         plugins=prepared.plugins,
     )
-    if command not in _RECORDED:
+    if command not in RECORDED:
         body = importlib.import_module(f"ctxlab.cli.commands.{command}")
         return int(body.run(cell.typed, invocation))
     from ctxlab.cli.execute import discard, execute

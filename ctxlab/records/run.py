@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,7 +121,7 @@ class Run:
 
     def measure(self, *measurements: Measurement) -> None:
         """Appends results, to disk."""
-        self._append_rows(MEASUREMENTS_FILE, [m.model_dump_json() + "\n" for m in measurements])
+        append_lines(self.path / MEASUREMENTS_FILE, [m.model_dump_json() + "\n" for m in measurements])
 
     def write_documents(
         self, documents: Mapping[int, Sums], *, split: str = "test", axes: Mapping[str, Any] | None = None
@@ -134,14 +134,13 @@ class Run:
             )
             for context, sums in documents.items()
         ]  # fmt: skip
-        self._append_rows(DOCUMENTS_FILE, [row.model_dump_json() + "\n" for row in rows])
+        append_lines(self.path / DOCUMENTS_FILE, [row.model_dump_json() + "\n" for row in rows])
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows in order of step, the last one written of each step and split (a resumed run writes some again)."""
         rows: dict[tuple[int, str], dict[str, Any]] = {}
-        for row in map(_parse, _lines(self.path / METRICS_FILE)):
-            if row is not None:
-                rows[(row.get("step", 0), row.get("split", ""))] = row
+        for row in read_rows(self.path / METRICS_FILE):
+            rows[(row.get("step", 0), row.get("split", ""))] = row
         return sorted(rows.values(), key=lambda row: row.get("step", 0))
 
     def measurements(self) -> list[Measurement]:
@@ -164,7 +163,7 @@ class Run:
 
     def write_items(self, items: Sequence[TaskItem]) -> None:
         """Appends examples of tasks with their answers, to disk."""
-        self._append_rows(ITEMS_FILE, [item.model_dump_json() + "\n" for item in items])
+        append_lines(self.path / ITEMS_FILE, [item.model_dump_json() + "\n" for item in items])
 
     def items(self) -> list[TaskItem]:
         """The examples of tasks, the last one written of each."""
@@ -174,18 +173,6 @@ class Run:
                 one = TaskItem.model_validate_json(line)
                 found[(one.task, one.context, one.depth, one.item, axes_key(one.axes))] = one
         return list(found.values())
-
-    def _append_rows(self, name: str, lines: list[str]) -> None:
-        path = self.path / name
-        try:
-            file = _open_to_append(path)
-            try:
-                _append(file, "".join(lines).encode())
-                os.fsync(file)
-            finally:
-                os.close(file)
-        except OSError as error:
-            raise RecordError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def _read(self) -> RunRecord:
         record = self._read_as_written()
@@ -235,6 +222,26 @@ def write_record(path: Path, record: RunRecord) -> None:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise RecordError(f"{path / RUN} cannot be written: {error.strerror or error}") from error
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Appends whole lines to a file that only grows, to disk. Raises RecordError where the disk refuses."""
+    try:
+        file = _open_to_append(path)
+        try:
+            _append(file, "".join(lines).encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of such a file, in order; none where there is no file."""
+    for row in map(_parse, _lines(path)):
+        if row is not None:
+            yield row
 
 
 def axes_key(axes: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxlab.errors import RecordError
+from ctxlab.records.journal import line_at_work
 from ctxlab.records.run import RUN, Run, now, this_attempt, write_record
 from ctxlab.records.schema import SCHEMA, Provenance, RunRecord, SweepCell
 from ctxlab.registry import nearest
@@ -43,7 +44,11 @@ class RunStore:
         status: str = "running",
         plugins: Sequence[tuple[str, str]] = (),
     ) -> Run:
-        """Makes the folder of a new run and writes its record. Raises RecordError where that is impossible."""
+        """Makes the folder of a new run and writes its record. Raises RecordError where that is impossible.
+
+        A run that a line of a study makes is that study's, whatever else it was composed from.
+        """
+        study = line_at_work(self.root)
         path = self._new_folder(stem)
         running = status == "running"
         record = RunRecord(
@@ -56,7 +61,7 @@ class RunStore:
             started=now() if running else None,
             parent=parent,
             sweep=None if sweep is None else SweepCell(**sweep),
-            experiment=experiment,
+            experiment=experiment if study is None else study.name,
             tags=tuple(tags),
             note=note,
             config=config,
@@ -64,6 +69,8 @@ class RunStore:
             process=this_attempt() if running else {},
         )
         try:
+            if study is not None:  # before there is a record: a run that the journal lacks would be lost to its line
+                study.made(path.name)
             write_record(path, record)
         except RecordError:
             shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ from ctxlab.report.terminal import MOST, Chart
 from ctxlab.units import format_bytes, format_count, format_length
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
+Band = tuple[int, float, float]  # context, low, high
 
 # Okabe and Ito's colours, told apart by colour-blind readers; yellow, too light for a line on white, is left out.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -142,13 +143,20 @@ def trained_contexts(runs: Sequence[Run]) -> list[int]:
     return sorted(context for context in found if isinstance(context, int))
 
 
-def loss_figure(curves: Curves, trained: Sequence[int], *, heading: str) -> Any:
-    """nats per token over context on a log axis: each curve named at its end, the trained lengths marked."""
+def loss_figure(
+    curves: Curves, trained: Sequence[int], *, heading: str, bands: Mapping[str, Sequence[Band]] | None = None
+) -> Any:
+    """nats per token over context on a log axis: each curve named at its end, the trained lengths marked.
+
+    `bands` are intervals about the curves of the same names.
+    """
     import altair
 
     rows = [{"curve": n, "context": c, "nats": v} for n, points in curves.items() for c, v in points]
     contexts = sorted({context for points in curves.values() for context, _ in points})
+    around = [(name, *band) for name, spans in (bands or {}).items() for band in spans]
     values = [value for points in curves.values() for _, value in points]
+    values += [end for _, _, *ends in around for end in ends]
     lowest, highest = min(values), max(values)
     room = max(0.02, 0.08 * (highest - lowest))
     low, high = lowest - room, highest + room
@@ -176,6 +184,12 @@ def loss_figure(curves: Curves, trained: Sequence[int], *, heading: str) -> Any:
         lines.mark_line(strokeWidth=2),
         lines.mark_point(filled=True, size=55, opacity=1).encode(shape=shape),
     ]
+    if around:
+        named = [{"curve": n, "context": c, "low": bottom, "high": top} for n, c, bottom, top in around]
+        spans = altair.Chart(altair.Data(values=named)).encode(
+            x=x, y=altair.Y("low:Q", scale=y_scale), y2="high:Q", color=colour
+        )
+        layers.insert(0, spans.mark_area(opacity=0.18))
     if many:
         ends = _ends(curves, low, high, contexts[-1])
         at_end = altair.Chart(altair.Data(values=ends)).encode(

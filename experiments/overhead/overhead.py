@@ -8,6 +8,7 @@ next. The model is as small as a model can be, so that what is measured is every
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import tempfile
@@ -102,11 +103,12 @@ def main() -> None:
         for _ in range(rounds):
             found["bare"].append(statistics.median(bare(plan, text, steps)[WARM:]))
             found["run"].append(statistics.median(whole(plan, text, Path(folder))[WARM:]))
+    found["added"] = [run - loop for run, loop in zip(found["run"], found["bare"])]
     table = Table("a step", "median", "best round")
     for name, values in found.items():
-        table.add_row(name, format_seconds(statistics.median(values)), format_seconds(min(values)))
-    added = [run - loop for run, loop in zip(found["run"], found["bare"])]
-    table.add_row("added", format_seconds(statistics.median(added)), format_seconds(min(added)))
+        row = {"step": name, "median_seconds": statistics.median(values), "best_seconds": min(values)}
+        print(json.dumps(row))
+        table.add_row(name, format_seconds(row["median_seconds"]), format_seconds(row["best_seconds"]))
     where = "a terminal" if sys.stderr.isatty() else "no terminal"
     Console().print(table, f"{rounds} rounds of {steps} steps in turns, {where}")
 

@@ -9,6 +9,7 @@ A row is a scheme: its step runs in turns with RoPE's, one step each, and the tw
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,6 @@ from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import Point, run_point, steps_in_turns
 from ctxlab.train.optim.base import OPTIMIZERS
 from ctxlab.train.precision import resolve_device, resolve_precision
-from ctxlab.units import format_bytes, format_seconds
 
 CONTEXTS, ROUNDS = (512, 2048, 8192), 5
 LONGEST = ("rope", "alibi", "t5", "fire")  # measured at 65,536 tokens, the others at 32,768
@@ -72,15 +72,12 @@ def compare(schemes: Sequence[str]) -> None:
             used = peak(point(name, context))
             ratio = statistics.median(a / b for a, b in zip(mine, theirs))
             cells[name].append(f"{ratio:5.2f} {used / base_peak:6.2f}")
-            best = f"best {format_seconds(min(mine))} against {format_seconds(min(theirs))}"
-            median = (
-                f"median {format_seconds(statistics.median(mine))} against {format_seconds(statistics.median(theirs))}"
-            )
-            print(
-                f"{context} {name}: {ratio:.2f} in time ({median}, {best}), "
-                f"{format_bytes(used)} against {format_bytes(base_peak)}",
-                flush=True,
-            )
+            row = {
+                "position": name, "context": context, "time": ratio,
+                "median_seconds": statistics.median(mine), "best_seconds": min(mine), "peak_bytes": used,
+                "rope_median_seconds": statistics.median(theirs), "rope_best_seconds": min(theirs), "rope_peak_bytes": base_peak,
+            }  # fmt: skip
+            print(json.dumps(row), flush=True)
     for name in schemes:
         table.add_row(name, *cells[name])
     console.print(
@@ -89,19 +86,22 @@ def compare(schemes: Sequence[str]) -> None:
 
 
 def longest(schemes: Sequence[str]) -> None:
-    """Memory of one step with recomputed blocks: at 65,536 tokens, or how it doubles from 16,384 to 32,768."""
+    """Memory of one step with recomputed blocks: at 65,536 tokens, or at 32,768 with its growth from 16,384 on."""
     for name in schemes:
         if name in LONGEST:
-            print(f"{name} at 65,536: {format_bytes(peak(point(name, 65_536, recompute=True)))}", flush=True)
-            continue
-        half, whole = (peak(point(name, c, recompute=True)) for c in (16_384, 32_768))
-        standing = standing_bytes(name)
-        ratio = (whole - standing) / (half - standing)
-        print(
-            f"{name} at 32,768: {format_bytes(whole)}; activations {format_bytes(whole - standing)}, {ratio:.3f} times "
-            f"those at 16,384",
-            flush=True,
-        )
+            row = {"position": name, "context": 65_536, "peak_bytes": peak(point(name, 65_536, recompute=True))}
+        else:
+            half, whole = (peak(point(name, c, recompute=True)) for c in (16_384, 32_768))
+            activations = whole - standing_bytes(name)
+            times = activations / (half - standing_bytes(name))
+            row = {
+                "position": name,
+                "context": 32_768,
+                "peak_bytes": whole,
+                "activation_bytes": activations,
+                "times": times,
+            }
+        print(json.dumps(row), flush=True)
 
 
 def standing_bytes(position: str) -> int:

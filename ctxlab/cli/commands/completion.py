@@ -88,6 +88,8 @@ def complete(words: list[str]) -> list[str]:
     if command == "runs":
         first = ("show", "diff", "tag", "note", "rm") if len(words) == 2 else ("last",)
         return [word for word in (*first, *_run_ids()) if word.startswith(current)]
+    if command == "experiment":
+        return [word for word in _of_experiment(words) if word.startswith(current)]
     if not any(c.name == command and c.composed for c in COMMANDS):
         return []
     if current.startswith("-"):
@@ -95,6 +97,15 @@ def complete(words: list[str]) -> list[str]:
     if "=" in current:
         return _values(command, current, _config_dirs(words))
     return _keys(command, current, _config_dirs(words), first=len(words) == 2)
+
+
+def _of_experiment(words: list[str]) -> list[str]:
+    from ctxlab.cli.commands.experiment import WORDS
+    from ctxlab.study.readme import studies
+
+    if len(words) == 2:
+        return list(WORDS)
+    return list(studies()) if len(words) == 3 and words[1] != "list" else []
 
 
 def _keys(command: str, current: str, folders: list[Path], *, first: bool) -> list[str]:

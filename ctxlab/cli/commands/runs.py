@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from ctxlab.cli.flags import FlagParser, runs_folder
 from ctxlab.errors import RecordError
 
 if TYPE_CHECKING:
@@ -51,31 +51,18 @@ def run(argv: list[str]) -> int:
         return int(stop.code or 0)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other command."""
-
-    def __init__(self, word: str, text: str, epilog: str | None = None) -> None:
-        super().__init__(
-            prog=f"ctxlab runs{word}", description=text, epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        self.add_argument("--runs", metavar="DIR", help="folder of the run records (CTXLAB_RUNS, else runs)")
-
-    def error(self, message: str) -> NoReturn:
-        raise RecordError(f"{self.prog}: {message}")
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        return self.parse_intermixed_args(argv)
+def _parser(word: str, text: str, epilog: str | None = None) -> FlagParser:
+    return FlagParser(f"ctxlab runs{word}", text, epilog)
 
 
 def _store(given: argparse.Namespace) -> RunStore:
     from ctxlab.records.store import RunStore
 
-    return RunStore(Path(given.runs or os.environ.get("CTXLAB_RUNS") or "runs").expanduser())
+    return RunStore(runs_folder(given))
 
 
 def _list(argv: list[str]) -> int:
-    parser = _Parser("", _LIST_HELP, _EXAMPLES)
+    parser = _parser("", _LIST_HELP, _EXAMPLES)
     parser.add_argument("filters", nargs="*", metavar="FILTER")
     parser.add_argument("--sort", metavar="KEY", help="by a setting, field or result; those without it last")
     parser.add_argument("--reverse", action="store_true", help="the other way round")
@@ -184,7 +171,7 @@ def _plain(value: Any) -> Any:
 
 
 def _show(argv: list[str]) -> int:
-    parser = _Parser(" show", "One run: what it is, its results at every context, its curve, its settings.")
+    parser = _parser(" show", "One run: what it is, its results at every context, its curve, its settings.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--json", action="store_true", help="the whole record and its results, for programs")
     given = parser.read(argv)
@@ -202,7 +189,7 @@ def _show(argv: list[str]) -> int:
 
 
 def _diff(argv: list[str]) -> int:
-    parser = _Parser(" diff", "What differs between runs: their settings, and their results side by side.")
+    parser = _parser(" diff", "What differs between runs: their settings, and their results side by side.")
     parser.add_argument("runs_to_compare", nargs="+", metavar="RUN")
     given = parser.read(argv)
     if len(given.runs_to_compare) < 2:
@@ -216,7 +203,7 @@ def _diff(argv: list[str]) -> int:
 
 
 def _tag(argv: list[str]) -> int:
-    parser = _Parser(" tag", "Gives a run tags, words to find it by.")
+    parser = _parser(" tag", "Gives a run tags, words to find it by.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("tags", nargs="+", metavar="TAG")
     parser.add_argument("--remove", action="store_true", help="takes them away instead")
@@ -236,7 +223,7 @@ def _tag(argv: list[str]) -> int:
 
 
 def _note(argv: list[str]) -> int:
-    parser = _Parser(" note", "Writes a sentence about a run into its record, in place of the one that is there.")
+    parser = _parser(" note", "Writes a sentence about a run into its record, in place of the one that is there.")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("text", nargs="+", metavar="TEXT")
     given = parser.read(argv)
@@ -247,7 +234,7 @@ def _note(argv: list[str]) -> int:
 
 
 def _remove(argv: list[str]) -> int:
-    parser = _Parser(" rm", "Moves runs into .trash of the runs folder; move a folder back to have it again.")
+    parser = _parser(" rm", "Moves runs into .trash of the runs folder; move a folder back to have it again.")
     parser.add_argument("runs_to_remove", nargs="+", metavar="RUN")
     given = parser.read(argv)
     store = _store(given)

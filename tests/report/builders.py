@@ -62,3 +62,18 @@ def trained_run(root: Path, position: str = "rope", *, with_costs: bool = True, 
         provenance=run.record.provenance.model_copy(update={"precision": "fp32", "device": "cpu"}),
     )
     return run
+
+
+# nats per token of two schemes by seed: what a seed does to both is far more than what lies between them.
+BY_SEED = {"rope": {1: 3.00, 2: 3.20, 3: 3.40}, "alibi": {1: 2.95, 2: 3.14, 3: 3.33}}
+
+
+def repetitions(root: Path) -> list[Run]:
+    """Finished runs of both schemes with every seed, scored at 256 tokens and, 0.1 higher, at 512."""
+    runs = []
+    for position, by_seed in BY_SEED.items():
+        for seed, nats in by_seed.items():
+            run = make_run(root, status="done", config={"position": {"name": position}, "seed": seed})
+            run.measure(*scores(256, nats), *scores(512, nats + 0.1))
+            runs.append(run)
+    return runs

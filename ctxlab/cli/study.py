@@ -253,8 +253,8 @@ def check_lines(waiting: Sequence[Progress], study: Study) -> None:
         [sys.executable, "-m", "ctxlab", "_check", json.dumps(to_check)], capture_output=True, text=True, check=False
     )
     if done.returncode != DONE:
-        said = [line.removeprefix("error: ").strip() for line in done.stderr.splitlines()]
-        raise ConfigError("\n".join(said) or f"the lines of {study.name} cannot be checked")
+        said = done.stderr.partition("error: ")[2] or f"the lines of {study.name} cannot be checked: {done.stderr}"
+        raise ConfigError("\n".join(line.strip() for line in said.strip().splitlines()))
 
 
 def check_composed(lines: Sequence[Sequence[str]]) -> int:

@@ -14,8 +14,9 @@ from tests.cli.lines import ctxlab
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh.md")
 COMPOSED = {command.name for command in COMMANDS if command.composed}
-# Trainings and measurements are composed only; everything else runs as it is written.
+# Trainings and measurements are composed only, a study's lines are read only; everything else runs as it is written.
 LONG = ("train", "profile")
+STUDY = ("experiment", "run")
 SHORTER = ("eval.perplexity.max_tokens=1k", "decoding.max_new_tokens=8")
 
 
@@ -64,7 +65,7 @@ def test_every_short_command_runs(words: tuple[str, ...], trained: Path) -> None
     shorter = [
         word for word in SHORTER if word.startswith(words[0][:4]) or (words[0], word[:8]) == ("generate", "decoding")
     ]
-    done = ctxlab(*words, *shorter)
+    done = ctxlab(*(("experiment", "status", *words[2:]) if words[:2] == STUDY else (*words, *shorter)))
     assert done.code == 0, done.err
     assert done.out.strip()
 

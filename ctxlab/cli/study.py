@@ -243,7 +243,7 @@ def check_lines(waiting: Sequence[Progress], study: Study) -> None:
     Lines that ask for runs are left to their turn: their runs may be made by the lines before them. Raises ConfigError.
     """
     to_check = [
-        [study.located(word) for word in one.line.words]
+        [study.located(word) for word in one.words]
         for one in waiting
         if one.line.command in RECORDED and one.words == (*one.line.words, *one.line.how) and not selected(one.line)
     ]

@@ -358,10 +358,11 @@ def test_a_study_end_to_end(place: Path) -> None:
     assert (again.code, again.err.count("done already")) == (0, 4)
     assert "nats/token, mean over seeds ±95%" in again.out
     rows = [json.loads(row) for row in (place / "experiments/mine/results/summary.jsonl").read_text().splitlines()]
-    (mean,) = (
+    mean, evaluated = (  # as trained, and as evaluated again: over the same tokens
         row for row in rows
         if row["name"] == "nats_per_token" and row["context"] == 64 and row["facts"].get("runs") == [r.id for r in trained]
         and row["axes"] == {"segment": 512} and row["protocol"] == "non-overlapping"
     )  # fmt: skip
     values = [m.value for run in trained for m in run.measurements() if m.name == "nats_per_token" and m.context == 64]
     assert mean["value"] == pytest.approx(sum(values) / 2, rel=1e-12)  # type: ignore[arg-type]
+    assert evaluated["value"] == pytest.approx(mean["value"], rel=1e-5)

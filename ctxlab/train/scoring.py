@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import lightning
@@ -13,8 +13,13 @@ from torch import Tensor
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.windows import EvalSegments
 from ctxlab.errors import DataError
+from ctxlab.model.cache import KVCache
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.precision import Precision, autocast
+
+Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+"""Hears of every batch as it is scored: the segments (B,), the place in its segment of each one's first target, from 0, (B,),
+and the nats of the targets from there on, float64 (B, n)."""
 
 
 @torch.inference_mode()
@@ -29,30 +34,27 @@ def score_windows(
     stride: int | None = None,
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
+    watch: Watch = lambda *_: None,
 ) -> np.ndarray:
     """Nats of every segment, float64 (n_segments,), when it is scored in windows of `length`.
 
     Windows follow one another, or with a `stride` begin so many tokens after one another, and all but the first score what is
-    new in them: every target counts once either way. `advance` hears of the targets.
+    new in them: every target counts once either way. A window of more than `batch_tokens` is read in parts of so many over a
+    growing cache, which is the same as one forward over it. `advance` hears of the targets, `watch` of their nats.
     `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
     Raises UndefinedBeyondTraining where the model's positions end before `length`.
     """
-    nats = np.zeros(segments.n)
-    cuts = windows(segments.length, length, stride)
-    # All windows alike go together: those that begin segments, those that follow, the shorter last ones.
-    for width, scored in sorted({(cut.width, cut.scored) for cut in cuts}, reverse=True):
-        starts = [cut.start for cut in cuts if (cut.width, cut.scored) == (width, scored)]
-        alike = [(s, i) for s in range(segments.n) for i in starts]
-        rows = max(1, batch_tokens // width)
-        for number, first in enumerate(range(0, len(alike), rows)):
-            chosen = alike[first : first + rows]
+    nats, scored = np.zeros(segments.n), np.zeros(segments.n, dtype=np.int64)
+    for alike in _alike(segments, windows(segments.length, length, stride)):
+        for number, (owners, starts) in enumerate(alike.batches(batch_tokens)):
             if number % part[1] == part[0]:
-                owners = [s for s, _ in chosen]
-                block = torch.from_numpy(
-                    np.stack([segments.segment(s)[1][i : i + width + 1] for s, i in chosen]).astype(np.int64)
-                ).to(device)  # (B, width + 1)
-                np.add.at(nats, owners, _window_nats(model, block, scored, precision).cpu().numpy())
-            advance(len(chosen) * scored)
+                block = _block(segments, owners, starts, alike.width).to(device)  # (B, width + 1)
+                found = _window_nats(model, block, alike.scored, precision, batch_tokens).cpu().numpy()  # (B, scored)
+                np.add.at(nats, owners, found.sum(axis=1))
+                watch(owners, starts + alike.width - alike.scored, found)
+            np.add.at(scored, owners, alike.scored)
+            advance(len(owners) * alike.scored)
+    assert (scored == segments.length).all(), "a target is left out, or counts twice"
     return nats
 
 
@@ -77,12 +79,58 @@ def windows(segment: int, length: int, stride: int | None = None) -> list[Window
     return found
 
 
-def _window_nats(model: Transformer, block: Tensor, scored: int, precision: Precision) -> Tensor:
-    """Summed nats of the last `scored` tokens of each row (B, width + 1) given the row's past, float64 (B,)."""
+class _Alike(NamedTuple):
+    """Windows of one width that score equally many targets: each of some segments has one at each of some places."""
+
+    width: int
+    scored: int
+    segments: np.ndarray
+    starts: np.ndarray
+
+    def batches(self, tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(segment, start) of the windows, as many at once as have `tokens` inputs; one at least."""
+        n, rows = len(self.segments) * len(self.starts), max(1, tokens // self.width)
+        for first in range(0, n, rows):
+            segment, start = np.divmod(np.arange(first, min(first + rows, n)), len(self.starts))
+            yield self.segments[segment], self.starts[start]
+
+
+def _alike(segments: EvalSegments, cuts: Sequence[Window]) -> Iterator[_Alike]:
+    """All windows of all segments: those that begin segments, those that follow, the shorter last ones."""
+    edge = 0
+    for cut in cuts:
+        assert cut.start + cut.width - cut.scored == edge, "a target is left out, or counts twice"
+        edge += cut.scored
+    assert edge == segments.length
+    everything = np.arange(segments.n)
+    for width, scored in sorted({(cut.width, cut.scored) for cut in cuts}, reverse=True):
+        starts = np.array([cut.start for cut in cuts if (cut.width, cut.scored) == (width, scored)])
+        yield _Alike(width, scored, everything, starts)
+
+
+def _block(segments: EvalSegments, owners: np.ndarray, starts: np.ndarray, width: int) -> Tensor:
+    """The inputs of windows and the token behind them, (B, width + 1) int64."""
+    rows = [segments.segment(s)[1][i : i + width + 1] for s, i in zip(owners.tolist(), starts.tolist(), strict=True)]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+
+def _window_nats(model: Transformer, block: Tensor, scored: int, precision: Precision, most: int) -> Tensor:
+    """Nats of the last `scored` tokens of each row (B, width + 1) given the row's past, float64 (B, scored).
+
+    `most` inputs of a row are read at once; what came before them is in a cache.
+    """
+    width = block.shape[1] - 1
+    found = []
     with autocast(precision, block.device):
-        hidden = model.hidden(block[:, :-1])[:, -scored:]
-        nats = model.nats(hidden, block[:, -scored:])  # (B, scored)
-    return nats.double().sum(dim=1)
+        cache = KVCache(model.config.n_layers) if width > most else None
+        for start in range(0, width, most):
+            stop = min(start + most, width)
+            inputs = block[:, start:stop]
+            hidden = model.hidden(inputs) if cache is None else model.hidden(inputs, cache=cache)
+            first = max(start, width - scored)
+            if first < stop:
+                found.append(model.nats(hidden[:, first - start :], block[:, first + 1 : stop + 1]))
+    return torch.cat(found, dim=1).double()
 
 
 class Validation:

@@ -73,12 +73,12 @@ def score(
         return  # no text to be modelled
     if isinstance(evaluations.perplexity, PerplexityConfig):
         with progress_bar(console) as start:
-            measurements, documents = evaluate_perplexity(
+            measurements, documents, sums = evaluate_perplexity(
                 model, dataset, evaluations.perplexity,
                 trained_context=context, device=device, precision=precision, progress=start,
             )  # fmt: skip
         sink.measure(along(measurements, axes))
-        run.write_documents(documents, axes=axes)
+        run.add_documents(*(row.model_copy(update={"axes": {**axes, **row.axes}}) for row in sums))
     if isinstance(evaluations.ngram, NGramConfig):
         cut = evaluations.perplexity if isinstance(evaluations.perplexity, PerplexityConfig) else PerplexityConfig()
         _, segments = asked_segments(cut, dataset, context)
@@ -86,12 +86,12 @@ def score(
             return
         with progress_bar(console) as start:
             advance = start("counting n-grams", segments.n * segments.length)
-            rows, sums = evaluate_ngram(
+            rows, counted = evaluate_ngram(
                 dataset, evaluations.ngram, segments,
                 against=documents.get(context), context=context, advance=advance,
             )  # fmt: skip
         sink.measure(along(rows, axes))
-        run.write_documents({context: sums}, axes={**axes, "baseline": BASELINE})
+        run.write_documents({context: counted}, axes={**axes, "baseline": BASELINE})
 
 
 def score_tasks(

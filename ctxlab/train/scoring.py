@@ -34,7 +34,7 @@ def score_windows(
     stride: int | None = None,
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
-    watch: Watch = lambda *_: None,
+    watch: Watch | None = None,
 ) -> np.ndarray:
     """Nats of every segment, float64 (n_segments,), when it is scored in windows of `length`.
 
@@ -51,7 +51,8 @@ def score_windows(
                 block = _block(segments, owners, starts, alike.width).to(device)  # (B, width + 1)
                 found = _window_nats(model, block, alike.scored, precision, batch_tokens).cpu().numpy()  # (B, scored)
                 np.add.at(nats, owners, found.sum(axis=1))
-                watch(owners, starts + alike.width - alike.scored, found)
+                if watch is not None:
+                    watch(owners, starts + alike.width - alike.scored, found)
             np.add.at(scored, owners, alike.scored)
             advance(len(owners) * alike.scored)
     assert (scored == segments.length).all(), "a target is left out, or counts twice"

@@ -25,6 +25,7 @@ from ctxlab.evaluation.perplexity import (
     auto_lengths,
     evaluate_perplexity,
 )
+from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
@@ -62,8 +63,12 @@ def score(
     sink: Sink,
     console: Console,
     axes: Mapping[str, str] = MappingProxyType({}),
+    keep: TokenNats | None = None,
 ) -> None:
-    """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart."""
+    """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart.
+
+    `keep` takes the nats of single targets, for what can only be said of several runs.
+    """
     documents: dict[int, DocumentScores] = {}
     score_tasks(
         model, dataset, evaluations,
@@ -75,7 +80,7 @@ def score(
         with progress_bar(console) as start:
             measurements, documents, sums = evaluate_perplexity(
                 model, dataset, evaluations.perplexity,
-                trained_context=context, device=device, precision=precision, progress=start,
+                trained_context=context, device=device, precision=precision, progress=start, keep=keep,
             )  # fmt: skip
         sink.measure(along(measurements, axes))
         run.add_documents(*(row.model_copy(update={"axes": {**axes, **row.axes}}) for row in sums))

@@ -6,7 +6,9 @@ every length scores every target of every segment once, and a difference between
 
 There the first targets of a window see next to nothing (Press et al. 2022, arXiv:2108.12409, appendix B, the early-token
 curse). With strides the same targets are scored again in windows that overlap: each moves on by S tokens and scores those S, so
-that all but a segment's first c targets see at least c - S tokens.
+that all but a segment's first c targets see at least c - S tokens. Streaming reads a segment token by token over a cache of
+c tokens that moves on with it, its first ones kept as sinks: a way of its own, whose cached keys have seen what has left the
+cache. And each of these with bos before every window, which only one at a document's start has by itself.
 
 Loss by index and what is made of it are in by_position.py, how far context helps in reach.py.
 """
@@ -27,7 +29,7 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokens import Split
 from ctxlab.data.windows import EvalSegments, longest_length
-from ctxlab.errors import UndefinedBeyondTraining
+from ctxlab.errors import IncompatibleError, UndefinedBeyondTraining
 from ctxlab.evaluation.by_position import (
     PositionSums,
     extrapolation_ratio,
@@ -36,13 +38,14 @@ from ctxlab.evaluation.by_position import (
     position_measurements,
 )
 from ctxlab.evaluation.intervals import paired_interval, ratio_interval
+from ctxlab.evaluation.reach import TokenNats, effective_context
 from ctxlab.evaluation.words import segment_words
 from ctxlab.fields import Count, Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.registry import ComponentConfig
 from ctxlab.train.precision import Precision
-from ctxlab.train.scoring import score_windows
+from ctxlab.train.scoring import Watch, score_streaming, score_windows
 
 AUTO_MULTIPLES = (0.5, 1, 2, 4, 8)
 _LARGEST_NATS = math.log(sys.float_info.max)
@@ -56,6 +59,9 @@ class PerplexityConfig(ComponentConfig):
     )
     segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
     strides: tuple[Length, ...] = Field((), description="scored again in windows that move on by so many tokens")
+    streaming: tuple[Length, ...] = Field((), description="scored again over a moving cache of so many tokens")
+    sinks: int = Field(4, ge=0, description="first tokens that the moving cache keeps, among its own")
+    bos: bool = Field(False, description="scored again, each way, with bos before every window")
     min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
     max_tokens: OrNone | Count = Field(131_072, description="scored at each length, shared by the documents; none: all")
     batch_tokens: int = Field(16_384, ge=1, json_schema_extra={"identity": False})
@@ -63,22 +69,39 @@ class PerplexityConfig(ComponentConfig):
 
 @dataclass(frozen=True)
 class Way:
-    """One way of scoring all targets: in windows of `length`, that follow one another or move on by `stride`."""
+    """One way of scoring all targets: in windows of `length`, that follow one another or move on by `stride`; or with `sinks`
+    over a moving cache of `length` tokens. `bos`: with that token before every window."""
 
     length: int
     stride: int | None = None
+    sinks: int | None = None
+    bos: bool = False
 
     @property
     def protocol(self) -> str:
-        return "non-overlapping" if self.stride is None else "sliding"
+        kind = "streaming" if self.sinks is not None else "non-overlapping" if self.stride is None else "sliding"
+        return f"{kind}, bos first" if self.bos else kind
 
     @property
     def axes(self) -> dict[str, Any]:
         """What tells it from windows of this length that follow one another."""
-        return {} if self.stride is None else {"stride": self.stride}
+        given = {"stride": self.stride, "sinks": self.sinks, "bos": self.bos or None}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def beside(self) -> Way:
+        """What it is compared with: the same without bos, else windows of this length that follow one another."""
+        return replace(self, bos=False) if self.bos else Way(self.length)
+
+    @property
+    def base(self) -> Way:
+        """Where this is impossible, so is the other."""
+        return self.beside if self.sinks is None or self.bos else self
 
     def __str__(self) -> str:
-        return f"at {self.length}" + ("" if self.stride is None else f", moving on by {self.stride}")
+        moving = "" if self.stride is None else f", moving on by {self.stride}"
+        streaming = "" if self.sinks is None else f", streaming, {self.sinks} sinks"
+        return f"at {self.length}{moving}{streaming}{', bos first' if self.bos else ''}"
 
 
 @dataclass
@@ -238,8 +261,12 @@ def evaluate_perplexity(
     precision: Precision,
     split: str = "test",
     progress: Callable[[str, int], Callable[[int], None]] = lambda *_: lambda _: None,
+    keep: TokenNats | None = None,
 ) -> Evaluated:
-    """Perplexity of `model` at every length of the config, and the sums by document behind it (to compare in pairs)."""
+    """Perplexity of `model` at every length of the config, and the sums by document behind it (to compare in pairs).
+
+    `keep` takes the nats of single targets at every length.
+    """
     lengths, segments = asked_segments(config, dataset, trained_context, split)
     if segments is None:
         reasons = {n: f"fewer than {config.min_documents} {split} documents have {n + 1} tokens" for n in lengths}
@@ -250,44 +277,50 @@ def evaluate_perplexity(
     measurements: list[Measurement] = []
     scored: dict[Way, DocumentScores] = {}  # where the sums are numbers
     positions: dict[int, PositionSums] = {}
-    undefined: set[int] = set()
+    impossible: set[Way] = set()
     text = document_scores(segments, np.zeros(segments.n), dataset.tokenizer)
     for way in _ways(config, lengths):
-        plain = Way(way.length)
+        if way.base in impossible:
+            impossible.add(way)
+            continue
         if way.length > segments.length:
-            if way == plain:
-                measurements += missing_measurements(way, split, "no_document", _too_long(config, segments, way, split))
+            impossible.add(way)
+            measurements += missing_measurements(way, split, "no_document", _too_long(config, segments, way, split))
             continue
-        if way.length in undefined:
-            continue
-        if way == plain:
+        watching: list[Watch] = []
+        if not way.axes:
             positions[way.length] = PositionSums(segments, way.length, trained=trained_context)
-        advance = progress(f"scoring {split} {way}", segments.n * segments.length)
+            watching.append(positions[way.length])
+        if keep is not None and way == _in_comparison(config, way.length):
+            watching.append(keep.at(way.length, way.protocol, segments))
         try:
-            nats = score_windows(
-                model, segments, way.length, device=device, precision=precision, batch_tokens=config.batch_tokens,
-                stride=way.stride, advance=advance, watch=positions[way.length] if way == plain else None,
+            nats = _score(
+                model, segments, way, dataset.tokenizer, config, device=device, precision=precision, watching=watching,
+                advance=progress(f"scoring {split} {way}", segments.n * segments.length),
             )  # fmt: skip
-        except UndefinedBeyondTraining as end:
-            measurements += missing_measurements(way, split, "undefined", str(end))
-            undefined.add(way.length)
-            positions.pop(way.length, None)
+        except (UndefinedBeyondTraining, IncompatibleError) as no:
+            impossible.add(way)
+            reason = str(no).removeprefix("decoding.cache: ")
+            measurements += missing_measurements(way, split, "undefined", reason)
+            if not way.axes:
+                del positions[way.length]
             continue
         scores = replace(text, nats=np.bincount(segments.rows, weights=nats).tolist())
         if math.isfinite(sum(scores.nats)):
             scored[way] = scores
-        else:
-            positions.pop(way.length, None)
+        elif not way.axes:
+            del positions[way.length]
         measurements += score_measurements(
             scores, split=split, protocol=way.protocol, context=way.length,
             axes={"segment": segments.length, **way.axes},
-            facts={} if way == plain else difference_facts(scores, scored.get(plain)),
+            facts=difference_facts(scores, scored.get(way.beside)) if way.axes else {},
         )  # fmt: skip
     model.train(was_training)
     sums = [_document_sums(way, scores, split) for way, scores in scored.items()]
+    where: dict[str, Any] = {"split": split, "segment": segments.length}
+    measurements += _effective_context(config, scored, **where)
     if positions:
         longest = positions[max(positions)]
-        where: dict[str, Any] = {"split": split, "segment": segments.length}
         measurements += position_measurements(longest, **where)
         measurements += in_context_score(positions, **where)
         measurements += extrapolation_ratio(positions, trained_context, **where)
@@ -296,9 +329,52 @@ def evaluate_perplexity(
 
 
 def _ways(config: PerplexityConfig, lengths: Sequence[int]) -> list[Way]:
-    """All ways of scoring that a config asks for: at each length first the one that the others are compared with."""
+    """All ways of scoring that a config asks for, each behind the one that it is compared with."""
     strides = sorted(set(config.strides))
-    return [Way(length, stride) for length in lengths for stride in (None, *(s for s in strides if s < length))]
+    ways = [Way(length, stride) for length in lengths for stride in (None, *(s for s in strides if s < length))]
+    ways += [Way(size, sinks=config.sinks) for size in sorted(set(config.streaming))]
+    return [replace(way, bos=bos) for way in ways for bos in ((False, True) if config.bos else (False,))]
+
+
+def _in_comparison(config: PerplexityConfig, length: int) -> Way:
+    """The way in which lengths are compared: in windows that move on by the smallest stride."""
+    return Way(length, min((s for s in config.strides if s < length), default=None))
+
+
+def _score(
+    model: Transformer,
+    segments: EvalSegments,
+    way: Way,
+    tokenizer: Tokenizer,
+    config: PerplexityConfig,
+    *,
+    device: torch.device,
+    precision: Precision,
+    watching: Sequence[Watch],
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    common: dict[str, Any] = {
+        "device": device, "precision": precision, "batch_tokens": config.batch_tokens,
+        "bos_id": tokenizer.bos_id if way.bos else None, "advance": advance,
+    }  # fmt: skip
+    if way.sinks is not None:
+        return score_streaming(model, segments, sinks=way.sinks, window=way.length - way.sinks, **common)
+
+    def watch(owners: np.ndarray, firsts: np.ndarray, nats: np.ndarray) -> None:
+        for each in watching:
+            each(owners, firsts, nats)
+
+    return score_windows(model, segments, way.length, stride=way.stride, watch=watch, **common)
+
+
+def _effective_context(
+    config: PerplexityConfig, scored: dict[Way, DocumentScores], *, split: str, segment: int
+) -> list[Measurement]:
+    ways = [way for way in scored if way == _in_comparison(config, way.length)]
+    nats = {way.length: sum(scored[way].nats) / sum(scored[way].targets) for way in ways}
+    moving = {"stride": min(config.strides)} if any(way.stride for way in ways) else {}
+    protocol = "sliding" if moving else "non-overlapping"
+    return effective_context(nats, protocol=protocol, split=split, axes={"segment": segment, **moving})
 
 
 def _too_long(config: PerplexityConfig, segments: EvalSegments, way: Way, split: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import lightning
@@ -13,7 +14,7 @@ from torch import Tensor
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.windows import EvalSegments
 from ctxlab.errors import DataError
-from ctxlab.model.cache import KVCache
+from ctxlab.model.cache import KVCache, StreamingCache
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.precision import Precision, autocast
 
@@ -32,6 +33,7 @@ def score_windows(
     precision: Precision,
     batch_tokens: int,
     stride: int | None = None,
+    bos_id: int | None = None,
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
     watch: Watch | None = None,
@@ -40,21 +42,60 @@ def score_windows(
 
     Windows follow one another, or with a `stride` begin so many tokens after one another, and all but the first score what is
     new in them: every target counts once either way. A window of more than `batch_tokens` is read in parts of so many over a
-    growing cache, which is the same as one forward over it. `advance` hears of the targets, `watch` of their nats.
-    `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
-    Raises UndefinedBeyondTraining where the model's positions end before `length`.
+    growing cache, which is the same as one forward over it. With `bos_id` that token is put in front of every window but those
+    that begin with a document, which has it there; it is one input more, and no target. `advance` hears of the targets,
+    `watch` of their nats. `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the
+    whole. Raises UndefinedBeyondTraining where the model's positions end before `length`.
     """
     nats, scored = np.zeros(segments.n), np.zeros(segments.n, dtype=np.int64)
-    for alike in _alike(segments, windows(segments.length, length, stride)):
-        for number, (owners, starts) in enumerate(alike.batches(batch_tokens)):
+    for alike in _alike(segments, windows(segments.length, length, stride), bos_id):
+        for number, (owners, starts) in enumerate(alike.batches(batch_tokens // alike.width)):
             if number % part[1] == part[0]:
-                block = _block(segments, owners, starts, alike.width).to(device)  # (B, width + 1)
-                found = _window_nats(model, block, alike.scored, precision, batch_tokens).cpu().numpy()  # (B, scored)
+                block = _block(segments, owners, starts, alike).to(device)
+                width = block.shape[1] - 1
+                cache = KVCache(model.config.n_layers) if width > batch_tokens else None
+                edges = [*range(0, width, batch_tokens), width]
+                found = _read(model, block, alike.scored, precision, edges, cache).cpu().numpy()  # (B, scored)
                 np.add.at(nats, owners, found.sum(axis=1))
                 if watch is not None:
                     watch(owners, starts + alike.width - alike.scored, found)
             np.add.at(scored, owners, alike.scored)
             advance(len(owners) * alike.scored)
+    assert (scored == segments.length).all(), "a target is left out, or counts twice"
+    return nats
+
+
+@torch.inference_mode()
+def score_streaming(
+    model: Transformer,
+    segments: EvalSegments,
+    *,
+    sinks: int,
+    window: int,
+    device: torch.device,
+    precision: Precision,
+    batch_tokens: int,
+    bos_id: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> np.ndarray:
+    """Nats of every segment, float64 (n_segments,), read token by token over a cache of its first `sinks` and last `window`.
+
+    This is not a sliding window: a key that is held was computed from tokens that have left since, and in every layer it
+    carries something of them. The two are the same in a model of one layer, and where all that an attention of windows of W
+    in n layers reaches, n (W - 1) + 1 tokens, is held. Raises IncompatibleError where the model cannot be read so.
+    """
+    nats, scored = np.zeros(segments.n), np.zeros(segments.n, dtype=np.int64)
+    capacity = sinks + window
+    for alike in _alike(segments, windows(segments.length, segments.length), bos_id):
+        for owners, starts in alike.batches(batch_tokens // capacity):
+            block = _block(segments, owners, starts, alike).to(device)
+            width = block.shape[1] - 1
+            whole = min(width, capacity)
+            edges = [*range(0, whole, batch_tokens), *range(whole, width), width]
+            cache = StreamingCache(model.config.n_layers, sinks=sinks, window=window)
+            found = _read(model, block, alike.scored, precision, edges, cache, advance)
+            np.add.at(nats, owners, found.sum(dim=1).cpu().numpy())
+            np.add.at(scored, owners, alike.scored)
     assert (scored == segments.length).all(), "a target is left out, or counts twice"
     return nats
 
@@ -87,16 +128,17 @@ class _Alike(NamedTuple):
     scored: int
     segments: np.ndarray
     starts: np.ndarray
+    front: int | None  # a token before each of them
 
-    def batches(self, tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(segment, start) of the windows, as many at once as have `tokens` inputs; one at least."""
-        n, rows = len(self.segments) * len(self.starts), max(1, tokens // self.width)
+    def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(segment, start) of the windows, `rows` at once; one at least."""
+        n, rows = len(self.segments) * len(self.starts), max(1, rows)
         for first in range(0, n, rows):
             segment, start = np.divmod(np.arange(first, min(first + rows, n)), len(self.starts))
             yield self.segments[segment], self.starts[start]
 
 
-def _alike(segments: EvalSegments, cuts: Sequence[Window]) -> Iterator[_Alike]:
+def _alike(segments: EvalSegments, cuts: Sequence[Window], bos_id: int | None) -> Iterator[_Alike]:
     """All windows of all segments: those that begin segments, those that follow, the shorter last ones."""
     edge = 0
     for cut in cuts:
@@ -106,31 +148,53 @@ def _alike(segments: EvalSegments, cuts: Sequence[Window]) -> Iterator[_Alike]:
     everything = np.arange(segments.n)
     for width, scored in sorted({(cut.width, cut.scored) for cut in cuts}, reverse=True):
         starts = np.array([cut.start for cut in cuts if (cut.width, cut.scored) == (width, scored)])
-        yield _Alike(width, scored, everything, starts)
+        if bos_id is None:
+            yield _Alike(width, scored, everything, starts, None)
+            continue
+        begin = segments.begin_documents
+        for some, places, front in (
+            (everything[begin], starts[starts == 0], None),
+            (everything[~begin], starts[starts == 0], bos_id),
+            (everything, starts[starts > 0], bos_id),
+        ):
+            if len(some) and len(places):
+                yield _Alike(width, scored, some, places, front)
 
 
-def _block(segments: EvalSegments, owners: np.ndarray, starts: np.ndarray, width: int) -> Tensor:
-    """The inputs of windows and the token behind them, (B, width + 1) int64."""
-    rows = [segments.segment(s)[1][i : i + width + 1] for s, i in zip(owners.tolist(), starts.tolist(), strict=True)]
-    return torch.from_numpy(np.stack(rows).astype(np.int64))
+def _block(segments: EvalSegments, owners: np.ndarray, starts: np.ndarray, alike: _Alike) -> Tensor:
+    """The inputs of windows and the token behind them, (B, width + 1) int64, one more with a token in front."""
+    rows = [
+        segments.segment(s)[1][i : i + alike.width + 1] for s, i in zip(owners.tolist(), starts.tolist(), strict=True)
+    ]
+    block = np.stack(rows).astype(np.int64)
+    if alike.front is not None:
+        block = np.pad(block, ((0, 0), (1, 0)), constant_values=alike.front)
+    return torch.from_numpy(block)
 
 
-def _window_nats(model: Transformer, block: Tensor, scored: int, precision: Precision, most: int) -> Tensor:
-    """Nats of the last `scored` tokens of each row (B, width + 1) given the row's past, float64 (B, scored).
+def _read(
+    model: Transformer,
+    block: Tensor,
+    scored: int,
+    precision: Precision,
+    edges: Sequence[int],
+    cache: KVCache | None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Nats of the last `scored` tokens of each row (B, n + 1) given the row's past, float64 (B, scored).
 
-    `most` inputs of a row are read at once; what came before them is in a cache.
+    The n inputs are read in the parts that `edges` bound; more than one need a cache. `advance` hears of the targets.
     """
-    width = block.shape[1] - 1
+    unscored = block.shape[1] - 1 - scored
     found = []
     with autocast(precision, block.device):
-        cache = KVCache(model.config.n_layers) if width > most else None
-        for start in range(0, width, most):
-            stop = min(start + most, width)
+        for start, stop in pairwise(edges):
             inputs = block[:, start:stop]
             hidden = model.hidden(inputs) if cache is None else model.hidden(inputs, cache=cache)
-            first = max(start, width - scored)
+            first = max(start, unscored)
             if first < stop:
                 found.append(model.nats(hidden[:, first - start :], block[:, first + 1 : stop + 1]))
+                advance(len(block) * (stop - first))
     return torch.cat(found, dim=1).double()
 
 

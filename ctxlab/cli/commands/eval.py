@@ -11,6 +11,7 @@ from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point
 from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
+from ctxlab.evaluation.reach import TokenNats, relative_effective_context
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
@@ -37,9 +38,13 @@ def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
     evaluations = _same_lengths(config.eval, parents)
     with recording(run, config.logger, job_type="eval") as opened:
         facts = {}
+        nats = {parent.id: TokenNats() for parent in parents} if len(parents) > 1 else {}
         for parent in parents:
-            axes = {"run": parent.id} if len(parents) > 1 else {}
-            facts[parent.id] = _evaluate(config, evaluations, parent, axes, run, opened, invocation, device, precision)
+            facts[parent.id] = _evaluate(
+                config, evaluations, parent, nats.get(parent.id), run, opened, invocation, device, precision
+            )
+        if all(found == facts[parents[0].id] for found in facts.values()):  # the same text and tokenizer
+            opened.sink.measure(relative_effective_context(nats, split="test"))
         run.update(
             provenance=collect(
                 seed=config.seed,
@@ -60,14 +65,15 @@ def _evaluate(
     config: EvalConfig,
     evaluations: Evaluations,
     parent: Run,
-    axes: dict[str, str],
+    keep: TokenNats | None,
     run: Run,
     opened: Recording,
     invocation: Invocation,
     device: torch.device,
     precision: Precision,
 ) -> dict[str, Any]:
-    """Scores one run into the record; returns what the record says of its text."""
+    """Scores one run, of several if there is something to `keep`, into the record; returns what that says of its text."""
+    axes = {} if keep is None else {"run": parent.id}
     recorded = parent.record.config
     attention = None if config.attention == "none" else config.attention.model_dump(mode="json")
     loaded = open_run(parent, checkpoint=config.checkpoint, device=device, attention=attention)
@@ -76,7 +82,7 @@ def _evaluate(
     score(
         loaded.model, dataset, evaluations,
         context=loaded.context, device=device, precision=precision,
-        run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes,
+        run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep,
     )  # fmt: skip
     trained = SimpleNamespace(
         model=ModelConfig.model_validate(recorded["model"]),

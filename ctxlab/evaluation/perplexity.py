@@ -42,7 +42,8 @@ from ctxlab.evaluation.reach import TokenNats, effective_context
 from ctxlab.evaluation.words import segment_words
 from ctxlab.fields import Count, Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
-from ctxlab.records.schema import DocumentSums, Measurement
+from ctxlab.records.run import axes_key
+from ctxlab.records.schema import WAY_AXES, DocumentSums, Measurement
 from ctxlab.registry import ComponentConfig
 from ctxlab.train.precision import Precision
 from ctxlab.train.scoring import Watch, score_streaming, score_windows
@@ -203,6 +204,36 @@ def difference_facts(scores: DocumentScores | None, other: DocumentScores | None
     bounds = paired_interval(scores.nats, other.nats, scores.targets)
     ends = {} if bounds is None else {"difference_low": bounds[0], "difference_high": bounds[1]}
     return {"difference": difference, **ends}
+
+
+def compared(
+    measurements: Sequence[Measurement], sums: Sequence[DocumentSums], other: str, others: Sequence[DocumentSums]
+) -> list[Measurement]:
+    """The measurements of a run with, among their facts, by how many nats per token each is above another run's.
+
+    Only where both scored the same targets, with the interval paired over documents.
+    """
+    theirs = {(d.context, axes_key(d.axes)): d for d in others}
+    found: dict[tuple[int | None, str], dict[str, Any]] = {}
+    for ours in sums:
+        against = theirs.get((ours.context, axes_key(ours.axes)))
+        if against is None or (ours.names, ours.targets) != (against.names, against.targets):
+            continue
+        low, high = paired_interval(ours.nats, against.nats, ours.targets) or (None, None)
+        less = (sum(ours.nats) - sum(against.nats)) / sum(ours.targets)
+        found[ours.context, axes_key(ours.axes)] = {
+            "compared_with": other,
+            "less": less,
+            "less_low": low,
+            "less_high": high,
+        }
+    told = (*WAY_AXES, "from", "to")
+    rows = []
+    for m in measurements:
+        key = m.context or m.axes.get("length"), axes_key({name: m.axes[name] for name in told if name in m.axes})
+        is_one = m.name == "nats_per_token" and m.value is not None and key in found
+        rows.append(m.model_copy(update={"facts": {**m.facts, **found[key]}}) if is_one else m)
+    return rows
 
 
 def _exp(nats: float) -> float:

@@ -102,9 +102,9 @@ def relative_effective_contexts(
 
 def relative_effective_context(group: Mapping[str, TokenNats], *, split: str) -> list[Measurement]:
     """The rows of a group of runs that were scored on the same targets, for the hardest tenth, half, and all of them."""
-    by_length: dict[str, Mapping[int, np.ndarray]] = {run: nats.by_length for run, nats in group.items()}
+    by_length: dict[str, Mapping[int, np.ndarray]] = {r: nats.by_length for r, nats in group.items() if nats.by_length}
     protocols = sorted({nats.protocol for nats in group.values()})
-    runs: Sequence[str] = list(group)
+    runs: Sequence[str] = list(by_length)
     lengths = sorted(set().union(*by_length.values()))
     if len(runs) < 2 or len(lengths) < 2:
         return []

@@ -18,6 +18,7 @@ _FLAGS = (
     ("--config-dir DIR", "a folder of your own with position/mine.yaml, experiment/mine.yaml, ..."),
     ("--plugin FILE.py", "a file of your own that registers components"),
     ("--cfg job", "print the composed config (of every cell, with -m) and stop"),
+    ("--json", "of eval: the whole record and its results, for programs, in place of tables"),
 )
 _SHOWN_OPTIONS = 12
 _WIDTH = 118

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of a command. `line` does the same again; `is_child` means a cell of a sweep, whose parent reports."""
+    """One call of a command. `line` does the same again; `is_child` means a cell of a sweep, whose parent reports; `as_json`
+    asks for the record in place of a screen."""
 
     command: str
     line: str
@@ -26,6 +27,7 @@ class Invocation:
     overrides: tuple[str, ...] = ()
     plugins: tuple[Plugin, ...] = ()
     is_child: bool = False
+    as_json: bool = False
 
     @functools.cached_property
     def store(self) -> RunStore:

@@ -23,12 +23,14 @@ from ctxlab.evaluation.perplexity import (
     PerplexityConfig,
     asked_segments,
     auto_lengths,
+    compared,
     evaluate_perplexity,
 )
+from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.model.transformer import Transformer
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
-from ctxlab.records.schema import Measurement
+from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run
 from ctxlab.report.task_tables import save_task_maps
@@ -62,36 +64,46 @@ def score(
     sink: Sink,
     console: Console,
     axes: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart."""
+    keep: TokenNats | None = None,
+    against: tuple[str, Sequence[DocumentSums]] | None = None,
+) -> Sequence[DocumentSums]:
+    """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart.
+
+    `keep` takes the nats of single targets, for what can only be said of several runs. `against` is the run that this one is
+    compared with in pairs, and its sums by document; returned are this one's.
+    """
     documents: dict[int, DocumentScores] = {}
+    sums: Sequence[DocumentSums] = ()
     score_tasks(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,
     )  # fmt: skip
     if isinstance(dataset, TaskDataset):
-        return  # no text to be modelled
+        return sums  # no text to be modelled
     if isinstance(evaluations.perplexity, PerplexityConfig):
         with progress_bar(console) as start:
-            measurements, documents = evaluate_perplexity(
+            measurements, documents, sums = evaluate_perplexity(
                 model, dataset, evaluations.perplexity,
-                trained_context=context, device=device, precision=precision, progress=start,
+                trained_context=context, device=device, precision=precision, progress=start, keep=keep,
             )  # fmt: skip
+        if against is not None:
+            measurements = compared(measurements, sums, *against)
         sink.measure(along(measurements, axes))
-        run.write_documents(documents, axes=axes)
+        run.add_documents(*(row.model_copy(update={"axes": {**axes, **row.axes}}) for row in sums))
     if isinstance(evaluations.ngram, NGramConfig):
         cut = evaluations.perplexity if isinstance(evaluations.perplexity, PerplexityConfig) else PerplexityConfig()
         _, segments = asked_segments(cut, dataset, context)
         if segments is None:
-            return
+            return sums
         with progress_bar(console) as start:
             advance = start("counting n-grams", segments.n * segments.length)
-            rows, sums = evaluate_ngram(
+            rows, counted = evaluate_ngram(
                 dataset, evaluations.ngram, segments,
                 against=documents.get(context), context=context, advance=advance,
             )  # fmt: skip
         sink.measure(along(rows, axes))
-        run.write_documents({context: sums}, axes={**axes, "baseline": BASELINE})
+        run.write_documents({context: counted}, axes={**axes, "baseline": BASELINE})
+    return sums
 
 
 def score_tasks(

@@ -68,6 +68,7 @@ def _run_once(prepared: Prepared) -> int:
         runs=prepared.runs,
         overrides=prepared.line.overrides,
         plugins=prepared.plugins,
+        as_json=prepared.line.as_json,
     )
     if command not in RECORDED:
         body = importlib.import_module(f"ctxlab.cli.commands.{command}")

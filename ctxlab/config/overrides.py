@@ -27,7 +27,7 @@ SELECTOR_KEYS = ("run", "init", "resume")
 BARE_WORDS = {"eval": ("run",), "generate": ("run", "prompt")}
 
 # `--resolve` is Hydra's: what `--cfg job` prints here always has its references filled in.
-FLAGS = ("--plugin", "--config-dir", "--cfg", "--resolve", "--multirun", "--help")
+FLAGS = ("--plugin", "--config-dir", "--cfg", "--resolve", "--multirun", "--json", "--help")
 _SHORT = {"-m": "--multirun", "-cd": "--config-dir", "-c": "--cfg", "-h": "--help"}
 
 _ASSIGNMENT = re.compile(r"(?P<prefix>\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
@@ -47,6 +47,7 @@ class Line:
     config_dirs: tuple[Path, ...] = ()
     multirun: bool = False
     print_config: bool = False
+    as_json: bool = False
     help: bool = False
     launcher: tuple[str, ...] = ()  # hydra/launcher=NAME and its settings: who runs a sweep, no part of any config
 
@@ -87,7 +88,7 @@ def split(command: str, argv: Sequence[str]) -> Line:
     selectors: dict[str, tuple[str, ...]] = {}
     bare: list[str] = []
     launcher: list[str] = []
-    print_config = show_help = False
+    print_config = show_help = as_json = False
 
     words = list(argv)
     while words:
@@ -115,6 +116,10 @@ def split(command: str, argv: Sequence[str]) -> Line:
                 raise ConfigError(f"{flag}: no such flag of ctxlab {command}{nearest(flag, FLAGS)}")
             elif flag == "--help":
                 show_help = True
+            elif flag == "--json":
+                if command != "eval" or multirun:
+                    raise ConfigError("--json: is of one ctxlab eval; of recorded runs: ctxlab runs --json")
+                as_json = True
             continue
         match = _ASSIGNMENT.fullmatch(word)
         if match is None:
@@ -158,6 +163,7 @@ def split(command: str, argv: Sequence[str]) -> Line:
         config_dirs=tuple(config_dirs),
         multirun=multirun,
         print_config=print_config,
+        as_json=as_json,
         help=show_help,
         launcher=tuple(launcher),
     )

@@ -101,7 +101,15 @@ def _curriculum(config: TrainConfig) -> None:
 
 def _lengths(config: TrainConfig | EvalConfig) -> None:
     perplexity = config.eval.perplexity
-    if perplexity == "none" or perplexity.lengths == "auto":
+    if perplexity == "none":
+        return
+    for size in perplexity.streaming:
+        if size <= perplexity.sinks:
+            raise ConfigError(
+                f"eval.perplexity.streaming: a cache of {size} has no token beside its {perplexity.sinks} sinks; the "
+                f"nearest valid value is {perplexity.sinks + 1}"
+            )
+    if perplexity.lengths == "auto":
         return
     if not perplexity.lengths:
         raise ConfigError("eval.perplexity.lengths: expected at least one length, or auto, got []")

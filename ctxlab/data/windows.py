@@ -135,6 +135,16 @@ class EvalSegments:
         self._within = number * counts[documents] // np.maximum(quotas[documents], 1)
         self.n = len(documents)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Of each segment, the place of its document among those that have segments, (n,)."""
+        return np.unique(self._documents, return_inverse=True)[1]
+
+    @property
+    def begin_documents(self) -> np.ndarray:
+        """Which segments are the first of their documents, (n,) bool."""
+        return self._within == 0
+
     def segment(self, index: int) -> tuple[int, np.ndarray]:
         """(document, its length + 1 tokens)."""
         document = int(self._documents[index])

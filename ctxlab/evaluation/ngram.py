@@ -153,7 +153,7 @@ def evaluate_ngram(
         places = segments.start(index) + np.arange(1, len(tokens))
         nats[index] = -np.log(model.probabilities(np.asarray(segments.split.document(number)), places)).sum()
         advance(len(places))
-    scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
+    scores = document_scores(segments, nats, dataset.tokenizer)
     facts: dict[str, Any] = {"train_tokens": counted, "train_seconds": seconds}
     if difference := difference_facts(against, scores):
         facts |= {**difference, "difference_context": context}

@@ -6,7 +6,11 @@ every length scores every target of every segment once, and a difference between
 
 There the first targets of a window see next to nothing (Press et al. 2022, arXiv:2108.12409, appendix B, the early-token
 curse). With strides the same targets are scored again in windows that overlap: each moves on by S tokens and scores those S, so
-that all but a segment's first c targets see at least c - S tokens.
+that all but a segment's first c targets see at least c - S tokens. Streaming reads a segment token by token over a cache of
+c tokens that moves on with it, its first ones kept as sinks: a way of its own, whose cached keys have seen what has left the
+cache. And each of these with bos before every window, which only one at a document's start has by itself.
+
+Loss by index and what is made of it are in by_position.py, how far context helps in reach.py.
 """
 
 from __future__ import annotations
@@ -14,27 +18,36 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 
 from ctxlab.data.prepare import TextDataset
+from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokens import Split
 from ctxlab.data.windows import EvalSegments, longest_length
-from ctxlab.errors import UndefinedBeyondTraining
+from ctxlab.errors import IncompatibleError, UndefinedBeyondTraining
+from ctxlab.evaluation.by_position import (
+    PositionSums,
+    extrapolation_ratio,
+    in_context_score,
+    position_documents,
+    position_measurements,
+)
 from ctxlab.evaluation.intervals import paired_interval, ratio_interval
+from ctxlab.evaluation.reach import TokenNats, effective_context
+from ctxlab.evaluation.words import segment_words
 from ctxlab.fields import Count, Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
-from ctxlab.records.schema import Measurement
+from ctxlab.records.run import axes_key
+from ctxlab.records.schema import WAY_AXES, DocumentSums, Measurement
 from ctxlab.registry import ComponentConfig
 from ctxlab.train.precision import Precision
-from ctxlab.train.scoring import score_windows
+from ctxlab.train.scoring import Watch, score_streaming, score_windows
 
-PROTOCOL = "non-overlapping"
-SLIDING = "sliding"
 AUTO_MULTIPLES = (0.5, 1, 2, 4, 8)
 _LARGEST_NATS = math.log(sys.float_info.max)
 
@@ -47,19 +60,68 @@ class PerplexityConfig(ComponentConfig):
     )
     segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
     strides: tuple[Length, ...] = Field((), description="scored again in windows that move on by so many tokens")
+    streaming: tuple[Length, ...] = Field((), description="scored again over a moving cache of so many tokens")
+    sinks: int = Field(4, ge=0, description="first tokens that the moving cache keeps, among its own")
+    bos: bool = Field(False, description="scored again, each way, with bos before every window")
     min_documents: int = Field(8, ge=1, description="a length is scored when this many test documents fill it")
     max_tokens: OrNone | Count = Field(131_072, description="scored at each length, shared by the documents; none: all")
     batch_tokens: int = Field(16_384, ge=1, json_schema_extra={"identity": False})
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way of scoring all targets: in windows of `length`, that follow one another or move on by `stride`; or with `sinks`
+    over a moving cache of `length` tokens. `bos`: with that token before every window."""
+
+    length: int
+    stride: int | None = None
+    sinks: int | None = None
+    bos: bool = False
+
+    @property
+    def protocol(self) -> str:
+        kind = "streaming" if self.sinks is not None else "non-overlapping" if self.stride is None else "sliding"
+        return f"{kind}, bos first" if self.bos else kind
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """What tells it from windows of this length that follow one another."""
+        given = {"stride": self.stride, "sinks": self.sinks, "bos": self.bos or None}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def beside(self) -> Way:
+        """What it is compared with: the same without bos, else windows of this length that follow one another."""
+        return replace(self, bos=False) if self.bos else Way(self.length)
+
+    @property
+    def base(self) -> Way:
+        """Where this is impossible, so is the other."""
+        return self.beside if self.sinks is None or self.bos else self
+
+    def __str__(self) -> str:
+        moving = "" if self.stride is None else f", moving on by {self.stride}"
+        streaming = "" if self.sinks is None else f", streaming, {self.sinks} sinks"
+        return f"at {self.length}{moving}{streaming}{', bos first' if self.bos else ''}"
+
+
 @dataclass
 class DocumentScores:
-    """Sums per document, in document order: nats, scored targets, UTF-8 bytes of the targets' text."""
+    """Sums per document, in document order: nats, scored targets, UTF-8 bytes and words of the targets' text."""
 
     names: list[str] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     n_bytes: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+
+
+class Evaluated(NamedTuple):
+    """What `evaluate_perplexity` found."""
+
+    measurements: list[Measurement]
+    documents: dict[int, DocumentScores]  # by length, of windows that follow one another
+    sums: list[DocumentSums]  # of everything that was scored, for the record
 
 
 def auto_lengths(context: int) -> tuple[int, ...]:
@@ -67,7 +129,7 @@ def auto_lengths(context: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, int(context * multiple)) for multiple in AUTO_MULTIPLES}))
 
 
-def document_scores(segments: EvalSegments, nats: np.ndarray, token_bytes: np.ndarray) -> DocumentScores:
+def document_scores(segments: EvalSegments, nats: np.ndarray, tokenizer: Tokenizer) -> DocumentScores:
     """Segment sums gathered by document."""
     scores = DocumentScores()
     last = -1
@@ -76,12 +138,12 @@ def document_scores(segments: EvalSegments, nats: np.ndarray, token_bytes: np.nd
         if document != last:  # told apart by number: two documents may have one name
             last = document
             scores.names.append(segments.split.names[document])
-            scores.nats.append(0.0)
-            scores.targets.append(0)
-            scores.n_bytes.append(0)
+            for sums in (scores.nats, scores.targets, scores.n_bytes, scores.words):
+                sums.append(0)
         scores.nats[-1] += float(nats[index])
         scores.targets[-1] += len(tokens) - 1
-        scores.n_bytes[-1] += int(token_bytes[np.asarray(tokens[1:])].sum())
+        scores.n_bytes[-1] += int(tokenizer.token_bytes[np.asarray(tokens[1:])].sum())
+        scores.words[-1] += segment_words(segments, index, tokenizer.pieces)
     return scores
 
 
@@ -94,38 +156,42 @@ def score_measurements(
     axes: dict[str, Any],
     facts: dict[str, Any] | None = None,
 ) -> list[Measurement]:
-    """nats per token, perplexity and bits per byte of the same sums, each with its 95% interval over documents.
+    """nats per token and per word, the two perplexities, bits per byte: of the same sums, with 95% intervals over documents.
 
-    With N nats, T targets and Y bytes over all documents: nats per token N / T, perplexity exp(N / T), bits per byte
-    N / (Y ln 2). The interval of the perplexity is the exponential of that of the nats.
+    With N nats, T targets, W words and Y bytes over all documents: nats per token N / T, per word N / W, their perplexities
+    exp(N / T) and exp(N / W), bits per byte N / (Y ln 2). The interval of a perplexity is the exponential of that of the
+    nats. A text without a word has no numbers per word.
     """
-    n_targets, n_docs = sum(scores.targets), len(scores.names)
-    per_token = sum(scores.nats) / n_targets
-    token_range = ratio_interval(scores.nats, scores.targets)
     in_bits = [n / math.log(2) for n in scores.nats]
-    byte_range = ratio_interval(in_bits, scores.n_bytes)
     common: dict[str, Any] = {
         "context": context,
         "split": split,
         "protocol": protocol,
-        "n_targets": n_targets,
-        "n_docs": n_docs,
+        "n_targets": sum(scores.targets),
+        "n_docs": len(scores.names),
         "axes": axes,
         "facts": facts or {},
     }
 
-    def row(name: str, unit: str, normaliser: str, value: float, bounds: tuple[float, float] | None) -> Measurement:
-        low, high = bounds if bounds is not None else (None, None)
-        return Measurement(name=name, value=value, unit=unit, low=low, high=high, normaliser=normaliser, **common)
+    def rows(sums: Sequence[float], per: Sequence[int], normaliser: str, *names: str) -> list[Measurement]:
+        """The ratio under the first name, its exponential under the second."""
+        ratio = [sum(sums) / sum(per), *(ratio_interval(sums, per) or (math.nan, math.nan))]
+        found = []
+        for name, unit, (value, low, high) in zip(
+            names, (f"{'bits' if normaliser == 'byte' else 'nats'}/{normaliser}", "1"), (ratio, map(_exp, ratio))
+        ):
+            found.append(
+                Measurement(
+                    name=name, value=value, unit=unit, low=low, high=high, normaliser=normaliser, **common
+                )
+            )  # fmt: skip
+        return found
 
     return [
-        row("nats_per_token", "nats/token", "token", per_token, token_range),
-        row(
-            "perplexity", "1", "token", _exp(per_token),
-            None if token_range is None else (_exp(token_range[0]), _exp(token_range[1])),
-        ),
-        row("bits_per_byte", "bits/byte", "byte", sum(in_bits) / sum(scores.n_bytes), byte_range),
-    ]  # fmt: skip
+        *rows(scores.nats, scores.targets, "token", "nats_per_token", "perplexity"),
+        *rows(in_bits, scores.n_bytes, "byte", "bits_per_byte"),
+        *(rows(scores.nats, scores.words, "word", "nats_per_word", "word_perplexity") if sum(scores.words) else []),
+    ]
 
 
 def difference_facts(scores: DocumentScores | None, other: DocumentScores | None) -> dict[str, float]:
@@ -140,18 +206,48 @@ def difference_facts(scores: DocumentScores | None, other: DocumentScores | None
     return {"difference": difference, **ends}
 
 
+def compared(
+    measurements: Sequence[Measurement], sums: Sequence[DocumentSums], other: str, others: Sequence[DocumentSums]
+) -> list[Measurement]:
+    """The measurements of a run with, among their facts, by how many nats per token each is above another run's.
+
+    Only where both scored the same targets, with the interval paired over documents.
+    """
+    theirs = {(d.context, axes_key(d.axes)): d for d in others}
+    found: dict[tuple[int | None, str], dict[str, Any]] = {}
+    for ours in sums:
+        against = theirs.get((ours.context, axes_key(ours.axes)))
+        if against is None or (ours.names, ours.targets) != (against.names, against.targets):
+            continue
+        low, high = paired_interval(ours.nats, against.nats, ours.targets) or (None, None)
+        less = (sum(ours.nats) - sum(against.nats)) / sum(ours.targets)
+        found[ours.context, axes_key(ours.axes)] = {
+            "compared_with": other,
+            "less": less,
+            "less_low": low,
+            "less_high": high,
+        }
+    told = (*WAY_AXES, "from", "to")
+    rows = []
+    for m in measurements:
+        key = m.context or m.axes.get("length"), axes_key({name: m.axes[name] for name in told if name in m.axes})
+        is_one = m.name == "nats_per_token" and m.value is not None and key in found
+        rows.append(m.model_copy(update={"facts": {**m.facts, **found[key]}}) if is_one else m)
+    return rows
+
+
 def _exp(nats: float) -> float:
     """exp, infinite where it has no number: the record says so, the other lengths go on."""
     return math.exp(nats) if nats < _LARGEST_NATS else math.nan if math.isnan(nats) else math.inf
 
 
-def missing_measurements(context: int, split: str, status: str, reason: str) -> list[Measurement]:
-    """The rows of a length that has no number, and why."""
+def missing_measurements(way: Way, split: str, status: str, reason: str) -> list[Measurement]:
+    """The rows of a way of scoring that has no number, and why."""
     names = (("nats_per_token", "nats/token"), ("perplexity", "1"), ("bits_per_byte", "bits/byte"))
     return [
         Measurement(
-            name=name, value=None, unit=unit, context=context, split=split, protocol=PROTOCOL,
-            status=status, reason=reason,
+            name=name, value=None, unit=unit, context=way.length, split=split, protocol=way.protocol,
+            status=status, reason=reason, axes=way.axes,
         )
         for name, unit in names
     ]  # fmt: skip
@@ -196,42 +292,130 @@ def evaluate_perplexity(
     precision: Precision,
     split: str = "test",
     progress: Callable[[str, int], Callable[[int], None]] = lambda *_: lambda _: None,
-) -> tuple[list[Measurement], dict[int, DocumentScores]]:
-    """Perplexity of `model` at every length of the config, and the sums by document behind it (to compare in pairs)."""
+    keep: TokenNats | None = None,
+) -> Evaluated:
+    """Perplexity of `model` at every length of the config, and the sums by document behind it (to compare in pairs).
+
+    `keep` takes the nats of single targets at every length.
+    """
     lengths, segments = asked_segments(config, dataset, trained_context, split)
+    if segments is None:
+        reasons = {n: f"fewer than {config.min_documents} {split} documents have {n + 1} tokens" for n in lengths}
+        rows = [m for n in lengths for m in missing_measurements(Way(n), split, "no_document", reasons[n])]
+        return Evaluated(rows, {}, [])
     was_training = model.training
     model.eval()
     measurements: list[Measurement] = []
-    documents: dict[int, DocumentScores] = {}
-    for length in lengths:
-        if segments is None or length > segments.length:
-            if segments is not None and segments.length == config.segment:
-                reason = f"longer than the segments, eval.perplexity.segment={config.segment}"
-            else:
-                reason = f"fewer than {config.min_documents} {split} documents have {length + 1} tokens"
-            measurements += missing_measurements(length, split, "no_document", reason)
+    scored: dict[Way, DocumentScores] = {}  # where the sums are numbers
+    positions: dict[int, PositionSums] = {}
+    impossible: set[Way] = set()
+    text = document_scores(segments, np.zeros(segments.n), dataset.tokenizer)
+    for way in _ways(config, lengths):
+        if way.base in impossible:
+            impossible.add(way)
             continue
-        for stride in (None, *(s for s in sorted(set(config.strides)) if s < length)):
-            moving = "" if stride is None else f", moving on by {stride}"
-            advance = progress(f"scoring {split} at {length}{moving}", segments.n * segments.length)
-            try:
-                nats = score_windows(
-                    model, segments, length, device=device, precision=precision,
-                    batch_tokens=config.batch_tokens, stride=stride, advance=advance,
-                )  # fmt: skip
-            except UndefinedBeyondTraining as undefined:
-                measurements += missing_measurements(length, split, "undefined", str(undefined))
-                break
-            scores = document_scores(segments, nats, dataset.tokenizer.token_bytes)
-            if stride is None and math.isfinite(sum(scores.nats)):
-                documents[length] = scores
-            measurements += score_measurements(
-                scores,
-                split=split,
-                protocol=PROTOCOL if stride is None else SLIDING,
-                context=length,
-                axes={"segment": segments.length} | ({} if stride is None else {"stride": stride}),
-                facts={} if stride is None else difference_facts(scores, documents.get(length)),
-            )
+        if way.length > segments.length:
+            impossible.add(way)
+            measurements += missing_measurements(way, split, "no_document", _too_long(config, segments, way, split))
+            continue
+        watching: list[Watch] = []
+        if not way.axes:
+            positions[way.length] = PositionSums(segments, way.length, trained=trained_context)
+            watching.append(positions[way.length])
+        if keep is not None and way == _in_comparison(config, way.length):
+            watching.append(keep.at(way.length, way.protocol, segments))
+        try:
+            nats = _score(
+                model, segments, way, dataset.tokenizer, config, device=device, precision=precision, watching=watching,
+                advance=progress(f"scoring {split} {way}", segments.n * segments.length),
+            )  # fmt: skip
+        except (UndefinedBeyondTraining, IncompatibleError) as no:
+            impossible.add(way)
+            reason = str(no).removeprefix("decoding.cache: ")
+            measurements += missing_measurements(way, split, "undefined", reason)
+            if not way.axes:
+                del positions[way.length]
+            continue
+        scores = replace(text, nats=np.bincount(segments.rows, weights=nats).tolist())
+        if math.isfinite(sum(scores.nats)):
+            scored[way] = scores
+        elif not way.axes:
+            del positions[way.length]
+        measurements += score_measurements(
+            scores, split=split, protocol=way.protocol, context=way.length,
+            axes={"segment": segments.length, **way.axes},
+            facts=difference_facts(scores, scored.get(way.beside)) if way.axes else {},
+        )  # fmt: skip
     model.train(was_training)
-    return measurements, documents
+    sums = [_document_sums(way, scores, split) for way, scores in scored.items()]
+    where: dict[str, Any] = {"split": split, "segment": segments.length}
+    measurements += _effective_context(config, scored, **where)
+    if positions:
+        longest = positions[max(positions)]
+        measurements += position_measurements(longest, **where)
+        measurements += in_context_score(positions, **where)
+        measurements += extrapolation_ratio(positions, trained_context, **where)
+        sums += position_documents(longest, segments, text.names, dataset.tokenizer.token_bytes, split=split)
+    return Evaluated(measurements, {way.length: s for way, s in scored.items() if not way.axes}, sums)
+
+
+def _ways(config: PerplexityConfig, lengths: Sequence[int]) -> list[Way]:
+    """All ways of scoring that a config asks for, each behind the one that it is compared with."""
+    strides = sorted(set(config.strides))
+    ways = [Way(length, stride) for length in lengths for stride in (None, *(s for s in strides if s < length))]
+    ways += [Way(size, sinks=config.sinks) for size in sorted(set(config.streaming))]
+    return [replace(way, bos=bos) for way in ways for bos in ((False, True) if config.bos else (False,))]
+
+
+def _in_comparison(config: PerplexityConfig, length: int) -> Way:
+    """The way in which lengths are compared: in windows that move on by the smallest stride."""
+    return Way(length, min((s for s in config.strides if s < length), default=None))
+
+
+def _score(
+    model: Transformer,
+    segments: EvalSegments,
+    way: Way,
+    tokenizer: Tokenizer,
+    config: PerplexityConfig,
+    *,
+    device: torch.device,
+    precision: Precision,
+    watching: Sequence[Watch],
+    advance: Callable[[int], None],
+) -> np.ndarray:
+    common: dict[str, Any] = {
+        "device": device, "precision": precision, "batch_tokens": config.batch_tokens,
+        "bos_id": tokenizer.bos_id if way.bos else None, "advance": advance,
+    }  # fmt: skip
+    if way.sinks is not None:
+        return score_streaming(model, segments, sinks=way.sinks, window=way.length - way.sinks, **common)
+
+    def watch(owners: np.ndarray, firsts: np.ndarray, nats: np.ndarray) -> None:
+        for each in watching:
+            each(owners, firsts, nats)
+
+    return score_windows(model, segments, way.length, stride=way.stride, watch=watch, **common)
+
+
+def _effective_context(
+    config: PerplexityConfig, scored: dict[Way, DocumentScores], *, split: str, segment: int
+) -> list[Measurement]:
+    ways = [way for way in scored if way == _in_comparison(config, way.length)]
+    nats = {way.length: sum(scored[way].nats) / sum(scored[way].targets) for way in ways}
+    moving = {"stride": min(config.strides)} if any(way.stride for way in ways) else {}
+    protocol = "sliding" if moving else "non-overlapping"
+    return effective_context(nats, protocol=protocol, split=split, axes={"segment": segment, **moving})
+
+
+def _too_long(config: PerplexityConfig, segments: EvalSegments, way: Way, split: str) -> str:
+    if segments.length == config.segment:
+        return f"longer than the segments, eval.perplexity.segment={config.segment}"
+    return f"fewer than {config.min_documents} {split} documents have {way.length + 1} tokens"
+
+
+def _document_sums(way: Way, scores: DocumentScores, split: str) -> DocumentSums:
+    return DocumentSums(
+        context=way.length, split=split, axes=way.axes, names=tuple(scores.names), nats=tuple(scores.nats),
+        targets=tuple(scores.targets), n_bytes=tuple(scores.n_bytes),
+    )  # fmt: skip

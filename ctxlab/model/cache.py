@@ -86,6 +86,7 @@ class KVCache:
     """
 
     raw = False
+    sinks = 0  # first tokens that stay when those behind them go
 
     def __init__(self, n_layers: int) -> None:
         self.layers: Sequence[LayerCache] = [LayerCache() for _ in range(n_layers)]
@@ -152,6 +153,7 @@ class StreamingCache(KVCache):
     def __init__(self, n_layers: int, *, sinks: int, window: int) -> None:
         super().__init__(n_layers)
         self.layers = [StreamingLayer(sinks, window) for _ in range(n_layers)]
+        self.sinks = sinks
         self.capacity = sinks + window
         self._held = 0
 

@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
         mechanism = ATTENTIONS.get(attention.name)
         self.carried_tokens = mechanism.carried_tokens(attention)  # that a training step sees of the step before
-        self.attention_name, self.streams = attention.name, mechanism.streams
+        self.attention_name, self.streams, self.slides = attention.name, mechanism.streams, mechanism.slides
         mechanism.check_position(POSITIONS.get(position.name), position.name)
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position = POSITIONS.get(position.name)(position, config, context)
@@ -348,10 +348,10 @@ class Transformer(nn.Module):
                         f"position: {self.position.config.name} is part of the keys and values themselves, which a "
                         "streaming cache cannot move to other positions"
                     )
-                if cache.raw and not self.streams:
+                if cache.raw and not (self.streams or (self.slides and not cache.sinks)):
                     raise IncompatibleError(
                         f"decoding.cache: a streaming cache drops tokens and closes ranks, which {self.attention_name} "
-                        "attention cannot follow; use full"
+                        f"attention cannot follow; use full{', or no sinks' if self.slides else ''}"
                     )
                 self.position.require_defined(cache.last_after(T))
                 positions, held = cache.advance(T, device)

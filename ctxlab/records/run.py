@@ -127,13 +127,16 @@ class Run:
         self, documents: Mapping[int, Sums], *, split: str = "test", axes: Mapping[str, Any] | None = None
     ) -> None:
         """Appends the sums by document of each context, to disk."""
-        rows = [
+        self.add_documents(*(
             DocumentSums(
                 context=context, split=split, axes=dict(axes or {}), names=tuple(sums.names),
                 nats=tuple(sums.nats), targets=tuple(sums.targets), n_bytes=tuple(sums.n_bytes),
             )
             for context, sums in documents.items()
-        ]  # fmt: skip
+        ))  # fmt: skip
+
+    def add_documents(self, *rows: DocumentSums) -> None:
+        """Appends sums by document, to disk."""
         append_lines(self.path / DOCUMENTS_FILE, [row.model_dump_json() + "\n" for row in rows])
 
     def metrics(self) -> list[dict[str, Any]]:

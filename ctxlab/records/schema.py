@@ -42,6 +42,12 @@ METRICS: dict[str, Metric] = {
     "nats_per_token": Metric("nats/token", True, "negative log-likelihood per target token, never smoothed"),
     "perplexity": Metric("1", True, "exp(nats per token)"),
     "bits_per_byte": Metric("bits/byte", True, "negative log2-likelihood per UTF-8 byte of the text"),
+    "nats_per_word": Metric("nats/word", True, "negative log-likelihood per word, a run of anything but white space"),
+    "word_perplexity": Metric("1", True, "exp(nats per word)"),
+    "in_context_score": Metric("nats/token", True, "nats per token late in a window less those early in it"),
+    "extrapolation_ratio": Metric("1", False, "the most trained contexts whose last tokens lose no more than epsilon"),
+    "effective_context": Metric("tokens", False, "shortest length within 1% of the perplexity at the longest"),
+    "relative_effective_context": Metric("tokens", False, "length from which on a run gains less than 1% in its group"),
     "accuracy": Metric("1", False, "share of right answers"),
     "bleu": Metric("1", False, "corpus BLEU"),
     "chrf": Metric("1", False, "corpus chrF"),
@@ -54,6 +60,9 @@ METRICS: dict[str, Metric] = {
     "learning_rate": Metric("1", True, "of the first parameter group"),
     "gradient_norm": Metric("1", True, "L2 norm of the whole gradient before clipping"),
 }
+
+# Axes by which a text is scored in another way than in windows that follow one another: beside the context they say how.
+WAY_AXES = ("stride", "sinks", "bos")
 
 # What a row of metrics.jsonl has besides metrics.
 ROW_KEYS = ("split", "step", "tokens", "seconds", "attempt")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ctxlab.errors import ConfigError
 from ctxlab.records.run import Run
-from ctxlab.records.schema import METRICS, Measurement
+from ctxlab.records.schema import METRICS, WAY_AXES, Measurement
 
 # How the splits of a row are called in W&B.
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
@@ -64,6 +64,7 @@ class WandbSink:
             self._run = self._start(run, mode=mode, project=project, entity=entity, group=group, job_type=job_type)
             self._define("tokens", hidden=True)
             self._define("context", hidden=True)
+            self._define("index", hidden=True)
         except BaseException:
             self._environment.close()
             raise
@@ -79,13 +80,17 @@ class WandbSink:
     def measure(self, measurements: Sequence[Measurement]) -> None:
         """One history row a context; what has no value is a row of the table that `finish` writes, and no point.
 
-        A baseline, which has no context, is a line of the summary, and so is a length scored in overlapping windows.
+        What has no context is a line of the summary (a baseline), and so is a length that is scored in another way than windows
+        that follow one another. Loss by position is a curve of its own, against the index.
         """
         new: dict[tuple[str, int], dict[str, Measurement]] = {}
         for m in measurements:
-            if m.context is not None and "stride" not in m.axes:
+            if m.context is not None and not set(WAY_AXES) & m.axes.keys():
                 new.setdefault((str(m.axes.get("run", "")), m.context), {})[_name(m)] = m
-            elif m.value is not None and {"stride", "baseline"} & m.axes.keys():
+            elif m.value is not None and "from" in m.axes:
+                self._define(_name(m), step_metric="index", step_sync=False, summary="none")
+                self._log({"index": m.axes["to"], _name(m): m.value})
+            elif m.value is not None:
                 self._try(functools.partial(self._run.summary.update, {_name(m): m.value}))
         for (whose, context), row in sorted(new.items()):
             self._lengths.setdefault((whose, context), {}).update(row)
@@ -202,12 +207,18 @@ class WandbSink:
 
 def _name(m: Measurement) -> str:
     """`eval/nats_per_token`, `eval/mqar/accuracy`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`,
-    with the run's id before the metric where
-    one record measures several runs.
+    `streaming/CONTEXT/SINKS/...`, each with `bos/` where it comes first, `position/...`, with the run's id before the metric
+    where one record measures several runs.
     """
     whose = f"{m.axes['run']}/" if "run" in m.axes else ""
-    if "stride" in m.axes:
-        return f"sliding/{m.context}/{m.axes['stride']}/{whose}{m.name}"
+    if m.context is not None and set(WAY_AXES) & m.axes.keys():
+        kind = "streaming" if "sinks" in m.axes else "sliding" if "stride" in m.axes else "eval"
+        details = [str(m.axes[axis]) for axis in ("stride", "sinks") if axis in m.axes] + ["bos"] * ("bos" in m.axes)
+        return f"{kind}/{m.context}/{'/'.join(details)}/{whose}{m.name}"
+    if "from" in m.axes:
+        return f"position/{whose}{m.name}"
+    if "top" in m.axes:
+        return f"eval/{m.axes['top']:g}/{whose}{m.name}"
     if "task" in m.axes:
         depth = f"{m.axes['depth']:.0%}/" if "depth" in m.axes else ""
         return f"{_heading(m.name)}/{m.axes['task']}/{depth}{whose}{m.name}"

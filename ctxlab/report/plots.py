@@ -8,7 +8,7 @@ from typing import Any
 
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
-from ctxlab.report.results import labels
+from ctxlab.report.results import labels, way_of
 from ctxlab.report.terminal import MOST, Chart
 from ctxlab.units import format_bytes, format_count, format_length
 
@@ -25,9 +25,7 @@ _LABEL_PIXELS = 15  # room that a curve's name needs
 def curve(measurements: Sequence[Measurement], metric: str) -> list[tuple[int, float]]:
     """(context, value) of a metric where it has one, contexts in order."""
     points = {
-        m.context: m.value
-        for m in measurements
-        if m.name == metric and m.context is not None and "stride" not in m.axes
+        m.context: m.value for m in measurements if m.name == metric and m.context is not None and not way_of(m.axes)
     }
     return sorted((context, value) for context, value in points.items() if value is not None)
 
@@ -41,6 +39,23 @@ def loss_curves(runs: Sequence[Run]) -> dict[str, list[tuple[int, float]]]:
 def loss_chart(curves: Curves, *, trained: int | None, height: int = 12) -> Chart | None:
     """nats per token by context in the terminal; None where there is no curve."""
     return _by_context("nats/token by context", curves, trained, height=height)
+
+
+def position_chart(curves: Curves, *, trained: int | None, height: int = 12) -> Chart | None:
+    """nats per token by index in the terminal, each bin at its last index; None where there is no curve."""
+    drawn = {name: points for name, points in curves.items() if len(points) > 1}
+    if not drawn:
+        return None
+    last = max(index for points in drawn.values() for index, _ in points)
+    return Chart(
+        "nats/token by tokens seen in the window",
+        drawn,
+        x_ticks=[2**k for k in range(last.bit_length())],
+        x_name=lambda x: format_length(int(x)),
+        y_name=lambda y: f"{y:g}",
+        at=trained if trained is not None and trained <= last else None,
+        height=height,
+    )
 
 
 def memory_chart(measurements: Sequence[Measurement], *, trained: int | None, height: int = 12) -> Chart | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -91,6 +92,19 @@ class Key:
         by_unit: dict[str, Callable[[str], float]] = {"B": parse_bytes, "s": parse_seconds, "s/token": parse_seconds}
         read = parse_length if self.name.endswith("context") else by_unit.get(unit, parse_count)
         return read(text)
+
+
+def as_json(runs: Sequence[Run]) -> str:
+    """Whole records, where they are, and their results, for programs."""
+    listed = [
+        {
+            **run.record.model_dump(mode="json", by_alias=True),
+            "path": str(run.path),
+            "measurements": [m.model_dump(mode="json") for m in run.measurements()],
+        }
+        for run in runs
+    ]
+    return json.dumps(listed, indent=1, ensure_ascii=False)
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:

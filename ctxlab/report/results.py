@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ctxlab.evaluation.intervals import paired_interval
 from ctxlab.records.run import Run
-from ctxlab.records.schema import DocumentSums, Measurement
-from ctxlab.units import format_bytes, format_count, format_seconds
+from ctxlab.records.schema import WAY_AXES, DocumentSums, Measurement
+from ctxlab.units import format_bytes, format_count, format_length, format_seconds
 
 ByContext = dict[int, dict[str, Measurement]]
 
@@ -18,7 +19,7 @@ TITLES = {
     "nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "peak_memory_bytes": "memory",
     "cache_bytes": "cache", "step_seconds": "step", "tokens_per_second": "tokens/s",
     "decode_seconds_per_token": "s/token", "flops_per_second": "FLOP/s", "learning_rate": "rate",
-    "gradient_norm": "gradient norm",
+    "gradient_norm": "gradient norm", "nats_per_word": "nats/word",
 }  # fmt: skip
 # Why a cell has no number.
 _WHY = {
@@ -42,7 +43,9 @@ def number(value: float, unit: str, *, name: str = "") -> str:
         return format_seconds(value)
     if unit in ("tokens/s", "FLOP/s"):
         return format_count(value)
-    if name == "perplexity":
+    if unit == "tokens":
+        return format_length(int(value))
+    if name.endswith("perplexity"):
         return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
     if name == "learning_rate":
         return f"{value:.3g}"
@@ -61,11 +64,16 @@ def cell(measurement: Measurement | None, *, interval: bool = False) -> str:
     return text
 
 
-def by_context(measurements: Sequence[Measurement], *, stride: int | None = None) -> ByContext:
-    """context -> name -> measurement, contexts in order, of windows that follow one another, or move on by a stride."""
+def way_of(axes: Mapping[str, Any]) -> dict[str, Any]:
+    """How a text was scored, of a measurement's axes: nothing of windows that follow one another."""
+    return {name: axes[name] for name in WAY_AXES if name in axes}
+
+
+def by_context(measurements: Sequence[Measurement], way: Mapping[str, Any] = MappingProxyType({})) -> ByContext:
+    """context -> name -> measurement, contexts in order, of windows that follow one another, or of another way of scoring."""
     found: ByContext = {}
     for m in measurements:
-        if m.context is not None and m.axes.get("stride") == stride and "depth" not in m.axes:
+        if m.context is not None and way_of(m.axes) == way and "depth" not in m.axes:
             found.setdefault(m.context, {})[m.name] = m
     return dict(sorted(found.items()))
 

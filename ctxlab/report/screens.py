@@ -13,8 +13,9 @@ from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import METRICS, DocumentSums, Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import training_chart
-from ctxlab.report.results import cell, differing_keys, number, paired, settings, title, value_at
+from ctxlab.report.results import cell, differing_keys, number, paired, settings, title, value_at, way_of
 from ctxlab.report.tables import comparison_table, show_footnotes, show_heading, show_lengths
+from ctxlab.report.ways import position_grid, show_context_use, way_text
 from ctxlab.units import format_bytes, format_length, format_seconds
 
 # Units of what a step costs: a difference is told as a share.
@@ -35,6 +36,7 @@ def show_run(run: Run, others: Sequence[Run], console: Console) -> None:
     if measurements:
         console.print()
         show_lengths(measurements, record.config.get("context"), console)
+        show_context_use(measurements, record.config.get("context"), console)
     console.print()
     console.print(Text("settings", style="bold"))
     chosen = settings(record.config)
@@ -94,33 +96,37 @@ def show_difference(runs: Sequence[Run], console: Console) -> None:
         return
     first, second = runs
     console.print(difference_table(first, second))
+    by_index = position_grid(first, second)
+    if by_index is not None:
+        console.print()
+        console.print(by_index)
     show_footnotes(first.measurements(), console)
 
 
 def difference_table(first: Run, second: Run) -> Grid:
     """One row a result of two runs: both values, and the second less the first, paired over documents if it can be."""
     ours, theirs = _named(first), _named(second)
-    sums = [{(d.context, d.split): d for d in run.documents() if not d.axes} for run in (first, second)]
+    sums = [{(d.context, d.split, axes_key(d.axes)): d for d in run.documents()} for run in (first, second)]
     grid = Grid(["result", first.id, second.id, "difference"], heading="results")
     for key in dict.fromkeys([*ours, *theirs]):
         name, context = key[0], key[1]
         at = f" at {format_length(context)}" if context is not None else ""
         one, other = ours.get(key), theirs.get(key)
         axes = (one or theirs[key]).axes
-        plain = not {"stride", "baseline"} & axes.keys()  # sums by document are those of windows side by side
-        ours_by, theirs_by = (found.get((context or 0, key[2] or "")) if plain else None for found in sums)
-        moving = f", moving on by {format_length(axes['stride'])}" if "stride" in axes else ""
+        way = way_of(axes)
+        ours_by, theirs_by = (found.get((context or 0, key[2] or "", axes_key(way))) for found in sums)
+        how = f", {way_text(way)}" if way else ""
         of = f", {axes['baseline']}" if "baseline" in axes else ""
-        grid.add(
-            [f"{title(name)}{at}{moving}{of}", cell(one), cell(other), _difference(one, other, ours_by, theirs_by)]
-        )
+        grid.add([f"{title(name)}{at}{how}{of}", cell(one), cell(other), _difference(one, other, ours_by, theirs_by)])
     return grid
 
 
 def _named(run: Run) -> dict[tuple[str, int | None, str | None, str], Measurement]:
-    """Results by what they are of: name, context, split, the axes of their evaluation."""
+    """Results by what they are of: name, context, split, the axes of their evaluation. Loss by position is not among them."""
     order = list(METRICS)
-    found = sorted(run.measurements(), key=lambda m: (order.index(m.name), m.context or 0))
+    found = sorted(
+        (m for m in run.measurements() if "from" not in m.axes), key=lambda m: (order.index(m.name), m.context or 0)
+    )
     return {(m.name, m.context, m.split, axes_key(m.axes)): m for m in found}
 
 

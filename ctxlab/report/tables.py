@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
 from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
 from ctxlab.report.task_tables import show_tasks, task_rows
+from ctxlab.report.ways import show_context_use, side_by_side, way_text, ways
 from ctxlab.units import format_count, format_length, format_seconds
 
 _SCORES = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -42,11 +43,11 @@ def lengths_table(measurements: Sequence[Measurement], trained: int | None) -> G
     return grid
 
 
-def sliding_table(measurements: Sequence[Measurement], stride: int) -> Grid:
-    """One row a context: the same targets in windows that overlap, and what that changes, paired over documents."""
-    rows = by_context(measurements, stride=stride)
+def way_table(measurements: Sequence[Measurement], way: Mapping[str, Any]) -> Grid:
+    """One row a context: the same targets scored in another way, and what that changes, paired over documents."""
+    rows = by_context(measurements, way)
     names = [name for name in _SCORES if any(name in row for row in rows.values())]
-    grid = Grid(["context", *map(title, names), "change"], heading=f"windows that move on by {format_length(stride)}")
+    grid = Grid(["context", *map(title, names), "change"], heading=way_text(way))
     for context, row in rows.items():
         cells = _group([row.get(name) for name in names], intervals=("nats_per_token", "bits_per_byte"))
         facts = next(iter(row.values())).facts
@@ -181,18 +182,6 @@ def _against(measurement: Measurement | None, first: Measurement | None) -> str:
     return f"{text} ({measurement.value / first.value:.2f}x)"
 
 
-def side_by_side(measurements: Sequence[Measurement], runs: Sequence[Run]) -> Grid:
-    """nats per token of several runs at each length; a measurement's axis `run` says whose it is."""
-    found = {
-        (m.axes.get("run"), m.context): m for m in measurements if m.name == "nats_per_token" and "stride" not in m.axes
-    }
-    contexts = sorted({context for _, context in found if context is not None})
-    grid = Grid(["run", *map(format_length, contexts)], heading="nats/token by context")
-    for run in runs:
-        grid.add([run.id, *(cell(found.get((run.id, context)), interval=True) for context in contexts)])
-    return grid
-
-
 def show_training(run: Run, console: Console) -> None:
     """What `ctxlab train` ends with: the table of lengths, loss and memory drawn by context, and what to type next."""
     record = run.record
@@ -244,8 +233,9 @@ def show_lengths(measurements: Sequence[Measurement], trained: int | None, conso
     if not measurements:
         return
     console.print(lengths_table(measurements, trained))
-    for stride in sorted({m.axes["stride"] for m in measurements if "stride" in m.axes}):
-        console.print(sliding_table(measurements, stride))
+    for way in ways(measurements):
+        if way:
+            console.print(way_table(measurements, way))
     show_footnotes(measurements, console)
     show_curves(measurements, trained, console)
 
@@ -294,10 +284,15 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
     measurements = run.measurements()
     if len(parents) == 1:
         console.print(Text(f"{parents[0].id}, evaluated again", style="bold"))
-        show_lengths(measurements, parents[0].record.config["context"], console)
+        trained = parents[0].record.config["context"]
+        show_lengths(measurements, trained, console)
+        show_context_use(measurements, trained, console)
     else:
-        console.print(side_by_side(measurements, parents))
+        for grid in side_by_side(measurements, parents):
+            console.print(grid)
         show_footnotes(measurements, console)
+        contexts = trained_contexts(parents)
+        show_context_use(measurements, contexts[0] if len(contexts) == 1 else None, console)
     console.print()
     console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
 

@@ -67,7 +67,7 @@ def test_the_record_of_a_training_is_whole(trained: Path) -> None:
     measured = {(m.name, m.context): m for m in run.measurements()}
     assert {context for name, context in measured if name == "perplexity"} == {*LENGTHS, None}
     assert {sums.context for sums in run.documents()} == set(LENGTHS)
-    assert len({m.n_targets for m in measured.values()}) == 1
+    assert len({m.n_targets for m in measured.values() if m.name == "perplexity"}) == 1
     assert load_tokenizer(trained / "tokenizer").vocab_size == 260
     last = checkpoint.find_checkpoint(run.checkpoints)
     assert (last.step, last.tokens) == (3, 3 * 4096)
@@ -163,20 +163,36 @@ def test_eval_of_one_run_and_of_two_side_by_side(trained: Path) -> None:
     assert (one.record.parent, one.record.command, one.record.status) == (trained.name, "eval", "done")
     assert f"run={trained.name}" in shlex.split(one.record.line)
     assert {m.context for m in one.measurements()} == {32, 100, None}
+    assert "nats/token by tokens seen in the window" in done.out.splitlines()
 
     shutil.copytree(trained, "runs/other-aaaa")
     record = json.loads(Path("runs/other-aaaa/run.json").read_text())
     Path("runs/other-aaaa/run.json").write_text(json.dumps({**record, "id": "other-aaaa"}))
     before = ids()
     done = ctxlab(
-        "eval", "run=[nano,other]", "checkpoint=best", "logger.mode=disabled", "eval.perplexity.max_tokens=1k"
-    )
+        "eval", "run=[nano,other]", "checkpoint=best", "logger.mode=disabled", "eval.perplexity.max_tokens=1k",
+        "eval.perplexity.strides=[16]", "eval.perplexity.streaming=[32]", "eval.perplexity.bos=true", "--json",
+    )  # fmt: skip
     assert done.code == 0, done.err
     both = the_new_run(before)
+    (said,) = json.loads(done.out)
+    assert said["id"] == both.id
+    assert said["measurements"] == [m.model_dump(mode="json") for m in both.measurements()]
+    less = [m.facts for m in both.measurements() if m.name == "nats_per_token" and m.axes["run"] == "other-aaaa"]
+    compared = [facts for facts in less if "less" in facts]
+    assert len(less) - len(compared) == 1, "all but what counting reaches"
+    assert {(facts["compared_with"], facts["less"], facts["less_low"]) for facts in compared} == {
+        (trained.name, 0.0, 0.0)
+    }
+    assert {m.protocol for m in both.measurements() if m.name == "perplexity"} == {
+        *(f"{way}{bos}" for way in ("non-overlapping", "sliding", "streaming") for bos in ("", ", bos first")),
+        "modified Kneser-Ney, order 5",
+    }
+    assert {m.axes["top"] for m in both.measurements() if m.name == "relative_effective_context"} == {0.1, 0.5, 1.0}
     assert both.record.config["run"] == [trained.name, "other-aaaa"]
     by_run: dict[str, dict[int | None, float | None]] = {}
     for m in both.measurements():
-        if m.name == "nats_per_token":
+        if m.name == "nats_per_token" and not {"stride", "sinks", "bos", "from"} & m.axes.keys():
             by_run.setdefault(m.axes["run"], {})[m.context] = m.value
     assert by_run[trained.name] == by_run["other-aaaa"]
     assert set(by_run[trained.name]) == {*LENGTHS, None}
@@ -296,7 +312,8 @@ def test_cells_of_different_contexts_score_the_same_tokens(place: Path) -> None:
         assert ctxlab(*shlex.split(cell.line)[1:]).code == 0
         run = the_new_run(before)
         assert run.record.config == cell.config
-        scored.append({(sums.names, sums.targets, sums.n_bytes) for sums in run.documents()})
+        whole = [sums for sums in run.documents() if "from" not in sums.axes]  # not by position
+        scored.append({(sums.names, sums.targets, sums.n_bytes) for sums in whole})
         segments = {m.axes["segment"] for m in run.measurements() if m.value is not None}
         assert len(segments) == 1
         assert 100 < segments.pop() < 800

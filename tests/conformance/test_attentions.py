@@ -253,7 +253,7 @@ def test_a_streaming_cache_is_taken_by_full_attention_alone(name: str) -> None:
         model(tokens(1, 1), cache=cache)
         return
     with pytest.raises(
-        IncompatibleError, match=rf"^decoding\.cache: .* which {name} attention cannot follow; use full$"
+        IncompatibleError, match=rf"^decoding\.cache: .* which {name} attention cannot follow; use full"
     ):
         model(tokens(1, 1), cache=cache)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.byte import Byte
 from ctxlab.data.tokens import Split
+from ctxlab.model.cache import KVCache
 
 
 def split_of(documents: Sequence[Sequence[int]], name: str = "test", names: Sequence[str] = ()) -> Split:
@@ -49,8 +51,9 @@ class Known(nn.Module):
         self.rule = rule
         self.asked: list[tuple[list[int], list[int]]] = []  # (inputs, targets) of each window, in order
         self.batches: list[tuple[int, ...]] = []
+        self.config = SimpleNamespace(n_layers=1)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         return tokens
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:

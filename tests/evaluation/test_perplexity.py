@@ -48,11 +48,13 @@ def evaluate(
 ) -> tuple[Table, dict[int, DocumentScores]]:
     """The table by length and name, and the sums behind it."""
     settings = PerplexityConfig(**{"lengths": tuple(lengths), "min_documents": 1, "max_tokens": "none"} | config)
-    rows, documents = evaluate_perplexity(
+    rows, documents, _ = evaluate_perplexity(
         model, dataset, settings, trained_context=context, device=CPU, precision=precision  # type: ignore[arg-type]
     )  # fmt: skip
     table: Table = {}
     for row in rows:
+        if row.context is None:  # by position, and what is made of it
+            continue
         assert row.name not in table.setdefault(row.context or 0, {}), "a row twice"
         table[row.context or 0][row.name] = row
     return table, documents
@@ -61,7 +63,7 @@ def evaluate(
 def counting_dataset(documents: Sequence[Sequence[int]]) -> TextDataset:
     """Ids of any size, each one byte of text."""
     n_ids = max(max(document) for document in documents) + 1
-    return dataset_of(split_of(documents), SimpleNamespace(token_bytes=np.ones(n_ids, int)))  # type: ignore[arg-type]
+    return dataset_of(split_of(documents), SimpleNamespace(token_bytes=np.ones(n_ids, int), pieces=(b"x",) * n_ids))  # type: ignore[arg-type]
 
 
 def value(table: Table, length: int, name: str = "nats_per_token") -> float:
@@ -246,7 +248,7 @@ def test_bytes_are_those_of_the_targets_and_not_of_the_inputs() -> None:
 
 def test_intervals_by_hand() -> None:
     """n = (12, 30, 18) nats of m = (10, 20, 10) tokens: R = 1.5, residuals (-3, 0, 3), mean m = 40 / 3."""
-    scores = DocumentScores(["a", "b", "c"], [12.0, 30.0, 18.0], [10, 20, 10], [25, 50, 25])
+    scores = DocumentScores(["a", "b", "c"], [12.0, 30.0, 18.0], [10, 20, 10], [25, 50, 25], [5, 10, 5])
     rows = {row.name: row for row in score_measurements(scores, context=4, split="test", protocol="", axes={})}
     error = math.sqrt((9 + 0 + 9) / (3 * 2)) / (40 / 3)
     half = 4.302652730 * error  # t(0.975, 2) of a printed table

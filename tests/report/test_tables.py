@@ -21,7 +21,7 @@ from ctxlab.report.tables import (
     show_evaluation,
     show_sweep,
     show_training,
-    sliding_table,
+    way_table,
 )
 from tests.records.builders import costs, make_run, missing, result, scores
 from tests.report.builders import CURVES, same_ids, text_of, trained_run, written
@@ -172,11 +172,13 @@ def test_what_eval_of_one_and_of_several_runs_ends_with(tmp_path: Path) -> None:
         both.measure(*(m.model_copy(update={"axes": {"run": parent.id}}) for m in scores(512, nats)))
     console = Console(width=100, file=io.StringIO(), color_system=None)
     show_evaluation(both, parents, console)
-    assert written(console).splitlines()[:4] == [
-        "nats/token by context",
+    assert written(console).splitlines()[:6] == [
+        "nats/token by context, windows that follow one another",
         "run                           512",
         "nano-rope-256-aaaa   3.500 ±0.050",
         "nano-alibi-256-aaab  3.250 ±0.050",
+        "bits/byte by context, windows that follow one another",
+        "run                           512",
     ]
 
 
@@ -293,10 +295,10 @@ def test_compared_runs_have_rows_of_their_own_for_overlapping_windows_and_counti
         runs.append(run)
     lines = {row[0]: row[3] for row in difference_table(*runs).rows}
     assert list(lines) == [
-        "nats/token, ngram", "nats/token at 64", "nats/token at 64, moving on by 16", "bits/byte, ngram",
+        "nats/token, ngram", "nats/token at 64", "nats/token at 64, windows that move on by 16", "bits/byte, ngram",
     ]  # fmt: skip
     assert lines["nats/token at 64"].startswith("-0.500 ±")
-    assert lines["nats/token at 64, moving on by 16"] == "-0.500"
+    assert lines["nats/token at 64, windows that move on by 16"] == "-0.500"
     assert lines["nats/token, ngram"] == "+0.000"
 
 
@@ -307,4 +309,4 @@ def test_overlapping_windows_have_a_table_of_their_own() -> None:
     facts = {"difference": -0.25, "difference_low": -0.3, "difference_high": -0.2}
     rows = [row(4.0), row(3.75, axes={"stride": 16}, facts=facts)]
     assert [row[-1] for row in lengths_table(rows, None).rows] == ["4.000"]
-    assert [list(row) for row in sliding_table(rows, 16).rows] == [["64", "3.750", "-0.250 ±0.050"]]
+    assert [list(row) for row in way_table(rows, {"stride": 16}).rows] == [["64", "3.750", "-0.250 ±0.050"]]

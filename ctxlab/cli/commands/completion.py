@@ -49,7 +49,7 @@ _ZSH = r"""_ctxlab_complete() {
 compdef _ctxlab_complete ctxlab
 """
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH}
-_FLAGS = ("--multirun", "--config-dir", "--plugin", "--cfg", "--help")
+_FLAGS = ("--multirun", "--config-dir", "--plugin", "--cfg", "--json", "--help")
 
 
 def run(argv: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,14 @@ from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point
 from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
+from ctxlab.evaluation.reach import TokenNats, relative_effective_context
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.records.provenance import collect
+from ctxlab.records.schema import DocumentSums
 from ctxlab.records.store import Run
+from ctxlab.report.query import as_json
 from ctxlab.report.tables import show_evaluation
 from ctxlab.train.checkpoint import open_run
 from ctxlab.train.optim.base import OPTIMIZERS
@@ -37,9 +41,15 @@ def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
     evaluations = _same_lengths(config.eval, parents)
     with recording(run, config.logger, job_type="eval") as opened:
         facts = {}
+        nats = {parent.id: TokenNats() for parent in parents} if len(parents) > 1 else {}
+        first: tuple[str, Sequence[DocumentSums]] | None = None
         for parent in parents:
-            axes = {"run": parent.id} if len(parents) > 1 else {}
-            facts[parent.id] = _evaluate(config, evaluations, parent, axes, run, opened, invocation, device, precision)
+            facts[parent.id], sums = _evaluate(
+                config, evaluations, parent, nats.get(parent.id), first, run, opened, invocation, device, precision
+            )
+            first = first or (parent.id, sums)
+        if all(found == facts[parents[0].id] for found in facts.values()):  # the same text and tokenizer
+            opened.sink.measure(relative_effective_context(nats, split="test"))
         run.update(
             provenance=collect(
                 seed=config.seed,
@@ -51,7 +61,9 @@ def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
             )
         )
         run.finish("done")
-    if not invocation.is_child:
+    if invocation.as_json:
+        print(as_json([run]))
+    elif not invocation.is_child:
         show_evaluation(run, parents, invocation.stdout_console)
     return DONE
 
@@ -60,23 +72,26 @@ def _evaluate(
     config: EvalConfig,
     evaluations: Evaluations,
     parent: Run,
-    axes: dict[str, str],
+    keep: TokenNats | None,
+    against: tuple[str, Sequence[DocumentSums]] | None,
     run: Run,
     opened: Recording,
     invocation: Invocation,
     device: torch.device,
     precision: Precision,
-) -> dict[str, Any]:
-    """Scores one run into the record; returns what the record says of its text."""
+) -> tuple[dict[str, Any], Sequence[DocumentSums]]:
+    """Scores one run, of several if there is something to `keep`, into the record; returns what that says of its text, and
+    its sums by document."""
+    axes = {} if keep is None else {"run": parent.id}
     recorded = parent.record.config
     attention = None if config.attention == "none" else config.attention.model_dump(mode="json")
     loaded = open_run(parent, checkpoint=config.checkpoint, device=device, attention=attention)
     data = SOURCES.config(recorded["data"]) if config.data == "none" else config.data
     dataset = prepare_data(data, loaded.tokenizer, config.paths.cache, invocation.stderr_console)
-    score(
+    sums = score(
         loaded.model, dataset, evaluations,
         context=loaded.context, device=device, precision=precision,
-        run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes,
+        run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep, against=against,
     )  # fmt: skip
     trained = SimpleNamespace(
         model=ModelConfig.model_validate(recorded["model"]),
@@ -90,7 +105,7 @@ def _evaluate(
     measure_cost(
         config.profile, point, evaluations, sink=opened.sink, console=invocation.stderr_console, axes=axes
     )  # fmt: skip
-    return dataset.facts
+    return dataset.facts, sums
 
 
 def _same_lengths(evaluations: Evaluations, parents: list[Run]) -> Evaluations:

@@ -102,17 +102,12 @@ def _list(argv: list[str]) -> int:
 
 
 def _print_json(shown: Sequence[Row], keys: Sequence[Key] | None) -> None:
-    if keys is not None:
-        listed = [{_heading(key, exact=True): key.value(row) for key in keys} for row in shown]
-    else:
-        listed = [
-            {
-                **row.run.record.model_dump(mode="json", by_alias=True),
-                "path": str(row.run.path),
-                "measurements": [m.model_dump(mode="json") for m in row.run.measurements()],
-            }
-            for row in shown
-        ]
+    from ctxlab.report.query import as_json
+
+    if keys is None:
+        print(as_json([row.run for row in shown]))
+        return
+    listed = [{_heading(key, exact=True): key.value(row) for key in keys} for row in shown]
     print(json.dumps(listed, indent=1, ensure_ascii=False))
 
 

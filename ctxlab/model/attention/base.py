@@ -29,6 +29,8 @@ class Attention(nn.Module):
     """Whether keys are weighed by the exponential of their scores."""
     streams: ClassVar[bool] = False
     """Whether it still says who sees whom where a cache has dropped tokens and closed the ranks of the others."""
+    slides: ClassVar[bool] = False
+    """Whether it does where those that are dropped are always the oldest: who sees whom is a matter of distance alone."""
     keeps_sums: ClassVar[bool] = False
     """Whether a cache holds sums over all tokens (see `recall`) in place of keys and values."""
 

@@ -23,6 +23,7 @@ class SlidingWindow(Local):
         name: Literal["sliding_window"] = "sliding_window"
         size: int = Field(1024, ge=1, description="keys that a query sees, itself among them")
 
+    slides = True
     paper = "Beltagy et al. 2020, arXiv:2004.05150"
 
     @staticmethod

@@ -15,8 +15,6 @@ from ctxlab.report.plots import position_chart
 from ctxlab.report.results import cell, paired, way_of
 from ctxlab.units import format_length
 
-_NUMBERS = ("in_context_score", "extrapolation_ratio", "effective_context", "relative_effective_context")
-
 
 def ways(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     """The ways in which a text was scored at some context, in the order in which they were."""
@@ -123,10 +121,16 @@ def context_notes(measurements: Sequence[Measurement]) -> list[str]:
     """What the numbers say of context, a line each."""
     lines = []
     for m in measurements:
-        if m.name not in _NUMBERS or m.value is None:
-            continue
-        whose = f"{m.axes['run']}: " if "run" in m.axes else ""
-        lines.append(whose + _TEXTS[m.name](m))
+        if m.name in _TEXTS and m.value is not None:
+            whose = f"{m.axes['run']}: " if "run" in m.axes else ""
+            lines.append(whose + _TEXTS[m.name](m))
+    group = [m for m in measurements if m.name == "relative_effective_context" and m.value is not None]
+    for whose in dict.fromkeys(m.axes["run"] for m in group):
+        reached = ", ".join(f"{cell(m)} ({m.axes['top']:.0%})" for m in group if m.axes["run"] == whose)
+        lines.append(
+            f"{whose}: relative effective context {reached} on the hardest so many tokens, among {len(group[0].facts['group'])} "
+            f"runs at {_list(group[0].facts['lengths'])}"
+        )
     words: dict[str, list[str]] = {}
     for m in measurements:
         if m.name == "word_perplexity" and m.context is not None and m.value is not None and not way_of(m.axes):
@@ -166,14 +170,9 @@ def _effective(m: Measurement) -> str:
     )
 
 
-def _relative(m: Measurement) -> str:
-    return (
-        f"relative effective context {format_length(int(m.value or 0))} on the hardest {m.axes['top']:.0%} of the tokens, among "
-        f"{len(m.facts['group'])} runs at {_list(m.facts['lengths'])}"
-    )
-
-
-_TEXTS = dict(zip(_NUMBERS, (_in_context, _extrapolation, _effective, _relative), strict=True))
+_TEXTS = {
+    "in_context_score": _in_context, "extrapolation_ratio": _extrapolation, "effective_context": _effective,
+}  # fmt: skip
 
 
 def _half(bounds: Mapping[str, float | None]) -> str:

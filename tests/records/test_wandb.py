@@ -181,6 +181,30 @@ def test_baselines_and_overlapping_windows_of_several_runs_are_lines_of_the_summ
     assert "history" not in records  # no points of a curve
 
 
+def test_every_way_of_scoring_has_a_name_and_loss_by_position_a_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    sink = open_mirror(run, LoggerConfig(), job_type="eval")
+    ways = ({"sinks": 4}, {"sinks": 4, "bos": True}, {"stride": 64, "bos": True}, {"bos": True})
+    sink.measure([result("nats_per_token", 3.0 + n, 256, axes=way) for n, way in enumerate(ways)])
+    sink.measure([
+        *(result("nats_per_token", 5.0 - to, None, axes={"length": 2, "from": to, "to": to}) for to in (1, 2)),
+        result("effective_context", 256.0, None, axes={"stride": 64}),
+        result("relative_effective_context", 512.0, None, axes={"run": "a", "top": 0.5}),
+    ])  # fmt: skip
+    sink.finish(0)
+    run.finish("done")
+    records = leet.inspect(run.path)
+    summary = {name: value for one in records["summary"] for name, value in one["update"].items()}
+    assert {name: value for name, value in summary.items() if "nats" in name or "context" in name} == {
+        "streaming/256/4/nats_per_token": 3.0, "streaming/256/4/bos/nats_per_token": 4.0,
+        "sliding/256/64/bos/nats_per_token": 5.0, "eval/256/bos/nats_per_token": 6.0,
+        "eval/effective_context": 256.0, "eval/0.5/a/relative_effective_context": 512.0,
+    }  # fmt: skip
+    rows = leet.history(records)
+    assert [(row["index"], row["position/nats_per_token"]) for row in rows] == [(1, 4.0), (2, 3.0)]
+    assert leet.axes(records)["position/nats_per_token"] == "index"
+
+
 def test_what_a_killed_process_logged_is_there(tmp_path: Path) -> None:
     code = """
 sink = opened("offline")

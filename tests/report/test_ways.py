@@ -119,9 +119,12 @@ def test_the_numbers_of_context_in_words() -> None:
         ratio.model_copy(update={"value": 4.0}),
         ratio.model_copy(update={"value": 1.0, "facts": {"longest": 256, "changes": {}}}),
         result("effective_context", 512.0, None, axes={"stride": 64}, facts={"lengths": [128, 512, 2048]}),
-        result(
-            "relative_effective_context", 1024.0, None, axes={"run": "a", "top": 0.1},
-            facts={"group": ["a", "b"], "lengths": [512, 1024]},
+        *(
+            result(
+                "relative_effective_context", reached, None, axes={"run": "a", "top": top},
+                facts={"group": ["a", "b"], "lengths": [512, 1024]},
+            )
+            for top, reached in ((0.1, 1024.0), (1.0, 512.0))
         ),
         *(result("word_perplexity", 100.0 * n, 256 * n, axes={"segment": 512}) for n in (1, 2)),
         result("word_perplexity", 90.0, 256, axes={"stride": 64}),
@@ -136,7 +139,7 @@ def test_the_numbers_of_context_in_words() -> None:
         f"extrapolation ratio 1 (ε = 0.05 nats): {said}; no longer window was scored",
         "effective context 512: the shortest of 128, 512, 2k within 1% of the perplexity at the longest, windows that move "
         "on by 64",
-        "a: relative effective context 1k on the hardest 10% of the tokens, among 2 runs at 512, 1k",
+        "a: relative effective context 1k (10%), 512 (100%) on the hardest so many tokens, among 2 runs at 512, 1k",
         "perplexity per word of the text: 100.00 at 256, 200.00 at 512",
     ]  # fmt: skip
 

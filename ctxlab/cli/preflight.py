@@ -18,6 +18,7 @@ def check(config: Any, progress: Progress) -> None:
     """Raises ConfigError or DataError where this machine lacks what a config asks for; fetches its text."""
     from ctxlab.data.prepare import default_cache
     from ctxlab.data.source import SOURCES
+    from ctxlab.evaluation.harness import check_harness
     from ctxlab.records.sinks import check_mirror
     from ctxlab.train.precision import resolve_device
 
@@ -25,6 +26,9 @@ def check(config: Any, progress: Progress) -> None:
         resolve_device(config.trainer.accelerator)
     if hasattr(config, "logger"):
         check_mirror(config.logger)
+    harness: Any = getattr(getattr(config, "eval", None), "lm_eval", "none")
+    if harness != "none":
+        check_harness(harness, progress)
     data: Any = getattr(config, "data", "none")
     cache = config.paths.cache
     if data != "none":
@@ -45,7 +49,7 @@ def check_cells(cells: Iterable[Cell], progress: Progress) -> None:
     for number, cell in enumerate(cells):
         if cell.skipped:
             continue
-        parts = {key: cell.config.get(key) for key in ("trainer", "logger", "data", "tokenizer", "paths")}
+        parts = {key: cell.config.get(key) for key in ("trainer", "logger", "data", "tokenizer", "eval", "paths")}
         asked = json.dumps(parts, sort_keys=True)
         if asked not in problems:
             problems[asked] = _problem(cell.typed, progress)

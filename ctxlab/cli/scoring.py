@@ -17,6 +17,7 @@ from ctxlab.data.source import Source
 from ctxlab.data.tasks.base import Task
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
 from ctxlab.evaluation.perplexity import (
     DocumentScores,
@@ -60,6 +61,7 @@ def score(
     context: int,
     device: torch.device,
     precision: Precision,
+    seed: int,
     run: Run,
     sink: Sink,
     console: Console,
@@ -78,6 +80,13 @@ def score(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,
     )  # fmt: skip
+    if isinstance(evaluations.lm_eval, HarnessConfig):
+        with progress_bar(console) as start:
+            for found in evaluate_harness(
+                model, dataset.tokenizer, evaluations.lm_eval,
+                trained_context=context, device=device, precision=precision, seed=seed, progress=start,
+            ):  # fmt: skip
+                sink.measure(along(found, axes))
     if isinstance(dataset, TaskDataset):
         return sums  # no text to be modelled
     if isinstance(evaluations.perplexity, PerplexityConfig):

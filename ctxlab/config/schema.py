@@ -17,6 +17,7 @@ from ctxlab.config.explain import explain_invalid
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
+from ctxlab.evaluation.harness import HarnessConfig
 from ctxlab.evaluation.ngram import NGramConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
 from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
@@ -100,6 +101,7 @@ class Evaluations(ComponentConfig):
     needle: OrNone | NeedleGrid = "none"
     passkey: OrNone | PasskeyGrid = "none"
     ruler: OrNone | Ruler = "none"
+    lm_eval: OrNone | HarnessConfig = "none"
 
 
 class CommandConfig(ComponentConfig):

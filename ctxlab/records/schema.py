@@ -49,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "effective_context": Metric("tokens", False, "shortest length within 1% of the perplexity at the longest"),
     "relative_effective_context": Metric("tokens", False, "length from which on a run gains less than 1% in its group"),
     "accuracy": Metric("1", False, "share of right answers"),
+    "score": Metric("1", False, "a harness's own metric of one of its tasks, whose facts say which way is better"),
     "bleu": Metric("1", False, "corpus BLEU"),
     "chrf": Metric("1", False, "corpus chrF"),
     "peak_memory_bytes": Metric("B", True, "peak memory over the idle process"),

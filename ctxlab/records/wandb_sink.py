@@ -80,8 +80,8 @@ class WandbSink:
     def measure(self, measurements: Sequence[Measurement]) -> None:
         """One history row a context; what has no value is a row of the table that `finish` writes, and no point.
 
-        What has no context is a line of the summary (a baseline), and so is a length that is scored in another way than windows
-        that follow one another. Loss by position is a curve of its own, against the index.
+        What has no context is a line of the summary (a baseline, a harness's task), and so is a length that is scored in
+        another way than windows that follow one another. Loss by position is a curve of its own, against the index.
         """
         new: dict[tuple[str, int], dict[str, Measurement]] = {}
         for m in measurements:
@@ -206,7 +206,7 @@ class WandbSink:
 
 
 def _name(m: Measurement) -> str:
-    """`eval/nats_per_token`, `eval/mqar/accuracy`, `baseline/ngram/...`, `sliding/CONTEXT/STRIDE/...`,
+    """`eval/nats_per_token`, `eval/mqar/accuracy`, `baseline/ngram/...`, `lm_eval/TASK/METRIC`, `sliding/CONTEXT/STRIDE/...`,
     `streaming/CONTEXT/SINKS/...`, each with `bos/` where it comes first, `position/...`, with the run's id before the metric
     where one record measures several runs.
     """
@@ -224,6 +224,10 @@ def _name(m: Measurement) -> str:
         return f"{_heading(m.name)}/{m.axes['task']}/{depth}{whose}{m.name}"
     if "baseline" in m.axes:
         return f"baseline/{m.axes['baseline']}/{whose}{m.name}"
+    if "harness" in m.axes:
+        filtered = m.axes["filter"]
+        metric = m.axes["metric"] + ("" if filtered == "none" else f"/{filtered}")
+        return f"lm_eval/{m.axes['harness']}/{whose}{metric}"
     return f"{_heading(m.name)}/{whose}{m.name}"
 
 

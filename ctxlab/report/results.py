@@ -60,7 +60,8 @@ def cell(measurement: Measurement | None, *, interval: bool = False) -> str:
         return _WHY.get(measurement.status, measurement.status)
     text = number(measurement.value, measurement.unit, name=measurement.name)
     if interval and measurement.low is not None and measurement.high is not None:
-        text += f" ±{(measurement.high - measurement.low) / 2:.3f}"
+        half = (measurement.high - measurement.low) / 2
+        text += f" ±{number(half, measurement.unit, name=measurement.name)}"
     return text
 
 

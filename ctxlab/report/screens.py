@@ -12,6 +12,7 @@ from rich.text import Text
 from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import METRICS, DocumentSums, Measurement
 from ctxlab.report.grid import Grid
+from ctxlab.report.harness import task_and_metric
 from ctxlab.report.plots import training_chart
 from ctxlab.report.results import cell, differing_keys, number, paired, settings, title, value_at, way_of
 from ctxlab.report.tables import comparison_table, show_footnotes, show_heading, show_lengths
@@ -117,6 +118,7 @@ def difference_table(first: Run, second: Run) -> Grid:
         ours_by, theirs_by = (found.get((context or 0, key[2] or "", axes_key(way))) for found in sums)
         how = f", {way_text(way)}" if way else ""
         of = f", {axes['baseline']}" if "baseline" in axes else ""
+        of = f", {' '.join(task_and_metric(one or theirs[key]))}" if "harness" in axes else of
         grid.add([f"{title(name)}{at}{how}{of}", cell(one), cell(other), _difference(one, other, ours_by, theirs_by)])
     return grid
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
+from ctxlab.report.harness import show_harness
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
 from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
 from ctxlab.report.task_tables import show_tasks, task_rows
@@ -226,10 +227,11 @@ def show_next(console: Console, *lines: tuple[str, str]) -> None:
 
 
 def show_lengths(measurements: Sequence[Measurement], trained: int | None, console: Console) -> None:
-    """The table of lengths with what its numbers are, its curves, and the scores on tasks."""
+    """The table of lengths with what its numbers are, its curves, and the scores on tasks, ours and a harness's."""
     if task_rows(measurements):
         show_tasks(measurements, console)
-    measurements = [m for m in measurements if "task" not in m.axes]
+    show_harness(measurements, console)
+    measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
     if not measurements:
         return
     console.print(lengths_table(measurements, trained))
@@ -288,6 +290,8 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
         show_lengths(measurements, trained, console)
         show_context_use(measurements, trained, console)
     else:
+        show_harness(measurements, console, [parent.id for parent in parents])
+        measurements = [m for m in measurements if "harness" not in m.axes]
         for grid in side_by_side(measurements, parents):
             console.print(grid)
         show_footnotes(measurements, console)

@@ -8,7 +8,6 @@ checkpoints/last, checkpoints/best            text files that hold the name of a
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 import os
@@ -201,15 +200,9 @@ class LoadedRun:
     def stream(self, prompt: str, decoding: DecodingConfig | None = None, *, seed: int = 0) -> Iterator[str]:
         """Generated text piece by piece, without the prompt. An empty prompt is the beginning of a document."""
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
-        # A byte can be part of a character: text comes out when its last one is there.
-        whole = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in generate(self.model, ids, decoding, seed=seed, stop_ids=(self.tokenizer.eos_id,)):
-            text = whole.decode(self.tokenizer.pieces[token])
-            if text:
-                yield text
-        rest = whole.decode(b"", final=True)
-        if rest:
-            yield rest
+        yield from self.tokenizer.stream(
+            generate(self.model, ids, decoding, seed=seed, stop_ids=(self.tokenizer.eos_id,))
+        )
 
     def generate(self, prompt: str, *, seed: int = 0, **decoding: Any) -> str:
         """The continuation of `prompt` as one string. Keywords are those of `decoding.*` (HF's words)."""

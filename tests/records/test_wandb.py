@@ -205,6 +205,23 @@ def test_every_way_of_scoring_has_a_name_and_loss_by_position_a_curve(tmp_path: 
     assert leet.axes(records)["position/nats_per_token"] == "index"
 
 
+def test_the_tasks_of_a_harness_are_lines_of_the_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    sink = open_mirror(run, LoggerConfig(), job_type="eval")
+    axes = {"harness": "gsm8k", "metric": "exact_match"}
+    sink.measure([
+        result("accuracy", 0.25, None, axes={**axes, "filter": "none"}),
+        result("accuracy", 0.5, None, axes={**axes, "filter": "strict-match", "run": "a"}),
+        result("score", None, None, axes={"harness": "piqa"}, status="failed", reason="why"),
+    ])  # fmt: skip
+    sink.finish(0)
+    run.finish("done")
+    summary = {name: value for one in leet.inspect(run.path)["summary"] for name, value in one["update"].items()}
+    assert {name: value for name, value in summary.items() if name.startswith("lm_eval")} == {
+        "lm_eval/gsm8k/exact_match": 0.25, "lm_eval/gsm8k/a/exact_match/strict-match": 0.5,
+    }  # fmt: skip
+
+
 def test_what_a_killed_process_logged_is_there(tmp_path: Path) -> None:
     code = """
 sink = opened("offline")

@@ -90,7 +90,7 @@ def _evaluate(
     dataset = prepare_data(data, loaded.tokenizer, config.paths.cache, invocation.stderr_console)
     sums = score(
         loaded.model, dataset, evaluations,
-        context=loaded.context, device=device, precision=precision,
+        context=loaded.context, device=device, precision=precision, seed=config.seed,
         run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep, against=against,
     )  # fmt: skip
     trained = SimpleNamespace(

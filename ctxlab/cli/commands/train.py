@@ -96,7 +96,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         return _interrupted(run, outcome, invocation)
     score(
         outcome.model, dataset, config.eval,
-        context=config.context, device=outcome.device, precision=outcome.precision,
+        context=config.context, device=outcome.device, precision=outcome.precision, seed=config.seed,
         run=run, sink=opened.sink, console=console,
     )  # fmt: skip
     point = step_point(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,6 +75,17 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are silent, bytes that are no UTF-8 (half a character) become U+FFFD."""
         return b"".join(self.pieces[token] for token in ids).decode("utf-8", errors="replace")
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come. Tokens may be parts of a character: it comes out when its last byte is there."""
+        whole = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in ids:
+            text = whole.decode(self.pieces[token])
+            if text:
+                yield text
+        rest = whole.decode(b"", final=True)
+        if rest:
+            yield rest
 
     @property
     def sha256(self) -> str:

@@ -67,6 +67,9 @@ class TokenTask(Task):
     generated: ClassVar[bool] = False
     """Whether the labelled places are one answer at the end, to be said by greedy generation."""
 
+    class Config(Task.Config):
+        """Of a class of its own, which tells these tasks from those in words."""
+
     def fetch(self, cache: Path, progress: Progress) -> None:
         """There is nothing to fetch."""
 

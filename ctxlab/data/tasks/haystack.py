@@ -64,10 +64,7 @@ def hide(
     where its share says. None where there is no room for a text.
     """
     frame = tools.count(wrap("\n".join(sentences)))
-    for more in (
-        LEAST // 2,
-        -LEAST // 2,
-    ):  # what is too much is left out; with one sentence that is too long, less is taken
+    for more in (LEAST // 2, -LEAST // 2):  # what is too much is left out; where one sentence is too much, less is read
         text = tools.haystack.text(random, room - frame + more)
         pieces = units(text)
         sums = [0, *accumulate(len(piece) * (room - frame) / len(text) for piece in pieces)]

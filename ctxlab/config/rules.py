@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
+from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.evaluation.tasks import ruler_names
@@ -47,7 +48,8 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
     data = config.data
     if data == "none":
         return
-    is_task, in_numbers = isinstance(data, Task.Config), isinstance(data, TokenTask.Config)
+    kind = SOURCES.get(data.name)
+    is_task, in_numbers = issubclass(kind, Task), issubclass(kind, TokenTask)
     if isinstance(config, TrainConfig):
         if in_numbers != (config.tokenizer.name == "ids"):
             right = "ids" if in_numbers else "unigram, bpe, byte or file"

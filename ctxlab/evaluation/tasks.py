@@ -19,7 +19,7 @@ from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import DoesNotFit, Task, TextTask, TokenTask, generator
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
-from ctxlab.errors import DataError, UndefinedBeyondTraining
+from ctxlab.errors import DataError, IncompatibleError, UndefinedBeyondTraining
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.fields import Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
@@ -46,6 +46,11 @@ class TaskEvaluation(ComponentConfig):
 
 class OwnTask(TaskEvaluation):
     """The task that the run was trained on, with its own settings."""
+
+    def check_numbers(self, task: str) -> None:
+        """A task in numbers has no place of the answer to choose. Raises IncompatibleError where one is asked for."""
+        if self.depths > 1:
+            raise IncompatibleError(f"eval.task.depths: {task} has no depth to choose; the nearest valid value is 1")
 
 
 class NeedleGrid(TaskEvaluation):
@@ -90,7 +95,7 @@ def wilson_interval(total: float, n: int) -> tuple[float, float]:
 def asked_tasks(
     dataset: TaskDataset | TextDataset,
     *,
-    own: TaskEvaluation | None,
+    own: OwnTask | None,
     named: Mapping[str, TaskEvaluation],
 ) -> Iterator[tuple[TaskDataset, TaskEvaluation]]:
     """Each task that is asked for, over the text that a run has: its own, and those of `named` (needle, passkey, ruler).
@@ -102,6 +107,8 @@ def asked_tasks(
             raise DataError(
                 "eval.task: the run was trained on text and has no task of its own; use eval=needle or ruler"
             )
+        if isinstance(dataset.task, TokenTask):
+            own.check_numbers(dataset.task.config.name)
         yield dataset, own
     for name, config in named.items():
         text = dataset if isinstance(dataset, TextDataset) else dataset.text

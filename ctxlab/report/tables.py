@@ -16,7 +16,7 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
 from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
-from ctxlab.report.task_tables import show_tasks, task_rows
+from ctxlab.report.task_tables import show_compared_tasks, show_tasks, task_rows
 from ctxlab.units import format_count, format_length, format_seconds
 
 _SCORES = ("nats_per_token", "perplexity", "bits_per_byte")
@@ -296,15 +296,31 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
         console.print(Text(f"{parents[0].id}, evaluated again", style="bold"))
         show_lengths(measurements, parents[0].record.config["context"], console)
     else:
-        console.print(side_by_side(measurements, parents))
-        show_footnotes(measurements, console)
+        items = run.items()
+        show_compared_tasks(
+            [
+                (
+                    parent.id,
+                    [m for m in measurements if m.axes.get("run") == parent.id],
+                    [item for item in items if item.axes.get("run") == parent.id],
+                )
+                for parent in parents
+            ],
+            console,
+        )
+        measurements = [m for m in measurements if "task" not in m.axes]
+        if measurements:
+            console.print(side_by_side(measurements, parents))
+            show_footnotes(measurements, console)
     console.print()
     console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
 
 
 def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     """The comparison of a sweep's runs: the table, what its numbers are, and the curves of loss by length."""
-    measured = [m for run in runs for m in run.measurements()]
+    named = list(zip(labels(runs), runs, strict=True))
+    show_compared_tasks([(name, run.measurements(), run.items()) for name, run in named], console)
+    measured = [m for run in runs for m in run.measurements() if "task" not in m.axes]
     if measured and not any(m.name in _SCORES for m in measured):
         for grid in cost_tables(runs):
             console.print(grid)
@@ -315,7 +331,7 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     lines = footnotes(measured, intervals=any(run.documents() for run in runs))
     if lines:
         lines[0] += f"; {title(metric)}, memory and step at the trained context"
-    lines += counting_notes([(name, run.measurements()) for name, run in zip(labels(runs), runs, strict=True)])
+    lines += counting_notes([(name, run.measurements()) for name, run in named])
     for line in lines:
         console.print(Text(line, style="dim"))
     trained = trained_contexts(runs)

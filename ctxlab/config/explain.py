@@ -129,11 +129,14 @@ def _of_another_option(key: str, group: str, overrides: Sequence[str], options: 
 def _missing_option(error: MissingConfigException, folders: Sequence[Path]) -> str:
     missing = error.missing_cfg_file
     name = missing[0] if isinstance(missing, list | tuple) and missing else str(missing)
-    group, _, option = name.rpartition("/")
-    known = error.options or [o.name for o in catalog.groups(folders).get(group, [])]
+    group, _, option = name.partition("/")  # of data/task/mqar the group is data
+    options = catalog.groups(folders)
+    if group not in options:
+        group, _, option = name.rpartition("/")
+    known = [o.name for o in options.get(group, [])] or error.options or []
     if not group:
         return f"no config is called '{name}'{nearest(name, known)}"
-    if error.options is None and option in known:
+    if option in known:
         return f"{group}: expected one of its options, got a list"
     return f"{group}: no {group} is called '{option}'{nearest(option, known)}"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
+from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
-from ctxlab.evaluation.tasks import ruler_names
+from ctxlab.evaluation.tasks import TaskEvaluation, ruler_names
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.registry import nearest
@@ -40,6 +41,9 @@ def check(config: CommandConfig) -> None:
 
 def _tasks(config: TrainConfig | EvalConfig) -> None:
     """Tasks in numbers and text do not mix; what is modelled as text has to be text."""
+    for part, settings in config.eval:
+        if isinstance(settings, TaskEvaluation) and settings.lengths == ():
+            raise ConfigError(f"eval.{part}.lengths: expected at least one length, or auto, got []")
     names = config.eval.ruler.tasks if config.eval.ruler != "none" else "auto"
     for name in () if names == "auto" else names:
         if name not in ruler_names():
@@ -47,7 +51,8 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
     data = config.data
     if data == "none":
         return
-    is_task, in_numbers = isinstance(data, Task.Config), isinstance(data, TokenTask.Config)
+    kind = SOURCES.get(data.name)
+    is_task, in_numbers = issubclass(kind, Task), issubclass(kind, TokenTask)
     if isinstance(config, TrainConfig):
         if in_numbers != (config.tokenizer.name == "ids"):
             right = "ids" if in_numbers else "unigram, bpe, byte or file"
@@ -61,6 +66,8 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         raise IncompatibleError(f"eval: perplexity and ngram are of text, and {data.name} has none; use eval=task")
     if config.eval.task != "none" and not is_task:
         raise IncompatibleError(f"eval.task: data={data.name} is text and no task; use eval=needle, passkey or ruler")
+    if in_numbers and config.eval.task != "none":
+        config.eval.task.check_numbers(data.name)
     if in_numbers and any(part != "none" for part in (config.eval.needle, config.eval.passkey, config.eval.ruler)):
         raise IncompatibleError(
             f"eval: needles and RULER ask in words, and {data.name} speaks in numbers; use eval=task"

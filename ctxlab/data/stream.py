@@ -52,7 +52,8 @@ class Batch:
 class TrainStream(Dataset[Batch]):
     """Every micro-batch of one rank, by number from the start of the run; `in_order` for a model that carries a memory.
 
-    `rows_of` says which rows there are of a context. Raises DataError when rows in order are more than there are windows.
+    `rows_of` says which rows there are of a context. Raises DataError when rows in order are more than there are windows,
+    and what the rows raise where the last epoch of a stage has none.
     """
 
     def __init__(
@@ -70,6 +71,9 @@ class TrainStream(Dataset[Batch]):
         self.rows: dict[int, Rows] = {stage.context: rows_of(stage.context) for stage in stages}
         self.in_order = in_order
         self._ordered: tuple[tuple[int, int], np.ndarray] | None = None  # the last epoch's windows, in order
+        for stage in stages:  # a task whose last examples are too long for the context says so now
+            source = self.rows[stage.context]
+            source.row(0, max(stage.steps * stage.rows - 1, 0) // source.n)
         for stage in stages if in_order else ():
             if self.rows[stage.context].n < stage.rows:
                 raise DataError(

@@ -6,6 +6,8 @@ the sequence, at the labelled places. Nothing of an answer is ever shown.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import DoesNotFit, Task, TextTask, TokenTask, generator
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
-from ctxlab.errors import DataError, UndefinedBeyondTraining
+from ctxlab.errors import DataError, IncompatibleError, UndefinedBeyondTraining
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.fields import Length, OrAuto, OrNone
 from ctxlab.model.transformer import Transformer
@@ -46,6 +48,11 @@ class TaskEvaluation(ComponentConfig):
 
 class OwnTask(TaskEvaluation):
     """The task that the run was trained on, with its own settings."""
+
+    def check_numbers(self, task: str) -> None:
+        """A task in numbers has no place of the answer to choose. Raises IncompatibleError where one is asked for."""
+        if self.depths > 1:
+            raise IncompatibleError(f"eval.task.depths: {task} has no depth to choose; the nearest valid value is 1")
 
 
 class NeedleGrid(TaskEvaluation):
@@ -90,7 +97,7 @@ def wilson_interval(total: float, n: int) -> tuple[float, float]:
 def asked_tasks(
     dataset: TaskDataset | TextDataset,
     *,
-    own: TaskEvaluation | None,
+    own: OwnTask | None,
     named: Mapping[str, TaskEvaluation],
 ) -> Iterator[tuple[TaskDataset, TaskEvaluation]]:
     """Each task that is asked for, over the text that a run has: its own, and those of `named` (needle, passkey, ruler).
@@ -102,6 +109,8 @@ def asked_tasks(
             raise DataError(
                 "eval.task: the run was trained on text and has no task of its own; use eval=needle or ruler"
             )
+        if isinstance(dataset.task, TokenTask):
+            own.check_numbers(dataset.task.config.name)
         yield dataset, own
     for name, config in named.items():
         text = dataset if isinstance(dataset, TextDataset) else dataset.text
@@ -185,7 +194,9 @@ def evaluate_task(
             Measurement(
                 name="accuracy", value=sum(scores) / len(scores), unit="1", low=low, high=high, context=cell.length,
                 split="test", protocol=asked.protocol, n_targets=asked.n_targets, axes=_axes(dataset, cell),
-                facts={"items": len(scores), "chance": asked.chance, "oracle": asked.oracle},
+                facts={
+                    "items": len(scores), "chance": asked.chance, "oracle": asked.oracle, "examples": asked.sha256,
+                },
             )
         )  # fmt: skip
     model.train(was_training)
@@ -203,6 +214,7 @@ class LabelledItems:
         self.dataset, self.cell = dataset, cell
         self.rows = [dataset.row("test", cell.length, (index,), None) for index in range(count)]
         self.n_targets = sum(int((row.targets != IGNORED).sum()) for row in self.rows)
+        self.sha256 = _sha256([[row.tokens.tolist(), row.targets.tolist()] for row in self.rows])
         self.chance = task.guess(cell.length)
         self.oracle = float(np.mean([_solved(task, row) for row in self.rows]))
 
@@ -224,7 +236,8 @@ class GeneratedItems:
         self.prompts: list[list[int]] = []
         self.room: list[int] = []
         self.wanted: list[tuple[str, ...]] = []
-        oracle = []
+        oracle: list[float] = []
+        asked: list[Any] = []
         for index in range(count):
             if isinstance(task, TokenTask):
                 row = dataset.row("test", cell.length, (index,), None)
@@ -233,6 +246,7 @@ class GeneratedItems:
                 self.prompts.append(row.tokens[: first + 1].tolist())
                 self.room.append(len(answer))
                 self.wanted.append((dataset.tokenizer.decode(answer),))
+                asked.append(self.prompts[-1])
                 oracle.append(_solved(task, row))
             else:
                 assert isinstance(task, TextTask)
@@ -242,7 +256,9 @@ class GeneratedItems:
                 self.prompts.append(dataset.encoded(example)[0])
                 self.room.append(task.new_tokens)
                 self.wanted.append(example.answers)
+                asked.append(example.prompt)
                 oracle.append(task.score(task.solve(example.prompt), example.answers))
+        self.sha256 = _sha256([asked, self.wanted])
         self.oracle = float(np.mean(oracle))
         self.chance = (
             task.guess(cell.length) if isinstance(task, TokenTask) else task.guess(cell.length, dataset.tools("test"))  # type: ignore[attr-defined]
@@ -271,6 +287,11 @@ def _solved(task: TokenTask, row: Row) -> float:
     last = 1 + int(np.flatnonzero(labelled)[0]) if task.generated else len(row.tokens)
     answers = np.array(task.solve(row.tokens[:last].tolist()))
     return float((answers[labelled] == row.targets[labelled]).mean())
+
+
+def _sha256(examples: Any) -> str:
+    """Of all that a cell asks and wants: runs are compared in pairs of examples where it is the same."""
+    return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
 
 def _item(

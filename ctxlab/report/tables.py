@@ -17,7 +17,7 @@ from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
 from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
-from ctxlab.report.task_tables import show_tasks, task_rows
+from ctxlab.report.task_tables import show_compared_tasks, show_tasks, task_rows
 from ctxlab.report.ways import show_context_use, side_by_side, way_text, ways
 from ctxlab.units import format_count, format_length, format_seconds
 
@@ -290,9 +290,21 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
         show_lengths(measurements, trained, console)
         show_context_use(measurements, trained, console)
     else:
+        items = run.items()
+        show_compared_tasks(
+            [
+                (
+                    parent.id,
+                    [m for m in measurements if m.axes.get("run") == parent.id],
+                    [item for item in items if item.axes.get("run") == parent.id],
+                )
+                for parent in parents
+            ],
+            console,
+        )
         show_harness(measurements, console, [parent.id for parent in parents])
-        measurements = [m for m in measurements if "harness" not in m.axes]
-        for grid in side_by_side(measurements, parents):
+        measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
+        for grid in side_by_side(measurements, parents) if measurements else ():
             console.print(grid)
         show_footnotes(measurements, console)
         contexts = trained_contexts(parents)
@@ -303,7 +315,9 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
 
 def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     """The comparison of a sweep's runs: the table, what its numbers are, and the curves of loss by length."""
-    measured = [m for run in runs for m in run.measurements()]
+    named = list(zip(labels(runs), runs, strict=True))
+    show_compared_tasks([(name, run.measurements(), run.items()) for name, run in named], console)
+    measured = [m for run in runs for m in run.measurements() if "task" not in m.axes]
     if measured and not any(m.name in _SCORES for m in measured):
         for grid in cost_tables(runs):
             console.print(grid)
@@ -314,7 +328,7 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     lines = footnotes(measured, intervals=any(run.documents() for run in runs))
     if lines:
         lines[0] += f"; {title(metric)}, memory and step at the trained context"
-    lines += counting_notes([(name, run.measurements()) for name, run in zip(labels(runs), runs, strict=True)])
+    lines += counting_notes([(name, run.measurements()) for name, run in named])
     for line in lines:
         console.print(Text(line, style="dim"))
     trained = trained_contexts(runs)

@@ -88,8 +88,8 @@ def task_notes(rows: Sequence[Measurement]) -> list[str]:
         these = [m for m in done if m.protocol == protocol]
         counts = sorted({m.facts["items"] for m in these})
         lines.append(
-            f"{protocol}: {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} examples a cell, the same for every run; "
-            "± is 95% (Wilson)"
+            f"{protocol}: {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} examples a cell, the same for every run "
+            "with these settings; ± is 95% (Wilson)"
         )
     for task in dict.fromkeys(m.axes["task"] for m in done):
         these = [m for m in done if m.axes["task"] == task]
@@ -119,7 +119,7 @@ def show_compared_tasks(runs: Sequence[Answered], console: Console) -> None:
 
 def compared_tasks(runs: Sequence[Answered]) -> list[Grid]:
     """Runs side by side, a table a task: scores by length (over all depths), and the difference to the first run, paired
-    over the examples.
+    over the examples. Where those are not the same (other settings, another tokenizer) there is no difference.
     """
     grids = []
     for task in dict.fromkeys(m.axes["task"] for _, rows, _ in runs for m in task_rows(rows)):
@@ -127,20 +127,22 @@ def compared_tasks(runs: Sequence[Answered]) -> list[Grid]:
             {m.context for _, rows, _ in runs for m in task_rows(rows) if m.axes["task"] == task and m.context}
         )
         grid = Grid(["run", *map(format_length, contexts)], heading=f"{task}: share of right answers by length")
-        firsts: dict[int, dict[tuple[float | None, int], float]] = {}
+        firsts: dict[int, tuple[set[str], dict[tuple[float | None, int], float]]] = {}
         for number, (name, rows, items) in enumerate(runs):
             cells = []
             for context in contexts:
                 scores = {(i.depth, i.item): i.score for i in items if i.task == task and i.context == context}
-                why = next((m for m in rows if m.axes.get("task") == task and m.context == context), None)
+                measured = [m for m in rows if m.axes.get("task") == task and m.context == context]
                 if not scores:
-                    cells.append(cell(why))
+                    cells.append(cell(next(iter(measured), None)))
                     continue
                 text = f"{sum(scores.values()) / len(scores):.3f}"
+                asked = {m.facts["examples"] for m in measured if m.value is not None}
                 if number == 0:
-                    firsts[context] = scores
-                elif scores.keys() == firsts.get(context, {}).keys():
-                    text += f" ({_paired(scores, firsts[context])})"
+                    firsts[context] = asked, scores
+                elif context in firsts:
+                    same = asked == firsts[context][0] and scores.keys() == firsts[context][1].keys()
+                    text += f" ({_paired(scores, firsts[context][1]) if same else 'other examples'})"
                 cells.append(text)
             grid.add([name, *cells])
         grids.append(grid)

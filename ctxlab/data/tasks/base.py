@@ -86,7 +86,7 @@ class TokenTask(Task):
 
     @abstractmethod
     def guess(self, length: int) -> float:
-        """The accuracy of the best answer that ignores the example's order: chance."""
+        """Chance: the accuracy of a guess that knows what `chance` says, and nothing of the example's order."""
 
     @abstractmethod
     def solve(self, tokens: Sequence[int]) -> list[int]:

@@ -24,7 +24,7 @@ class Induction(TokenTask):
 
     paper = "Olsson et al. 2022, arXiv:2209.11895"
     source = "made here: a random stretch, repeated"
-    chance = "one of the period's tokens"
+    chance = "one of the period's tokens that have come least often"
 
     class Config(TokenTask.Config):
         name: Literal["task/induction"] = "task/induction"
@@ -62,8 +62,16 @@ class Induction(TokenTask):
         return TokenRow(whole[:-1], targets)
 
     def guess(self, length: int) -> float:
-        """1 / shortest, at best: one of the tokens that are repeated."""
-        return 1 / self.config.shortest
+        """What counting alone reaches, at best: of a period of p tokens, p - k have not come in this round behind its k-th,
+        and p - 1 may begin the next one. So (1/(p - 1) + 1/(p - 2) + ... + 1 + 1/(p - 1)) / p over a whole round: far more
+        than 1/p. The mean over the lengths of period and prefix.
+        """
+        shares = []
+        for period in range(self.config.shortest, min(self.config.longest, length // 2) + 1):
+            hits = 1 / np.array([*range(period - 1, 0, -1), period - 1])
+            before = range(min(length - 2 * period, self.config.longest) + 1)
+            shares.append(np.mean([np.resize(hits, length - period - n).mean() for n in before]))
+        return float(np.mean(shares))
 
     def solve(self, tokens: Sequence[int]) -> list[int]:
         follows: dict[int, int] = {}

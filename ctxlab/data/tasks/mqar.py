@@ -18,10 +18,10 @@ class MQAR(TokenTask):
     """k1 v1 ... kp vp, then every key once more; what comes out there is its value (Arora et al. 2024, Zoology,
     arXiv:2312.04927, section 3 and appendix).
 
-    Keys are p different numbers of 1 to V/2 - 1, values p different ones of V/2 to V - 1. Behind the pairs are (n - 2p) / 2
-    places two tokens apart; the keys take p of them, drawn without replacement with a probability in proportion to
-    a g^(a - 1) at the g-th, so most stand near. Everything else is 0. The values are never read as inputs there: nothing
-    of an answer can be seen in what follows.
+    Keys are p different numbers of 1 to V/2 - 1, values p different ones of V/2 to V - 1 (V/2 rounded down). Behind the
+    pairs are (n - 2p) / 2 places two tokens apart; the keys take p of them, drawn without replacement with a probability
+    in proportion to a g^(a - 1) at the g-th, so most stand near. Everything else is 0. The values are never read as inputs
+    there: nothing of an answer can be seen in what follows.
     """
 
     paper = "Arora et al. 2024, Zoology, arXiv:2312.04927"
@@ -40,7 +40,7 @@ class MQAR(TokenTask):
 
         @model_validator(mode="after")
         def _enough(self) -> MQAR.Config:
-            keys = (self.vocab_size - 1) // 2
+            keys = self.vocab_size // 2 - 1
             if max(self.pairs) > keys:
                 raise ValueError(
                     f"pairs ({max(self.pairs)}) must be at most {keys}, the keys of vocab_size {self.vocab_size}"

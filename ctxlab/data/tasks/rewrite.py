@@ -97,6 +97,7 @@ class Repeat(Copy):
     """One symbol n times, and n times again: only the count has to be kept."""
 
     source = "made here: one symbol many times, to be copied as often"
+    chance = "the symbol, any number of times"
 
     class Config(Rewrite.Config):
         name: Literal["task/repeat"] = "task/repeat"

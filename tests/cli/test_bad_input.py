@@ -55,6 +55,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dropout above 1": ((*TRAIN, "model.dropout=1.5"), (r"model.dropout: expected a number < 1, got 1.5",)),
     "word of a few": ((*TRAIN, "trainer.precision=fp16"), (r".*: expected auto, fp32 or bf16, got 'fp16'; did you",)),
     "one value for a list": ((*TRAIN, "tags=abc"), (r"tags: expected a list, got 'abc'; write \[abc\]",)),
+    "cache of sinks": (
+        (*TRAIN, "eval.perplexity.streaming=[64,4]"),
+        (r"eval.perplexity.streaming: a cache of 4 has no token beside its 4 sinks; the nearest valid value is 5",),
+    ),
     "empty list": (
         (*TRAIN, "eval.perplexity.lengths=[]"),
         (r"eval.perplexity.lengths: expected at least one length, or auto, got \[\]",),

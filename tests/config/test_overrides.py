@@ -105,6 +105,8 @@ def test_the_line_can_be_typed_again() -> None:
     [
         ("train", ["--multrun"], r"--multrun: no such flag of ctxlab train; did you mean '--multirun'\?"),
         ("train", ["--multirun=yes"], "--multirun: no such flag"),
+        ("train", ["--json"], "--json: is of one ctxlab eval; of recorded runs: ctxlab runs --json"),
+        ("eval", ["-m", "--json"], "--json: is of one ctxlab eval"),
         ("train", ["--cfg", "hydra"], "--cfg: expected job, got 'hydra'"),
         ("train", ["--config-dir"], "--config-dir: expected a value after it"),
         ("train", ["--config-dir", "/no/such"], "--config-dir: there is no folder /no/such"),

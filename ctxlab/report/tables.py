@@ -208,7 +208,7 @@ def show_training(run: Run, console: Console) -> None:
 
 def _prompt(config: dict[str, Any]) -> str:
     """Something to go on from, in what the run speaks."""
-    return "1 2 3 4" if config["tokenizer"]["name"] == "ids" else "To be, or not to be"
+    return "1 2 3 4" if config.get("tokenizer", {}).get("name") == "ids" else "To be, or not to be"
 
 
 def _elsewhere(run: Run) -> str:

@@ -29,7 +29,7 @@ from ctxlab.evaluation.perplexity import (
 )
 from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Model
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
@@ -54,7 +54,7 @@ def prepare_data(
 
 
 def score(
-    model: Transformer,
+    model: Model,
     dataset: TextDataset | TaskDataset,
     evaluations: Evaluations,
     *,
@@ -116,7 +116,7 @@ def score(
 
 
 def score_tasks(
-    model: Transformer,
+    model: Model,
     dataset: TextDataset | TaskDataset,
     evaluations: Evaluations,
     *,
@@ -188,8 +188,8 @@ def step_point(config: Any, *, vocab_size: int, precision: Precision, device: to
     """The training step that a config describes."""
     return Point(
         model=config.model.model_dump(mode="json"),
-        position=config.position.model_dump(mode="json"),
-        attention=config.attention.model_dump(mode="json"),
+        position=_plain(config.position),
+        attention=_plain(config.attention),
         optim=config.optim.model_dump(mode="json"),
         vocab_size=vocab_size,
         context=config.context,
@@ -198,6 +198,11 @@ def step_point(config: Any, *, vocab_size: int, precision: Precision, device: to
         recompute=config.trainer.recompute,
         loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
+
+
+def _plain(part: Any) -> Any:
+    """A part's settings as they go to another process; `none` stays the word."""
+    return part if part == "none" else part.model_dump(mode="json")
 
 
 def memory_source(device: torch.device) -> str:

@@ -112,7 +112,7 @@ def stem(command: str, config: Any) -> str:
         return str(config.name)
     if command == "eval":
         return f"eval-{Path(config.run[0]).name.rpartition('-')[0]}"
-    parts = f"{config.model.name}-{config.position.name}"
+    parts = config.model.name if config.position == "none" else f"{config.model.name}-{config.position.name}"
     return f"profile-{parts}" if command == "profile" else f"{parts}-{config.context}"
 
 

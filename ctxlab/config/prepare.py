@@ -122,6 +122,7 @@ class _Work:
             set_key(config, key, value)
         ids = self._resolve(config, selectors)
         line = self._text(overrides, ids)
+        skipped = rules.leave_out(config, overrides)
         if not self.validate:
             return Cell(tuple(overrides), config, None, line)
         if config.get("resume", "none") != "none":
@@ -130,8 +131,8 @@ class _Work:
         try:
             rules.check(typed)
         except IncompatibleError as error:
-            return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line, skipped=str(error))
-        return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line)
+            skipped = skipped or str(error)
+        return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line, skipped)
 
     def _same_segments(self, cells: list[Cell]) -> list[Cell]:
         """Cells that are scored at different lengths get test segments of one length: the longest that any asks for.
@@ -169,9 +170,10 @@ class _Work:
         chosen = {key_of(override) for override in overrides}
         parts = []
         for group in INHERITED:
-            if group not in chosen:
+            recorded = run.record.config[group]
+            if group not in chosen and recorded != "none":
                 name = f"from_{run.id}"
-                plugins.write_option(self.generated, group, name, run.record.config[group])
+                plugins.write_option(self.generated, group, name, recorded)
                 parts.append(f"{group}={name}")
         return parts
 

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from ctxlab.config.overrides import key_of
 from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.evaluation.tasks import TaskEvaluation, ruler_names
 from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.base import ARCHITECTURES, architecture_of
+from ctxlab.model.config import ModelConfig
+from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
 from ctxlab.units import format_length
+
+PARTS = ("position", "attention")  # that a model may be composed from, besides its sizes
+
+
+def leave_out(config: dict[str, Any], overrides: Sequence[str]) -> str:
+    """Makes the parts that a model is not composed from `none`; says why, where one of the overrides has chosen such a part."""
+    sizes = config.get("model")
+    if not isinstance(sizes, dict) or architecture_of(sizes) not in ARCHITECTURES.names():
+        return ""
+    architecture = ARCHITECTURES.get(architecture_of(sizes))
+    refused = ""
+    for group in PARTS:
+        if group in architecture.parts or group not in config:
+            continue
+        config[group] = "none"
+        given = next((override for override in overrides if key_of(override).partition(".")[0] == group), None)
+        if given is not None and not refused:
+            refused = f"{group}: model={sizes['name']} has none (it {architecture.why_without}); leave {given} out"
+    return refused
 
 
 def check(config: CommandConfig) -> None:
@@ -22,19 +47,24 @@ def check(config: CommandConfig) -> None:
         raise ConfigError("profile.contexts: expected at least one context, or none, got []")
     if isinstance(config, GenerateConfig) and config.prompt and config.prompt_file != "none":
         raise ConfigError("prompt_file: is given beside prompt; give one of them")
+    if isinstance(config, TrainConfig | ProfileConfig):
+        ARCHITECTURES.get(config.model.architecture).check_training(
+            config.model,
+            packed=isinstance(config, TrainConfig) and config.data.packs,
+            compiled=config.trainer.compile,
+            recompute=config.trainer.recompute,
+        )
     if isinstance(config, TrainConfig | ProfileConfig | ShowConfig):
-        scheme = POSITIONS.get(config.position.name)
-        scheme.check(config.position, config.model)
-        if not isinstance(config, ShowConfig):
-            ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
+        _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _tasks(config)
     if isinstance(config, TrainConfig):
-        contexts = [config.context, *(stage.context for stage in config.trainer.context_schedule)]
-        mechanism = ATTENTIONS.get(config.attention.name)
-        mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
+        if config.attention != "none":
+            contexts = [config.context, *(stage.context for stage in config.trainer.context_schedule)]
+            mechanism = ATTENTIONS.get(config.attention.name)
+            mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
 
@@ -57,10 +87,10 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         if in_numbers != (config.tokenizer.name == "ids"):
             right = "ids" if in_numbers else "unigram, bpe, byte or file"
             raise IncompatibleError(f"tokenizer: data={data.name} goes with {right}, not with {config.tokenizer.name}")
-        if is_task and ATTENTIONS.get(config.attention.name).carried_tokens(config.attention):
+        carrying = ARCHITECTURES.get(config.model.architecture).carrying(config.model, config.attention)
+        if is_task and carrying:
             raise IncompatibleError(
-                f"attention: {config.attention.name} carries a memory from window to window of a text, and the examples of "
-                f"{data.name} stand alone"
+                f"{carrying} from window to window of a text, and the examples of {data.name} stand alone"
             )
     if is_task and (config.eval.perplexity != "none" or config.eval.ngram != "none"):
         raise IncompatibleError(f"eval: perplexity and ngram are of text, and {data.name} has none; use eval=task")
@@ -72,6 +102,18 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         raise IncompatibleError(
             f"eval: needles and RULER ask in words, and {data.name} speaks in numbers; use eval=task"
         )
+
+
+def _scheme(config: TrainConfig | ProfileConfig | ShowConfig) -> None:
+    if not isinstance(config.position, Position.Config):
+        if isinstance(config, ShowConfig):
+            raise ConfigError(f"model: {config.model.name} has no positional scheme that could be drawn")
+        return
+    assert isinstance(config.model, ModelConfig)
+    scheme = POSITIONS.get(config.position.name)
+    scheme.check(config.position, config.model)
+    if not isinstance(config, ShowConfig) and config.attention != "none":
+        ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
 
 
 def _budget(config: TrainConfig) -> None:

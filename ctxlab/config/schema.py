@@ -23,7 +23,8 @@ from ctxlab.evaluation.perplexity import PerplexityConfig
 from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS, Attention
-from ctxlab.model.config import ModelConfig
+from ctxlab.model.base import ARCHITECTURES, architecture_of
+from ctxlab.model.config import SizesConfig
 from ctxlab.model.generation import DecodingConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.profiling.measure import MeasureConfig
@@ -126,9 +127,9 @@ class TrainConfig(RecordedConfig):
     """`ctxlab train`: a model, a context, text, an optimizer and a budget, then the evaluation of the result."""
 
     context: Length
-    model: ModelConfig
-    position: SerializeAsAny[Position.Config]
-    attention: SerializeAsAny[Attention.Config]
+    model: SizesConfig
+    position: OrNone | SerializeAsAny[Position.Config]
+    attention: OrNone | SerializeAsAny[Attention.Config]
     data: SerializeAsAny[Source.Config]
     tokenizer: SerializeAsAny[Tokenizer.Config]
     optim: SerializeAsAny[Optimizer.Config]
@@ -174,9 +175,9 @@ class ProfileConfig(RecordedConfig):
 
     context: Length
     vocab_size: int = Field(2048, ge=2)
-    model: ModelConfig
-    position: SerializeAsAny[Position.Config]
-    attention: SerializeAsAny[Attention.Config]
+    model: SizesConfig
+    position: OrNone | SerializeAsAny[Position.Config]
+    attention: OrNone | SerializeAsAny[Attention.Config]
     optim: SerializeAsAny[Optimizer.Config]
     trainer: TrainerConfig
     profile: MeasureConfig = MeasureConfig()
@@ -189,8 +190,8 @@ class ShowConfig(CommandConfig):
     distances: Annotated[Length, Field(ge=2)] = 256
     file: OrAuto | OrNone | str = "auto"
     run: str = "none"
-    model: ModelConfig
-    position: SerializeAsAny[Position.Config]
+    model: SizesConfig
+    position: OrNone | SerializeAsAny[Position.Config]
 
 
 COMMANDS: dict[str, type[CommandConfig]] = {
@@ -228,7 +229,26 @@ def _with_components(base: type[CommandConfig], config: dict[str, Any]) -> type[
         if not isinstance(name, str) or name not in registry.names():
             raise ConfigError(f"{group}.name: no {group} is called '{name}'{nearest(str(name), registry.names())}")
         chosen[group] = registry.get(name).Config
+    if "model" in base.model_fields and isinstance(config.get("model"), dict):
+        chosen["model"] = _sizes(config["model"])
     return _narrowed(base, tuple(chosen.items()))
+
+
+def _sizes(model: dict[str, Any]) -> type[ComponentConfig]:
+    """The Config of the architecture that `model:` names; one line where its settings are those of another."""
+    name = architecture_of(model)
+    if name not in ARCHITECTURES.names():
+        raise ConfigError(
+            f"model.architecture: no architecture is called '{name}'{nearest(name, ARCHITECTURES.names())}"
+        )
+    settings: type[ComponentConfig] = ARCHITECTURES.get(name).Config
+    foreign = [key for key in model if key not in settings.model_fields]
+    others = {key for other in ARCHITECTURES.names() for key in ARCHITECTURES.get(other).Config.model_fields}
+    if foreign and others.issuperset(foreign):
+        raise ConfigError(
+            f"model.architecture: {name} has no {', '.join(foreign)}; an architecture is chosen with its sizes, by model=NAME"
+        )
+    return settings
 
 
 @functools.cache

@@ -41,7 +41,7 @@ from ctxlab.evaluation.intervals import paired_interval, ratio_interval
 from ctxlab.evaluation.reach import TokenNats, effective_context
 from ctxlab.evaluation.words import segment_words
 from ctxlab.fields import Count, Length, OrAuto, OrNone
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Model
 from ctxlab.records.run import axes_key
 from ctxlab.records.schema import WAY_AXES, DocumentSums, Measurement
 from ctxlab.registry import ComponentConfig
@@ -283,7 +283,7 @@ def asked_segments(
 
 
 def evaluate_perplexity(
-    model: Transformer,
+    model: Model,
     dataset: TextDataset,
     config: PerplexityConfig,
     *,
@@ -373,7 +373,7 @@ def _in_comparison(config: PerplexityConfig, length: int) -> Way:
 
 
 def _score(
-    model: Transformer,
+    model: Model,
     segments: EvalSegments,
     way: Way,
     tokenizer: Tokenizer,

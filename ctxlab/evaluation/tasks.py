@@ -24,7 +24,7 @@ from ctxlab.data.windows import IGNORED, Row
 from ctxlab.errors import DataError, IncompatibleError, UndefinedBeyondTraining
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.fields import Length, OrAuto, OrNone
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Model
 from ctxlab.records.schema import Measurement, TaskItem
 from ctxlab.registry import ComponentConfig
 from ctxlab.train.answers import answer_freely, answer_labels
@@ -152,7 +152,7 @@ def cells(config: TaskEvaluation, trained_context: int) -> list[Cell]:
 
 
 def evaluate_task(
-    model: Transformer,
+    model: Model,
     dataset: TaskDataset,
     config: TaskEvaluation,
     *,
@@ -218,7 +218,7 @@ class LabelledItems:
         self.chance = task.guess(cell.length)
         self.oracle = float(np.mean([_solved(task, row) for row in self.rows]))
 
-    def answer(self, model: Transformer, **options: Any) -> list[TaskItem]:
+    def answer(self, model: Model, **options: Any) -> list[TaskItem]:
         found = answer_labels(model, self.rows, pad_id=self.dataset.tokenizer.pad_id, **options)
         shares = found.right / found.labels
         return [_item(self.dataset, self.cell, i, float(share)) for i, share in enumerate(shares)]
@@ -264,7 +264,7 @@ class GeneratedItems:
             task.guess(cell.length) if isinstance(task, TokenTask) else task.guess(cell.length, dataset.tools("test"))  # type: ignore[attr-defined]
         )
 
-    def answer(self, model: Transformer, **options: Any) -> list[TaskItem]:
+    def answer(self, model: Model, **options: Any) -> list[TaskItem]:
         tokenizer, task = self.dataset.tokenizer, self.dataset.task
         said = answer_freely(model, self.prompts, self.room, stop_id=tokenizer.eos_id, **options)
         items = []

@@ -1,4 +1,4 @@
-"""What `model:` in a config says: the sizes and the settings of a Transformer, every derived number resolved."""
+"""What `model:` in a config says: the sizes and the settings of a model, every derived number resolved."""
 
 from __future__ import annotations
 
@@ -65,6 +65,38 @@ class ModelConfig(ComponentConfig):
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")
         return self
+
+
+class LSTMConfig(ComponentConfig):
+    """Sizes and settings of the recurrent baseline. No positional scheme and no attention go with it.
+
+    `d_hidden` may be given as `auto`, and is d_model then. Where the two differ, a matrix leads from the last layer's state
+    to the width of the embedding, so that the head can be the embedding's matrix whatever the state's width.
+    """
+
+    name: str = Field("custom", description="the size's name, for people")
+    architecture: Literal["lstm"] = "lstm"
+    d_model: int = Field(gt=0, description="width of the embedding, and of what the head reads")
+    d_hidden: int = Field(gt=0, description="width of each layer's state; or auto")
+    n_layers: int = Field(gt=0)
+    carry_state: bool = Field(
+        False,
+        description="rows of a training step go on with the state that the step before has left, without its gradient",
+    )
+    tie_embeddings: bool = Field(True, description="the output head is the embedding's matrix")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="of the embedding and of each layer's outputs, never from one token to the next"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_auto(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("d_hidden", "auto") == "auto":
+            return {**values, "d_hidden": _size(values.get("d_model")) or 1}
+        return values
+
+
+SizesConfig = ModelConfig | LSTMConfig
 
 
 def _size(value: Any) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ctxlab.model.attention.base import ATTENTIONS, Attention
-from ctxlab.model.config import ModelConfig
+from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.config import LSTMConfig, ModelConfig, SizesConfig
 from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS, Position
 
+# A positional scheme's or a mechanism's settings, `none` for a model that has none.
+Part = Any
 Precision = Literal["fp32", "bf16"]
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 
@@ -26,10 +28,15 @@ class Parameters:
         return self.total - self.embeddings
 
 
-def parameters(
-    config: ModelConfig, position: Position.Config, attention: Attention.Config, *, vocab_size: int, context: int
-) -> Parameters:
-    """Exactly what building the model would allocate. `without_embeddings` is the N of Kaplan et al. 2020, arXiv:2001.08361."""
+def parameters(config: SizesConfig, position: Part, attention: Part, *, vocab_size: int, context: int) -> Parameters:
+    """Exactly what building the model would allocate. `without_embeddings` is the N of Kaplan et al. 2020, arXiv:2001.08361.
+
+    An LSTM's layer has 4 h (its input's width + h) weights and torch's two biases of 4 h.
+    """
+    if isinstance(config, LSTMConfig):
+        embeddings = vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+        biases = 8 * config.n_layers * config.d_hidden
+        return Parameters(total=_recurrent_matrices(config) + biases + embeddings, embeddings=embeddings)
     norm = config.d_model * (2 if config.norm == "layernorm" and config.bias else 1)
     outputs = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.d_model  # of q, k, v and out
     outputs += config.d_ff * (2 if config.activation == "swiglu" else 1) + config.d_model
@@ -43,13 +50,15 @@ def parameters(
     return Parameters(total=config.n_layers * block + norms + vocabulary + positional, embeddings=embeddings)
 
 
-def flops_per_token(config: ModelConfig, attention: Attention.Config, *, vocab_size: int, context: int) -> float:
+def flops_per_token(config: SizesConfig, attention: Part, *, vocab_size: int, context: int) -> float:
     """Floating-point operations of training on one token, forward and backward: 6 N + 12 L H D context for full attention.
 
     Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B, with N the weights that multiply: blocks and output head, the
     lookup of the input embedding, norms, biases and positional tables left out. The half of the scores that causality hides
-    is counted, recomputation is not. Norms, activations and softmax are not counted either.
+    is counted, recomputation is not. Norms, activations and softmax are not counted either. An LSTM has 6 N at any context.
     """
+    if isinstance(config, LSTMConfig):
+        return 6.0 * (_recurrent_matrices(config) + vocab_size * config.d_model)
     multiplied = config.n_layers * _block_matrices(config) + vocab_size * config.d_model
     mechanism = ATTENTIONS.get(attention.name)
     mixing = sum(mechanism.flops(attention, config, context, layer) for layer in range(config.n_layers))
@@ -57,9 +66,9 @@ def flops_per_token(config: ModelConfig, attention: Attention.Config, *, vocab_s
 
 
 def kv_cache_bytes(
-    config: ModelConfig,
-    position: Position.Config,
-    attention: Attention.Config,
+    config: SizesConfig,
+    position: Part,
+    attention: Part,
     *,
     length: int,
     rows: int = 1,
@@ -67,8 +76,10 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of the keys and values of `length` tokens in `rows` sequences: L Hkv (2 D + the scheme's columns) e a token.
 
-    Sums that stand in their place are fp32 and count once.
+    Sums that stand in their place are fp32 and count once, as do an LSTM's two states of each layer.
     """
+    if isinstance(config, LSTMConfig):
+        return 2 * config.n_layers * config.d_hidden * rows * _BYTES["fp32"]
     columns = POSITIONS.get(position.name).key_columns(position, config)
     mechanism = ATTENTIONS.get(attention.name)
     held = sum(mechanism.cached_tokens(attention, length, layer) for layer in range(config.n_layers))
@@ -77,8 +88,9 @@ def kv_cache_bytes(
 
 
 def activation_bytes(
-    config: ModelConfig,
-    position: Position.Config,
+    config: SizesConfig,
+    position: Part,
+    attention: Part,
     *,
     vocab_size: int,
     context: int,
@@ -86,7 +98,6 @@ def activation_bytes(
     precision: Precision = "fp32",
     recompute: bool = False,
     loss_chunk: int | None = None,
-    carried: int = 0,
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
 
@@ -94,19 +105,23 @@ def activation_bytes(
     stands around them, and the largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is
     bf16, the copies of the weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the
     operations of this model: attention that keeps no scores, and an activation function that keeps its inputs only. A row of
-    a recurrent model has its `carried` tokens of memory (old, read and new) and their norm, keys and values besides.
+    a model with recurrent attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
+    An LSTM: `_recurrent_activations`.
     """
     tokens = rows * context
+    chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
+    size = _BYTES[precision]
+    logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
+    if isinstance(config, LSTMConfig):
+        return tokens * _recurrent_activations(config, precision) + logits
+    carried = ATTENTIONS.get(attention.name).carried_tokens(attention)
     kept = kept_bytes_per_token(config, position, precision)
     stream = 4 * config.d_model  # one fp32 copy of the residual stream
     blocks = config.n_layers * stream + kept if recompute else config.n_layers * kept
-    size = _BYTES[precision]
     ends = 2 * stream + 2 * size * config.d_model  # around the blocks: stream, last norm, gradient of the head's input
     backward = (
         3 * size * config.d_ff + 2 * stream
     )  # gradients alive at once in the widest place, the feed-forward layer
-    chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
-    logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
     casts = 0 if precision == "fp32" else size * config.n_layers * _block_matrices(config)
     width = 2 * config.head_dim + POSITIONS.get(position.name).key_columns(position, config)
     read = stream + size * (config.d_model + config.n_kv_heads * width) + 4
@@ -135,3 +150,25 @@ def _block_matrices(config: ModelConfig) -> int:
     """Weights of a block's linear layers, biases left out."""
     projections = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim * config.d_model
     return projections + config.d_model * config.d_ff * (3 if config.activation == "swiglu" else 2)
+
+
+def _recurrent_matrices(config: LSTMConfig) -> int:
+    """Weights of an LSTM's layers and of the matrix that leads to the head, biases left out."""
+    d, h = config.d_model, config.d_hidden
+    return 4 * h * (d + h) + (config.n_layers - 1) * 8 * h * h + (0 if d == h else d * h)
+
+
+def _recurrent_activations(config: LSTMConfig, precision: Precision) -> int:
+    """Bytes a token of an LSTM's training step.
+
+    Each layer keeps its four gates, its cell state and its output for the backward pass. There the layer at work has the
+    gradients of its gates, of three states and, twice, of its output. Around the layers: the embedded token and what the head
+    reads, each with its gradient, and under bf16 a copy for the matrix before the head. Dropout keeps the embedding's mask, and
+    between layers a mask and what it leaves. Layers are fp32. (oneDNN sets 15 h numbers a token aside for a layer and touches
+    less than half of them.)
+    """
+    d, h, size = config.d_model, config.d_hidden, _BYTES[precision]
+    layers = 4 * h * (6 * config.n_layers + 9)
+    ends = 2 * 4 * d + 2 * size * d + (size * h if precision == "bf16" and d != h else 0)
+    masks = 4 * (d + 2 * (config.n_layers - 1) * h) if config.dropout else 0
+    return layers + ends + masks

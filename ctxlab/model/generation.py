@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ctxlab.errors import ConfigError
-from ctxlab.model.cache import KVCache, StreamingCache
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Cache, Model
 from ctxlab.registry import ComponentConfig
 
 
@@ -35,7 +34,7 @@ class DecodingConfig(ComponentConfig):
 
 
 def generate(
-    model: Transformer,
+    model: Model,
     tokens: Sequence[int],
     config: DecodingConfig | None = None,
     *,
@@ -45,7 +44,7 @@ def generate(
     """Yields the tokens that follow `tokens`, each as soon as it is chosen, until one of `stop_ids` (not yielded) or enough.
 
     The prompt is read in one forward (a streaming cache takes what does not fit it token by token) and may be longer than
-    the trained context; every further token costs one forward of itself over the cached keys. The same seed gives the
+    the trained context; every further token costs one forward of itself behind what is cached. The same seed gives the
     same tokens. The model is used as it stands: put it in eval mode.
     Raises ConfigError on an empty prompt (a language model predicts what follows something), and UndefinedBeyondTraining,
     after all tokens that can be had, when the scheme has no meaning for the next position.
@@ -67,13 +66,13 @@ def generate(
 
 
 @torch.inference_mode()
-def greedy(model: Transformer, prompts: Tensor, max_new_tokens: int, *, stop_id: int) -> Tensor:
+def greedy(model: Model, prompts: Tensor, max_new_tokens: int, *, stop_id: int) -> Tensor:
     """The most likely token again and again behind prompts of one length (B,T): (B,n), n <= max_new_tokens.
 
     Ends early when every row has said `stop_id`; what a row says behind it means nothing.
     Raises UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
     """
-    cache = KVCache(model.config.n_layers)
+    cache = model.new_cache()
     new, said = prompts, []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
     for _ in range(max_new_tokens):
@@ -85,15 +84,16 @@ def greedy(model: Transformer, prompts: Tensor, max_new_tokens: int, *, stop_id:
     return torch.cat(said, dim=1)
 
 
-def _read(model: Transformer, tokens: Tensor, config: DecodingConfig) -> tuple[KVCache, Tensor]:
+def _read(model: Model, tokens: Tensor, config: DecodingConfig) -> tuple[Cache, Tensor]:
     """A cache, and the tokens (1,T) that are still to be read: what a streaming cache has no room for has been."""
     if config.cache == "full":
-        return KVCache(model.config.n_layers), tokens
-    cache = StreamingCache(model.config.n_layers, sinks=config.cache_sinks, window=config.cache_window)
-    if tokens.shape[1] <= cache.capacity:
+        return model.new_cache(), tokens
+    capacity = config.cache_sinks + config.cache_window
+    cache = model.new_streaming_cache(sinks=config.cache_sinks, window=config.cache_window)
+    if tokens.shape[1] <= capacity:
         return cache, tokens
     with torch.inference_mode():
-        for part in (tokens[:, : cache.capacity], *tokens[:, cache.capacity : -1].split(1, dim=1)):
+        for part in (tokens[:, :capacity], *tokens[:, capacity:-1].split(1, dim=1)):
             model.hidden(part, cache=cache)
     return cache, tokens[:, -1:]
 

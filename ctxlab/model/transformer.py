@@ -21,14 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
-from ctxlab.model.cache import KVCache, LayerCache
+from ctxlab.model.base import ARCHITECTURES, Model, Segments, pieces_of
+from ctxlab.model.cache import KVCache, LayerCache, StreamingCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.elementwise import rms_norm, swiglu
-from ctxlab.model.loss import chunk_for, token_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
-
-Segments = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -175,19 +173,20 @@ class Block(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, frame.dtype)))
 
 
-class Transformer(nn.Module):
+@ARCHITECTURES.register("decoder")
+class Transformer(Model):
     """A decoder-only Transformer language model.
 
     config: sizes and settings; position, attention: the settings of the scheme and the mechanism; context: the length it is
     trained at, of which only schemes with a table of positions take note.
     Raises IncompatibleError when the scheme cannot serve a model of these sizes.
 
-    A batch is tokens (B,T), right-padded. It needs no mask for that: a causal query never looks at what follows it, so
-    `lengths` (B,) changes nothing here and the values at padded places are to be ignored. `segments` packs documents side
-    by side: the lengths of each row's documents, which attend within themselves, at positions from 0 (what a row has
-    beyond them is padding). `cache` continues the sequences that it holds; in any number of chunks, the logits are those of
-    one forward. `memory` goes on from the segment before: it is read, and holds this one's inputs too afterwards.
+    A causal query never looks at what follows it, which is why padding on the right needs no mask. Packed documents attend
+    within themselves, at positions from 0. A memory is what the inputs of every block were in the segments before.
     """
+
+    Config = ModelConfig
+    parts = ("position", "attention")
 
     def __init__(
         self,
@@ -198,12 +197,7 @@ class Transformer(nn.Module):
         vocab_size: int,
         context: int,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
-        self.context = context
-        self.recompute = False  # whether backward computes each block's activations again instead of keeping them
-        self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
+        super().__init__(config, vocab_size=vocab_size, context=context)
         mechanism = ATTENTIONS.get(attention.name)
         self.carried_tokens = mechanism.carried_tokens(attention)  # that a training step sees of the step before
         self.attention_name, self.streams, self.slides = attention.name, mechanism.streams, mechanism.slides
@@ -236,17 +230,6 @@ class Transformer(nn.Module):
                 nn.init.normal_(last.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
         self.position.initialize()
 
-    def forward(
-        self,
-        tokens: Tensor,
-        *,
-        lengths: Tensor | None = None,
-        segments: Segments | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """The logits of the token behind each of `tokens`, (B,T,V)."""
-        return self.logits(self.hidden(tokens, lengths=lengths, segments=segments, cache=cache))
-
     def hidden(
         self,
         tokens: Tensor,
@@ -256,10 +239,6 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         memory: SegmentMemory | None = None,
     ) -> Tensor:
-        """What the head reads, (B,T,d), in the compute dtype.
-
-        Raises UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
-        """
         if memory is None:
             return self._through(tokens, segments, cache)
         if segments is not None or cache is not None:
@@ -296,8 +275,22 @@ class Transformer(nn.Module):
                 x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before)
         return self.norm(x, frame.dtype)
 
+    @classmethod
+    def carrying(cls, config: ModelConfig, attention: Attention.Config) -> str:
+        carried = ATTENTIONS.get(attention.name).carried_tokens(attention)
+        return f"attention: {attention.name} carries a memory" if carried else ""
+
+    @property
+    def carries(self) -> bool:
+        return self.carried_tokens > 0
+
+    def new_cache(self) -> KVCache:
+        return KVCache(self.config.n_layers)
+
+    def new_streaming_cache(self, *, sinks: int, window: int) -> StreamingCache:
+        return StreamingCache(self.config.n_layers, sinks=sinks, window=window)
+
     def new_memory(self, rows: int) -> SegmentMemory:
-        """What `hidden` carries on from segment to segment; empty."""
         device = self.embedding.weight.device
         return SegmentMemory(self.config.n_layers, rows, self.carried_tokens, self.config.d_model, device)
 
@@ -306,37 +299,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             block.compile()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., V)."""
-        return F.linear(hidden, self._head_weight)
-
-    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Nats of each target given `hidden`, (B,T) fp32, 0 where the target is -100.
-
-        The logits of `loss_chunk` tokens exist at once, never those of all.
-        """
-        size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
-        return token_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size).view(targets.shape)
-
-    def n_parameters(self, embeddings: bool = True) -> int:
-        """Trained numbers; without `embeddings`, those of tokens, of the untied head and of a table of positions left out."""
-        total = sum(p.numel() for p in self.parameters())
-        if embeddings:
-            return total
-        vocabulary = self.vocab_size * self.config.d_model * (1 if self.config.tie_embeddings else 2)
+    def _n_embedding_parameters(self) -> int:
         table = sum(p.numel() for p in self.position.parameters()) if self.position.form == "embedding" else 0
-        return total - vocabulary - table
-
-    @property
-    def _head_weight(self) -> Tensor:
-        return self.embedding.weight if self.head is None else self.head.weight
+        return super()._n_embedding_parameters() + table
 
     def _frame(self, tokens: Tensor, segments: Segments | None, cache: KVCache | None, remembered: int) -> Frame:
         B, T = tokens.shape
         device = tokens.device
-        dtype = self.embedding.weight.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        dtype = self._compute_dtype()
         if segments is None:
             if cache is None:
                 self.position.require_defined(remembered + T - 1)
@@ -360,26 +330,13 @@ class Transformer(nn.Module):
             return Frame(dtype, positions, None, [tables], [self.position.tables(held, dtype) if apart else tables])
         if cache is not None:
             raise ValueError("Transformer: a packed batch has no cache")
-        pieces = _pieces(segments, B, T)
+        pieces = pieces_of(segments, B, T)
         longest = torch.arange(max(size for size, _ in pieces), device=device)
         self.position.require_defined(max(size for size, is_document in pieces if is_document) - 1)
         positions = torch.cat([longest[:size] for size, _ in pieces]).view(B, T)
         made = {size: self.position.tables(longest[:size], dtype) for size, is_document in pieces if is_document}
         tables = [made.get(size) for size, _ in pieces]
         return Frame(dtype, positions, pieces, tables, tables)
-
-
-def _pieces(segments: Segments, B: int, T: int) -> list[tuple[int, bool]]:
-    """The documents of a packed batch and the padding behind each row's last, in the order of the flattened batch."""
-    if len(segments) != B:
-        raise ValueError(f"segments: expected one list of lengths for each of {B} rows, got {len(segments)}")
-    pieces = []
-    for row in segments:
-        padding = T - sum(row)
-        if padding < 0 or min(row, default=0) < 1:
-            raise ValueError(f"segments: expected lengths >= 1 that add up to at most {T}, got {tuple(row)}")
-        pieces += [(size, True) for size in row] + ([(padding, False)] if padding else [])
-    return pieces
 
 
 def _dropout(config: ModelConfig) -> nn.Module:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -46,8 +46,8 @@ class Point:
     """What one point runs: plain settings, as they go to the child process."""
 
     model: dict[str, Any]
-    position: dict[str, Any]
-    attention: dict[str, Any]
+    position: dict[str, Any] | Literal["none"]
+    attention: dict[str, Any] | Literal["none"]
     optim: dict[str, Any]
     vocab_size: int
     context: int
@@ -138,12 +138,14 @@ def _specification(point: Point, what: str) -> str:
 def plugin_files(point: Point) -> list[tuple[str, str]]:
     """(module, path) of each file outside the package that a component of the point comes from."""
     found: dict[str, str] = {}
-    registries: tuple[tuple[Registry[Any], dict[str, Any]], ...] = (
+    registries: tuple[tuple[Registry[Any], dict[str, Any] | Literal["none"]], ...] = (
         (POSITIONS, point.position),
         (ATTENTIONS, point.attention),
         (OPTIMIZERS, point.optim),
     )
     for registry, settings in registries:
+        if settings == "none":
+            continue
         name = registry.get(settings["name"]).__module__
         path = getattr(sys.modules.get(name), "__file__", None)
         if path is not None and not name.startswith("ctxlab."):

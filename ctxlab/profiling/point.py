@@ -26,10 +26,7 @@ import torch
 import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that is no model's
 
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
-from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.config import ModelConfig
-from ctxlab.model.position.base import POSITIONS
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import build_model, read_parts
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
@@ -51,8 +48,7 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
     device = torch.device(spec["device"])
     for name, file in spec["plugins"]:
         import_file(name, Path(file))
-    config = ModelConfig.model_validate(spec["model"])
-    position, attention = POSITIONS.config(spec["position"]), ATTENTIONS.config(spec["attention"])
+    parts = read_parts(spec)
     optim = OPTIMIZERS.get(spec["optim"]["name"])(OPTIMIZERS.config(spec["optim"]))
     torch.manual_seed(0)
     warm_up(optim, spec["precision"], device)
@@ -60,13 +56,13 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
 
     limit, context = spec["memory_limit"], spec["context"]
     with _limited(limit, idle, device):
-        model = Transformer(config, position, attention, vocab_size=spec["vocab_size"], context=context).to(device)
+        model = build_model(parts, vocab_size=spec["vocab_size"], context=context).to(device)
         model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
         optimizer = optim.build(model)
         tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
 
         # A recurrent model's steps all see a memory but the first of a document: measured is one that does.
-        memory = model.new_memory(1) if model.carried_tokens else None
+        memory = model.new_memory(1) if model.carries else None
         if memory is not None:
             memory.held.fill_(memory.capacity)
 

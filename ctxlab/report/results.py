@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +28,8 @@ _WHY = {
     "undefined": "undefined", "no_document": "no text", "does_not_fit": "does not fit",
     "out_of_memory": "out of memory", "timed_out": "timed out", "failed": "failed",
 }  # fmt: skip
+# Parts of a config that some models are not composed from.
+_PARTS = ("position", "attention")
 # Parts of a config that say how a run is kept, not what it is.
 _KEPT = ("name", "tags", "note", "paths", "sweep", "logger", "resume", "experiment")
 
@@ -103,6 +107,17 @@ def differing_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in differing if key.rpartition(".")[0] not in differing]
 
 
+def telling_keys(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of `differing_keys` that tell more than the others do: without parts that all have alike but those that have none.
+
+    A model that is composed from no positional scheme differs in that too; its name says so already.
+    """
+    keys = differing_keys(configs)
+    values = {key: {value_at(config, key) for config in configs} - {"none"} for key in keys}
+    telling = [key for key in keys if len(values[key]) > 1 or key not in _PARTS]
+    return telling or keys
+
+
 def value_at(config: dict[str, Any], key: str) -> str:
     """The setting at a dotted key as text; `-` where a config has none."""
     value = flatten(config).get(key, "-")
@@ -112,9 +127,16 @@ def value_at(config: dict[str, Any], key: str) -> str:
 def labels(runs: Sequence[Run]) -> list[str]:
     """A name for each run that tells it from the others: the values in which they differ, else the id."""
     configs = [run.record.config for run in runs]
-    keys = differing_keys(configs)
+    keys = telling_keys(configs)
     names = [" ".join(value_at(config, key) for key in keys) for config in configs]
     return [name if name and names.count(name) == 1 else run.id for name, run in zip(names, runs, strict=True)]
+
+
+def training_speed(run: Run) -> float | None:
+    """Tokens a second of training: the median over the run's rows, of each attempt all but the first, which starts up."""
+    rows = [row for row in run.metrics() if row["split"] == "train" and "tokens_per_second" in row]
+    going = [now["tokens_per_second"] for before, now in pairwise(rows) if before["attempt"] == now["attempt"]]
+    return statistics.median(going) if going else None
 
 
 def rise(run: Run, rows: ByContext, *, multiple: int = 4) -> str:

@@ -16,7 +16,7 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
-from ctxlab.report.results import by_context, cell, differing_keys, labels, rise, title, value_at
+from ctxlab.report.results import by_context, cell, labels, number, rise, telling_keys, title, training_speed, value_at
 from ctxlab.report.task_tables import show_compared_tasks, show_tasks, task_rows
 from ctxlab.report.ways import show_context_use, side_by_side, way_text, ways
 from ctxlab.units import format_count, format_length, format_seconds
@@ -120,12 +120,13 @@ def counting_notes(measured: Sequence[tuple[str, Sequence[Measurement]]]) -> lis
 
 
 def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> Grid:
-    """One row a run: what differs, how it ended, nats per token by context, their rise, the metric, cost, id."""
+    """One row a run: what differs, how it ended, nats per token by context, their rise, the metric, speed, cost, id."""
     configs = [run.record.config for run in runs]
-    keys = differing_keys(configs)
+    keys = telling_keys(configs)
     results = [by_context(run.measurements()) for run in runs]
     contexts = sorted({context for rows in results for context in rows if "nats_per_token" in rows[context]})
     trained = trained_contexts(runs)
+    speeds = [training_speed(run) for run in runs]
     costed = any(name in row for rows in results for row in rows.values() for name in COSTS)
     ended = any(run.record.status != "done" for run in runs)
     at = f", trained at {format_length(trained[0])}" if len(trained) == 1 else ""
@@ -135,18 +136,22 @@ def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> G
     numbers = [format_length(context) for context in contexts]
     if contexts:
         numbers += ["rise 1x-4x", title(metric)]
+    if any(speeds):
+        numbers.append(title("tokens_per_second"))
     if costed:
         numbers += list(map(title, COSTS))
     columns = [*titles, *numbers, *(["run"] if keys else [])]
     grid = Grid(columns, keys=len(titles), heading=f"nats/token by context{at}" if contexts else "")
     grid.left = frozenset([len(columns) - 1] if keys else [])
-    for run, rows, config in zip(runs, results, configs, strict=True):
+    for run, rows, config, speed in zip(runs, results, configs, speeds, strict=True):
         here = rows.get(config.get("context", -1), {})
         cells = [value_at(config, key) for key in keys] or [run.id]
         cells += [run.record.status] if ended else []
         cells += [cell(rows.get(context, {}).get("nats_per_token")) for context in contexts]
         if contexts:
             cells += [rise(run, rows), cell(here.get(metric))]
+        if any(speeds):
+            cells.append("-" if speed is None else number(speed, "tokens/s"))
         if costed:
             cells += _group([here.get(name) for name in COSTS])
         grid.add([*cells, *([run.id] if keys else [])])
@@ -155,7 +160,7 @@ def comparison_table(runs: Sequence[Run], *, metric: str = "bits_per_byte") -> G
 
 def cost_tables(runs: Sequence[Run]) -> list[Grid]:
     """Of runs that measured cost alone: memory and time of a step by context, a row a run, against the first run."""
-    keys = differing_keys([run.record.config for run in runs])
+    keys = telling_keys([run.record.config for run in runs])
     results = [by_context(run.measurements()) for run in runs]
     contexts = sorted({context for rows in results for context in rows})
     ended = any(run.record.status != "done" for run in runs)
@@ -194,14 +199,15 @@ def show_training(run: Run, console: Console) -> None:
     figure = save_loss_by_length([run], run.path / "loss_by_length.png")
     console.print()
     console.print(Text(f"run {record.id} in {run.path}{f' ({figure.name})' if figure else ''}"), soft_wrap=True)
-    position = record.config["position"]["name"]
+    position = value_at(record.config, "position")
     other = "alibi" if position != "alibi" else "rope"
-    sweep = f"position={position},{other} context={trained},{2 * trained}"
+    schemes = "" if position == "none" else f" position={position},{other}"
+    sweep = f"model={record.config['model']['name']}{schemes} context={trained},{2 * trained}"
     where = _elsewhere(run)
     show_next(
         console,
         (f"{where}ctxlab generate {record.id} {shlex.quote(_prompt(record.config))}", "go on from a prompt"),
-        (f"{where}ctxlab train -m model={record.config['model']['name']} {sweep}", "a sweep around it"),
+        (f"{where}ctxlab train -m {sweep}", "a sweep around it"),
         (f"{where}ctxlab runs show {record.id}", "look at it"),
     )
 
@@ -328,6 +334,8 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     lines = footnotes(measured, intervals=any(run.documents() for run in runs))
     if lines:
         lines[0] += f"; {title(metric)}, memory and step at the trained context"
+        if any(training_speed(run) for run in runs):
+            lines[0] += "; tokens/s is the median over training"
     lines += counting_notes([(name, run.measurements()) for name, run in named])
     for line in lines:
         console.print(Text(line, style="dim"))

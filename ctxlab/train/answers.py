@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ctxlab.data.tasks.base import TokenTask
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
+from ctxlab.model.base import Model
 from ctxlab.model.generation import greedy
-from ctxlab.model.transformer import Transformer
 from ctxlab.train.precision import Precision, autocast
 
 _LOGITS = 1 << 14  # labelled places whose logits exist at once
@@ -31,7 +31,7 @@ class Labels(NamedTuple):
 
 @torch.inference_mode()
 def answer_labels(
-    model: Transformer,
+    model: Model,
     rows: Sequence[Row],
     *,
     pad_id: int,
@@ -79,7 +79,7 @@ def answer_labels(
 
 @torch.inference_mode()
 def answer_freely(
-    model: Transformer,
+    model: Model,
     prompts: Sequence[Sequence[int]],
     new_tokens: Sequence[int],
     *,
@@ -123,7 +123,7 @@ class TaskValidation:
         self.precision = precision
         self.whole = not (isinstance(dataset.task, TokenTask) and not dataset.task.generated)
 
-    def __call__(self, trainer: lightning.Trainer, model: Transformer, device: torch.device) -> dict[str, float]:
+    def __call__(self, trainer: lightning.Trainer, model: Model, device: torch.device) -> dict[str, float]:
         """nats per scored token, and accuracy; every rank returns the same numbers."""
         model.eval()
         found: Any = np.stack(

@@ -23,13 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
-from ctxlab.errors import RecordError, RunError
-from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.cache import KVCache
-from ctxlab.model.config import ModelConfig
+from ctxlab.errors import IncompatibleError, RecordError, RunError
+from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.generation import DecodingConfig, generate
-from ctxlab.model.position.base import POSITIONS
-from ctxlab.model.transformer import Transformer
 from ctxlab.records.store import Run, RunStore
 
 WEIGHTS, TRAINING, FACTS = "weights.safetensors", "training.pt", "checkpoint.json"
@@ -167,21 +163,10 @@ def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
         raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
 
 
-def build_model(config: dict[str, Any], vocab_size: int) -> Transformer:
-    """The model that a resolved config describes, with fresh weights from torch's current random state."""
-    return Transformer(
-        ModelConfig.model_validate(config["model"]),
-        POSITIONS.config(config["position"]),
-        ATTENTIONS.config(config["attention"]),
-        vocab_size=vocab_size,
-        context=config["context"],
-    )
-
-
 class LoadedRun:
     """A trained run, ready to use from Python: `.model`, `.tokenizer`, `.config`, `.generate(...)`, `.nats(text)`."""
 
-    def __init__(self, run: Run, model: Transformer, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
         self.run = run
         self.model = model
         self.tokenizer = tokenizer
@@ -210,10 +195,10 @@ class LoadedRun:
 
     @torch.inference_mode()
     def nats(self, text: str, *, chunk: int = 2048) -> float:
-        """-ln p(text), summed over all its tokens after the first, as one sequence scored over a growing cache."""
+        """-ln p(text), summed over all its tokens after the first, as one sequence scored chunk by chunk over a cache."""
         ids = torch.tensor([self.tokenizer.encode(text)], device=next(self.model.parameters()).device)
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        cache = KVCache(self.model.config.n_layers)
+        cache = self.model.new_cache()
         total = 0.0
         for start in range(0, inputs.shape[1], chunk):
             part = slice(start, start + chunk)
@@ -235,9 +220,13 @@ def open_run(
     """
     found = find_checkpoint(run.checkpoints, checkpoint)
     tokenizer = load_tokenizer(run.path / "tokenizer")
+    config = run.record.config
+    if attention is not None:
+        if config["attention"] == "none":
+            raise IncompatibleError(f"attention: {run.id} has none (model={config['model']['name']}); leave it out")
+        config = {**config, "attention": attention}
     with torch.device("meta"):
-        config = run.record.config if attention is None else {**run.record.config, "attention": attention}
-        model = build_model(config, tokenizer.vocab_size)
+        model = build_model(read_parts(config), vocab_size=tokenizer.vocab_size, context=config["context"])
     weights = load_weights(found, device)
     try:
         model.load_state_dict(weights, assign=True)

@@ -11,7 +11,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -22,12 +22,12 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.errors import ConfigError, CtxlabError, RunError
-from ctxlab.model.attention.base import ATTENTIONS, Attention
-from ctxlab.model.config import ModelConfig
+from ctxlab.model.attention.base import Attention
+from ctxlab.model.base import Model, Parts, build_model
+from ctxlab.model.config import SizesConfig
 from ctxlab.model.count import activation_bytes
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
-from ctxlab.model.transformer import Transformer
 from ctxlab.records.sinks import Sink
 from ctxlab.train.answers import TaskValidation
 from ctxlab.train.budget import Budget, plan_budget
@@ -54,9 +54,9 @@ ACTIVATION_SHARE = 0.4  # of the machine's memory, for one micro-batch: weights,
 class TrainSettings:
     """Everything that decides what a run computes, as validated components."""
 
-    model: ModelConfig
-    position: Position.Config
-    attention: Attention.Config
+    model: SizesConfig
+    position: Position.Config | Literal["none"]
+    attention: Attention.Config | Literal["none"]
     optim: Optimizer.Config
     trainer: TrainerConfig
     seed: int
@@ -69,7 +69,7 @@ class TrainSettings:
 class Outcome:
     """What a finished `fit` hands on: the model in place, where and how it ran, the signal that ended it, if any."""
 
-    model: Transformer
+    model: Model
     device: torch.device
     precision: Precision
     step: int
@@ -105,9 +105,8 @@ def fit(
     state = load_training(saved) if saved else None
 
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
-    model = Transformer(
-        settings.model, settings.position, settings.attention, vocab_size=vocab_size, context=settings.context
-    )
+    parts = Parts(settings.model, settings.position, settings.attention)
+    model = build_model(parts, vocab_size=vocab_size, context=settings.context)
     model.recompute = config.recompute
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:
@@ -135,7 +134,7 @@ def fit(
         rank=launched.global_rank,
         world=config.devices,
         pad_id=dataset.tokenizer.pad_id,
-        in_order=model.carried_tokens > 0,
+        in_order=model.carries,
     )
     module = LanguageModel(model, OPTIMIZERS.get(settings.optim.name)(settings.optim), stream, budget)
     if saved:
@@ -188,18 +187,18 @@ def fitting_rows(
     row = activation_bytes(
         settings.model,
         settings.position,
+        settings.attention,
         context=context,
         rows=1,
         vocab_size=vocab_size,
         precision=precision,
         recompute=settings.trainer.recompute,
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
-        carried=ATTENTIONS.get(settings.attention.name).carried_tokens(settings.attention),
     )
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
 
 
-def load_into(model: Transformer, weights: dict[str, torch.Tensor], key: str) -> None:
+def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
     """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in weights.items()}

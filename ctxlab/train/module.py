@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ctxlab.data.stream import Batch, TrainStream
 from ctxlab.data.windows import IGNORED
+from ctxlab.model.base import Model
 from ctxlab.model.recurrence import SegmentMemory
-from ctxlab.model.transformer import Transformer
 from ctxlab.train.budget import Budget
 from ctxlab.train.optim.base import Optimizer, rate_factor
 
 
 class LanguageModel(lightning.LightningModule):
-    """Trains a Transformer on next-token prediction.
+    """Trains a model on next-token prediction.
 
     One optimizer step sees the whole global batch: with N the scored targets of that batch over all ranks and
     micro-batches, the loss is (sum of nats) / N exactly, whatever the micro-batch and however ragged the rows
@@ -28,7 +28,7 @@ class LanguageModel(lightning.LightningModule):
     completed one), `step_nats` (mean nats per target of that step), `gradient_norm` (before clipping), `rate`.
     """
 
-    def __init__(self, model: Transformer, optimizer: Optimizer, stream: TrainStream, budget: Budget) -> None:
+    def __init__(self, model: Model, optimizer: Optimizer, stream: TrainStream, budget: Budget) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model

@@ -14,8 +14,7 @@ from torch import Tensor
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.windows import EvalSegments
 from ctxlab.errors import DataError
-from ctxlab.model.cache import KVCache, StreamingCache
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Cache, Model
 from ctxlab.train.precision import Precision, autocast
 
 Watch = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -25,7 +24,7 @@ and the nats of the targets from there on, float64 (B, n)."""
 
 @torch.inference_mode()
 def score_windows(
-    model: Transformer,
+    model: Model,
     segments: EvalSegments,
     length: int,
     *,
@@ -53,7 +52,7 @@ def score_windows(
             if number % part[1] == part[0]:
                 block = _block(segments, owners, starts, alike).to(device)
                 width = block.shape[1] - 1
-                cache = KVCache(model.config.n_layers) if width > batch_tokens else None
+                cache = model.new_cache() if width > batch_tokens else None
                 edges = [*range(0, width, batch_tokens), width]
                 found = _read(model, block, alike.scored, precision, edges, cache).cpu().numpy()  # (B, scored)
                 np.add.at(nats, owners, found.sum(axis=1))
@@ -67,7 +66,7 @@ def score_windows(
 
 @torch.inference_mode()
 def score_streaming(
-    model: Transformer,
+    model: Model,
     segments: EvalSegments,
     *,
     sinks: int,
@@ -92,7 +91,7 @@ def score_streaming(
             width = block.shape[1] - 1
             whole = min(width, capacity)
             edges = [*range(0, whole, batch_tokens), *range(whole, width), width]
-            cache = StreamingCache(model.config.n_layers, sinks=sinks, window=window)
+            cache = model.new_streaming_cache(sinks=sinks, window=window)
             found = _read(model, block, alike.scored, precision, edges, cache, advance)
             np.add.at(nats, owners, found.sum(dim=1).cpu().numpy())
             np.add.at(scored, owners, alike.scored)
@@ -173,12 +172,12 @@ def _block(segments: EvalSegments, owners: np.ndarray, starts: np.ndarray, alike
 
 
 def _read(
-    model: Transformer,
+    model: Model,
     block: Tensor,
     scored: int,
     precision: Precision,
     edges: Sequence[int],
-    cache: KVCache | None,
+    cache: Cache | None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Nats of the last `scored` tokens of each row (B, n + 1) given the row's past, float64 (B, scored).
@@ -213,7 +212,7 @@ class Validation:
         token_bytes = dataset.tokenizer.token_bytes
         self.n_bytes = sum(int(token_bytes[self.segments.segment(i)[1][1:]].sum()) for i in range(self.segments.n))
 
-    def __call__(self, trainer: lightning.Trainer, model: Transformer, device: torch.device) -> dict[str, float]:
+    def __call__(self, trainer: lightning.Trainer, model: Model, device: torch.device) -> dict[str, float]:
         """nats per token, perplexity and bits per byte; every rank returns the same numbers."""
         model.eval()
         nats: Any = score_windows(

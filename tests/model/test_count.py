@@ -14,13 +14,14 @@ from torch import Tensor
 from ctxlab.model import count
 from ctxlab.model.attention.full import Full
 from ctxlab.model.cache import KVCache
-from ctxlab.model.config import ModelConfig
+from ctxlab.model.config import LSTMConfig, ModelConfig
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
 from tests.model.builders import build, small, tokens
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 SIZES = ["nano", "tiny", "mini", "small", "medium", "large", "1b"]
+RECURRENT = {"lstm": "tiny", "lstm_nano": "nano"}  # and the decoder whose parameters it has
 
 
 def read(name: str, **changes: Any) -> ModelConfig:
@@ -35,7 +36,7 @@ def on_meta(config: ModelConfig, position: str, vocab_size: int, context: int) -
 
 
 def test_every_size_is_there() -> None:
-    assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted(SIZES)
+    assert sorted(path.stem for path in CONF.glob("*.yaml")) == sorted([*SIZES, *RECURRENT])
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -51,6 +52,23 @@ def test_a_size_has_the_parameters_that_its_file_states(name: str) -> None:
     )
     assert counted.without_embeddings == expected
     assert on_meta(config, "nope", 1000, 256).n_parameters(embeddings=False) == expected
+
+
+@pytest.mark.parametrize(("name", "like"), RECURRENT.items())
+def test_a_recurrent_model_has_the_parameters_that_its_file_states_and_nearly_those_of_a_decoder(
+    name: str, like: str
+) -> None:
+    text = (CONF / f"{name}.yaml").read_text()
+    config = LSTMConfig(**yaml.safe_load(text))
+    assert config.name == name
+    counted = count.parameters(config, "none", "none", vocab_size=1000, context=256)
+    decoder = count.parameters(
+        read(like), POSITIONS.get("rope").Config(name="rope"), Full.Config(), vocab_size=1000, context=256
+    )
+    assert f"Parameters without embeddings: {counted.without_embeddings:,}.\n" in text
+    assert f"{like} has {decoder.without_embeddings:,}: " in text
+    assert counted.without_embeddings == pytest.approx(decoder.without_embeddings, rel=0.02)
+    assert counted.embeddings == decoder.embeddings
 
 
 @pytest.mark.parametrize("name", ["small", "medium", "large", "1b"])

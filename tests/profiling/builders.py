@@ -9,9 +9,7 @@ from typing import Any
 import yaml
 
 from ctxlab.model import count
-from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.config import ModelConfig
-from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.base import ARCHITECTURES, read_parts
 from ctxlab.profiling.measure import Point
 from ctxlab.train.optim.base import OPTIMIZERS
 
@@ -22,11 +20,12 @@ _CONF = Path(__file__).parents[2] / "conf" / "model"
 
 def point(model: str, context: int, position: str = "rope", optim: str = "adamw", **settings: Any) -> Point:
     """A training step of a model of conf/model/ on the CPU, AdamW and fp32 unless told otherwise."""
-    config = ModelConfig(**yaml.safe_load((_CONF / f"{model}.yaml").read_text()))
+    sizes = yaml.safe_load((_CONF / f"{model}.yaml").read_text())
+    architecture = ARCHITECTURES.get(sizes["architecture"])
     given = {
-        "model": config.model_dump(mode="json"),
-        "position": {"name": position},
-        "attention": {"name": "full"},
+        "model": architecture.Config(**sizes).model_dump(mode="json"),
+        "position": {"name": position} if architecture.parts else "none",
+        "attention": {"name": "full"} if architecture.parts else "none",
         "optim": OPTIMIZERS.get(optim).Config(name=optim).model_dump(mode="json"),
         "vocab_size": VOCAB,
         "context": context,
@@ -51,10 +50,8 @@ class Closed:
 
 
 def closed(point: Point) -> Closed:
-    config, position = ModelConfig(**point.model), POSITIONS.config(point.position)
+    parts = read_parts(point.__dict__)
     sizes = {"vocab_size": point.vocab_size, "context": point.context}
-    weights = 4 * count.parameters(config, position, ATTENTIONS.config(point.attention), **sizes).total
-    activations = count.activation_bytes(
-        config, position, recompute=point.recompute, loss_chunk=point.loss_chunk, **sizes
-    )
+    weights = 4 * count.parameters(*parts, **sizes).total
+    activations = count.activation_bytes(*parts, recompute=point.recompute, loss_chunk=point.loss_chunk, **sizes)
     return Closed(weights, weights, 2 * weights, activations)

@@ -118,22 +118,20 @@ def test_nothing_is_imported_between_the_idle_process_and_its_peak() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def slope(start: Start, position: str, **settings: Any) -> tuple[float, float]:
+def slope(start: Start, position: str, model: str = "nano", **settings: Any) -> tuple[float, float]:
     """(bytes a token of the line through the peaks, largest distance from it over the span of the peaks)."""
-    futures = [start(point("nano", context, position, loss_chunk=128, **settings)) for context in LINE]
+    futures = [start(point(model, context, position, loss_chunk=128, **settings)) for context in LINE]
     peaks = [future.result()["peak_memory_bytes"] for future in futures]
     per_token, constant = np.polyfit(LINE, peaks, 1)
     off = max(abs(per_token * context + constant - peak) for context, peak in zip(LINE, peaks, strict=True))
     return per_token, off / (peaks[-1] - peaks[0])
 
 
-def check_line(start: Start, position: str) -> None:
+def check_line(start: Start, position: str, model: str = "nano") -> None:
     """A peak of a + b L + c L^2 whose square were a tenth of the growth would stand 2% off the line."""
-    per_token, off = slope(start, position)
+    per_token, off = slope(start, position, model)
     assert off < 0.015
-    low, high = (
-        closed(point("nano", context, position, loss_chunk=128)).activations for context in (LINE[0], LINE[-1])
-    )
+    low, high = (closed(point(model, context, position, loss_chunk=128)).activations for context in (LINE[0], LINE[-1]))
     assert per_token == pytest.approx((high - low) / (LINE[-1] - LINE[0]), rel=0.2)
 
 
@@ -141,6 +139,11 @@ def check_line(start: Start, position: str) -> None:
 def test_memory_grows_linearly_with_the_context_under_a_learned_bias(start: Start) -> None:
     """Where a matrix of context by context would come from first. (Rope's would break the closed form above.)"""
     check_line(start, "t5")
+
+
+@HAS_PROC
+def test_memory_of_a_recurrent_model_grows_linearly_and_as_the_closed_form_says(start: Start) -> None:
+    check_line(start, "none", "lstm_nano")
 
 
 @HAS_PROC

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from ctxlab.records.schema import DocumentSums
-from ctxlab.report.results import by_context, cell, differing_keys, flatten, labels, paired, rise, value_at
+from ctxlab.report.results import (
+    by_context,
+    cell,
+    differing_keys,
+    flatten,
+    labels,
+    paired,
+    rise,
+    telling_keys,
+    training_speed,
+    value_at,
+)
 from tests.records.builders import make_run, missing, result, scores
 
 
@@ -40,6 +51,29 @@ def test_values_as_text() -> None:
     assert [value_at(config, key) for key in ("position", "trainer.lengths", "trainer.compile", "gone")] == [
         "rope", "[1, 2]", "false", "-",
     ]  # fmt: skip
+
+
+def test_parts_that_a_model_is_without_tell_nothing_that_its_name_does_not() -> None:
+    def config(model: str, position: str, seed: int = 1) -> dict[str, object]:
+        scheme: object = position if position == "none" else {"name": position}
+        return {"model": {"name": model}, "position": scheme, "seed": seed}
+
+    tiny, lstm = config("tiny", "rope"), config("lstm", "none")
+    assert differing_keys([tiny, lstm]) == ["model", "position"]
+    assert telling_keys([tiny, lstm]) == ["model"]
+    assert telling_keys([tiny, lstm, config("tiny", "alibi")]) == ["model", "position"]
+    assert telling_keys([tiny, config("tiny", "rope", seed=2)]) == ["seed"]
+    assert telling_keys([config("tiny", "rope"), config("tiny", "none")]) == ["position"]
+
+
+def test_the_speed_of_a_training_leaves_the_first_row_of_each_attempt_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert training_speed(run) is None
+    rows = [(1, 1, 5.0), (2, 1, 100.0), (3, 1, 300.0), (4, 2, 7.0), (5, 2, 200.0)]
+    for step, attempt, speed in rows:
+        run.log({"split": "train", "step": step, "attempt": attempt, "tokens_per_second": speed})
+        run.log({"split": "validation", "step": step, "attempt": attempt, "perplexity": 9.0})
+    assert training_speed(run) == 200.0
 
 
 def test_runs_are_called_by_what_differs_else_by_id(tmp_path: Path) -> None:

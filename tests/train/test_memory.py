@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Stage, TrainStream
-from ctxlab.model.transformer import Transformer
 from ctxlab.train.loop import TrainSettings
 from tests.train.builders import CONTEXT, Rows, computed, dataset, rank_rows, settings, train
+from tests.train.test_step import fresh_model
 
 HALF = CONTEXT // 2
 
@@ -29,10 +29,7 @@ def recurrent(**trainer: Any) -> TrainSettings:
 
 def losses_by_hand(config: TrainSettings, data: TextDataset, steps: int) -> list[float]:
     """One row at a time, with what each remembers in a list; the weights stand still."""
-    torch.manual_seed(config.seed)
-    model = Transformer(
-        config.model, config.position, config.attention, vocab_size=data.tokenizer.vocab_size, context=config.context
-    )
+    model = fresh_model(config, data)
     rows = config.trainer.batch_tokens // config.context
     stages = (Stage(config.context, rows, rows, steps),)
     stream = TrainStream(

@@ -180,6 +180,27 @@ def test_together_state_survives_a_round_trip_and_rates_set_here_are_set_there()
         assert torch.equal(a, b)
 
 
+def test_muon_makes_each_gate_of_an_lstm_orthogonal_by_itself() -> None:
+    """The stack that torch keeps takes the steps of four parameters of their own."""
+    torch.manual_seed(0)
+    model, config = nn.LSTM(6, 8, 2), Muon.Config()
+    stacks = [p for p in model.parameters() if p.ndim == 2]
+    gates = [nn.Parameter(gate.clone()) for p in stacks for gate in p.detach().chunk(4)]
+    alone = Orthogonal([{"params": gates}], lr=config.learning_rate, weight_decay=0.1, momentum=config.momentum)
+    together = Muon(config).build(model)
+    for _ in range(3):
+        for number, stack in enumerate(stacks):
+            stack.grad = torch.randn(stack.shape)
+            stack.grad[:8] *= 30  # one gate's gradient is larger than those of the others
+            for gate, part in zip(gates[4 * number : 4 * number + 4], stack.grad.chunk(4), strict=True):
+                gate.grad = part.clone()
+        together.step()
+        alone.step()
+    for number, stack in enumerate(stacks):
+        expected = torch.cat([gate.detach() for gate in gates[4 * number : 4 * number + 4]])
+        torch.testing.assert_close(stack.detach(), expected, rtol=0, atol=1e-6)
+
+
 def test_every_optimizer_is_registered_under_its_config_name() -> None:
     assert OPTIMIZERS.names() == ["adamw", "muon"]
     for name in OPTIMIZERS.names():

@@ -18,7 +18,7 @@ from ctxlab.data.stream import Stage, TrainStream
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tasks.mqar import MQAR
 from ctxlab.data.tokenizers.ids import Ids
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Model, Parts, build_model
 from ctxlab.train.loop import TrainSettings
 from tests.train.builders import dataset, settings, train
 
@@ -29,7 +29,7 @@ class ByHand:
 
     losses: list[float]
     norms: list[float]
-    model: Transformer
+    model: Model
 
 
 def pieces(config: TrainSettings, data: TextDataset | TaskDataset, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -53,14 +53,13 @@ def pieces(config: TrainSettings, data: TextDataset | TaskDataset, step: int) ->
     return found
 
 
-def fresh_model(config: TrainSettings, data: TextDataset | TaskDataset) -> Transformer:
+def fresh_model(config: TrainSettings, data: TextDataset | TaskDataset) -> Model:
     torch.manual_seed(config.seed)
-    return Transformer(
-        config.model, config.position, config.attention, vocab_size=data.tokenizer.vocab_size, context=config.context
-    )
+    parts = Parts(config.model, config.position, config.attention)
+    return build_model(parts, vocab_size=data.tokenizer.vocab_size, context=config.context)
 
 
-def nats(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+def nats(model: Model, tokens: Tensor, targets: Tensor) -> Tensor:
     """The sum over scored targets, from all logits at once."""
     return F.cross_entropy(model(tokens[None])[0].double(), targets, reduction="sum", ignore_index=-100)
 

@@ -13,9 +13,7 @@ from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score,
 from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.evaluation.reach import TokenNats, relative_effective_context
-from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.config import ModelConfig
-from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.base import read_parts
 from ctxlab.records.provenance import collect
 from ctxlab.records.schema import DocumentSums
 from ctxlab.records.store import Run
@@ -93,10 +91,9 @@ def _evaluate(
         context=loaded.context, device=device, precision=precision, seed=config.seed,
         run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep, against=against,
     )  # fmt: skip
+    parts = read_parts(recorded if attention is None else {**recorded, "attention": attention})
     trained = SimpleNamespace(
-        model=ModelConfig.model_validate(recorded["model"]),
-        position=POSITIONS.config(recorded["position"]),
-        attention=ATTENTIONS.config(attention or recorded["attention"]),
+        **parts._asdict(),
         optim=OPTIMIZERS.config(recorded["optim"]),
         trainer=TrainerConfig.model_validate_json(json.dumps(recorded["trainer"])),
         context=loaded.context,

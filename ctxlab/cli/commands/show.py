@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ctxlab.cli.main import DONE
 from ctxlab.errors import ConfigError
+from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.position.probe import by_distance
 from ctxlab.report.plots import distance_chart, distance_figure, save
@@ -49,7 +50,12 @@ def _scheme(config: ShowConfig, invocation: Invocation) -> tuple[Position, str]:
         from ctxlab.train.checkpoint import open_run
 
         run = invocation.store.resolve(config.run)
-        return open_run(run).model.position, f" of {run.id}"
+        trained = getattr(open_run(run).model, "position", None)
+        if trained is None:
+            raise ConfigError(f"run: {run.id} has no positional scheme that could be drawn")
+        return trained, f" of {run.id}"
+    assert isinstance(config.position, Position.Config)  # rules.check comes first
+    assert isinstance(config.model, ModelConfig)
     torch.manual_seed(config.seed)
     position = POSITIONS.get(config.position.name)(config.position, config.model, config.context)
     position.initialize()

@@ -69,6 +69,12 @@ def embedding_ids(model: nn.Module) -> set[int]:
     return ids
 
 
+def stacked(model: nn.Module) -> dict[int, int]:
+    """id of a parameter -> how many matrices stand in it, one below the other: torch keeps an LSTM's four gates so."""
+    layers = [module for module in model.modules() if isinstance(module, nn.LSTM)]
+    return {id(p): 4 for module in layers for p in module.parameters() if p.ndim == 2}
+
+
 def adamw_groups(
     named: list[tuple[str, nn.Parameter]], *, lr: float, decay: float, embeddings: set[int]
 ) -> list[dict[str, object]]:

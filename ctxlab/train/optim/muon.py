@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embedding_ids, is_hidden_matrix
+from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embedding_ids, is_hidden_matrix, stacked
 from ctxlab.train.optim.orthogonal import Orthogonal
 
 
@@ -50,6 +50,11 @@ class Muon(Optimizer):
 
     A matrix' step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step
     (Liu et al. 2025, arXiv:2502.16982, eq. 4), so that one learning-rate scale serves both parts.
+
+    Matrices that are only kept together are made orthogonal apart, as Jordan et al. found better for queries, keys and values:
+    of the one step of a stack, the matrix with the largest gradient would leave the others little. The gates of an LSTM are
+    such a stack, of torch's making. That it suits recurrent matrices is no published finding; `optim=adamw` is the traditional
+    choice for them.
     """
 
     paper = "Jordan et al. 2024, kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982"
@@ -74,6 +79,7 @@ class Muon(Optimizer):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             momentum=config.momentum,
+            stacks=stacked(model),
         )
         groups = adamw_groups(rest, lr=config.adamw_learning_rate, decay=0.0, embeddings=embeddings)
         return Together(muon, torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))

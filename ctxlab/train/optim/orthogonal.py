@@ -6,8 +6,10 @@ torch.optim.Muon does the same always in bf16, which a CPU without instructions 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,12 +45,20 @@ class Orthogonal(torch.optim.Optimizer):
     """M <- m M + (1 - m) G; W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) O((1 - m) G + m M), O as above.
 
     Nesterov's momentum as in torch.optim.Muon; the scale of the step is Liu et al. 2025, arXiv:2502.16982, eq. 4.
+    `stacks` says of a parameter, by its id, that it is so many matrices one below the other: each is a W of its own.
     """
 
     def __init__(
-        self, parameters: Iterable[dict[str, Any]], *, lr: float, weight_decay: float, momentum: float
+        self,
+        parameters: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        stacks: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.stacks = stacks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -57,14 +67,17 @@ class Orthogonal(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: tuple(p.shape))
-            for shape, weights in groupby(alike, key=lambda p: p.shape):
-                these, most = list(weights), max(1, _TOGETHER // shape.numel())
+            alike = sorted((p for p in group["params"] if p.grad is not None), key=self._kind)
+            for (shape, stack), weights in groupby(alike, key=self._kind):
+                these, most = list(weights), max(1, _TOGETHER // math.prod(shape))
                 for first in range(0, len(these), most):
-                    self._step(these[first : first + most], group)
+                    self._step(these[first : first + most], stack, group)
         return loss
 
-    def _step(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+    def _kind(self, weight: nn.Parameter) -> tuple[tuple[int, ...], int]:
+        return tuple(weight.shape), self.stacks.get(id(weight), 1)
+
+    def _step(self, weights: Sequence[nn.Parameter], stack: int, group: dict[str, Any]) -> None:
         momentum, rate = group["momentum"], group["lr"]
         directions = []
         for weight in weights:
@@ -74,10 +87,11 @@ class Orthogonal(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(weight)
             buffer = state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
             directions.append(weight.grad.lerp(buffer, momentum))
-        updates = orthogonalized(torch.stack(directions), _fast_dtype(weights[0].device))
+        matrices = torch.stack(directions).unflatten(1, (stack, -1)).flatten(0, 1)  # (weights x stack, rows, columns)
+        updates = orthogonalized(matrices, _fast_dtype(weights[0].device)).unflatten(0, (-1, stack)).flatten(1, 2)
         for weight, update in zip(weights, updates, strict=True):
             weight.mul_(1 - rate * group["weight_decay"])
-            weight.add_(update.to(weight.dtype), alpha=-rate * 0.2 * max(weight.shape) ** 0.5)
+            weight.add_(update.to(weight.dtype), alpha=-rate * 0.2 * max(matrices.shape[1:]) ** 0.5)
 
 
 @functools.cache

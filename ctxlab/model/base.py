@@ -1,0 +1,202 @@
+"""The contract of a model: what training, scoring and decoding ask of it, whatever it is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ctxlab.model.attention.base import ATTENTIONS, Attention
+from ctxlab.model.config import SizesConfig
+from ctxlab.model.loss import chunk_for, token_nats
+from ctxlab.model.position.base import POSITIONS, Position
+from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.registry import Registry
+
+Segments = Sequence[Sequence[int]]
+
+
+class Cache(Protocol):
+    """What a model keeps of the tokens that it has read, so that reading goes on behind them."""
+
+    @property
+    def length(self) -> int:
+        """Tokens held, or read where what is held has one size."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of what is held."""
+
+
+class Model(nn.Module):
+    """A language model: it reads tokens and says what follows each.
+
+    A batch is tokens (B,T), right-padded. What stands at a place depends on nothing behind it, so padding needs no mask:
+    `lengths` (B,) changes nothing and the values at padded places are to be ignored. `segments` packs documents side by
+    side: the lengths of each row's documents, none of which knows of another (what a row has beyond them is padding).
+    `cache` continues the sequences that it holds; in any number of chunks, the logits are those of one forward. `memory`
+    goes on from the rows of the step before: it is read, and holds what this one leaves afterwards.
+
+    A subclass has `embedding`, and `head` where the output matrix is not the embedding's.
+    """
+
+    Config: ClassVar[type[Any]]
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Which of `position` and `attention` it is composed from besides its sizes; the others are `none` for it."""
+    why_without: ClassVar[str] = ""
+    """Why it does without the others: what it does instead."""
+
+    embedding: nn.Embedding
+    head: nn.Linear | None
+
+    def __init__(self, config: SizesConfig, *, vocab_size: int, context: int) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.vocab_size = vocab_size
+        self.context = context
+        self.recompute = False  # whether backward computes each block's activations again instead of keeping them
+        self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
+
+    @classmethod
+    def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: bool) -> None:
+        """Raises IncompatibleError where a model of these settings cannot be trained in this way."""
+
+    @classmethod
+    def carrying(cls, config: Any, attention: Any) -> str:
+        """Which setting carries something from a training step to the next, as `attention: NAME carries a memory`; or nothing."""
+        return ""
+
+    @property
+    def carries(self) -> bool:
+        """Whether a training step sees what the step before has left (`new_memory`)."""
+        return False
+
+    def new_cache(self) -> Cache:
+        """What `hidden` continues, of any length; empty."""
+        raise NotImplementedError
+
+    def new_streaming_cache(self, *, sinks: int, window: int) -> Cache:
+        """One of constant size, which drops all but the first `sinks` and the last `window` tokens; empty."""
+        raise NotImplementedError
+
+    def new_memory(self, rows: int) -> SegmentMemory:
+        """What `hidden` carries on from one training step to the next; empty."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        segments: Segments | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """The logits of the token behind each of `tokens`, (B,T,V)."""
+        return self.logits(self.hidden(tokens, lengths=lengths, segments=segments, cache=cache))
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        segments: Segments | None = None,
+        cache: Any = None,
+        memory: SegmentMemory | None = None,
+    ) -> Tensor:
+        """What the head reads, (B,T,d), in the compute dtype.
+
+        Raises UndefinedBeyondTraining when the model has no meaning for one of the positions.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V)."""
+        return F.linear(hidden, self._head_weight)
+
+    def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target given `hidden`, (B,T) fp32, 0 where the target is -100.
+
+        The logits of `loss_chunk` tokens exist at once, never those of all.
+        """
+        size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
+        return token_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size).view(targets.shape)
+
+    def n_parameters(self, embeddings: bool = True) -> int:
+        """Trained numbers; without `embeddings`, those of tokens, of an untied head and of a table of positions left out."""
+        total = sum(p.numel() for p in self.parameters())
+        return total if embeddings else total - self._n_embedding_parameters()
+
+    def compile_blocks(self) -> None:
+        """Has torch compile what is repeated in the model."""
+        raise NotImplementedError
+
+    def _n_embedding_parameters(self) -> int:
+        return self.embedding.weight.numel() + (0 if self.head is None else self.head.weight.numel())
+
+    @property
+    def _head_weight(self) -> Tensor:
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def _compute_dtype(self) -> torch.dtype:
+        """What matmuls run in here and now: autocast's dtype, or that of the weights."""
+        weight = self.embedding.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return torch.get_autocast_dtype(weight.device.type)
+        return weight.dtype
+
+
+ARCHITECTURES: Registry[Model] = Registry("architecture", "ctxlab.model")
+
+
+class Parts(NamedTuple):
+    """The typed settings of a model: its sizes, and what it is composed from, `none` where it is not."""
+
+    model: SizesConfig
+    position: Position.Config | Literal["none"]
+    attention: Attention.Config | Literal["none"]
+
+
+def architecture_of(sizes: Mapping[str, Any]) -> str:
+    """The architecture that plain settings of `model:` name, a decoder where they name none."""
+    return str(sizes.get("architecture", "decoder"))
+
+
+def read_parts(config: Mapping[str, Any]) -> Parts:
+    """The typed settings of a model out of a recorded config."""
+    sizes = config["model"]
+    return Parts(
+        ARCHITECTURES.get(architecture_of(sizes)).Config.model_validate_json(json.dumps(sizes)),
+        "none" if config["position"] == "none" else POSITIONS.config(config["position"]),
+        "none" if config["attention"] == "none" else ATTENTIONS.config(config["attention"]),
+    )
+
+
+def build_model(parts: Parts, *, vocab_size: int, context: int) -> Model:
+    """The model of these settings, with fresh weights from torch's current random state.
+
+    Raises IncompatibleError when the parts do not go together.
+    """
+    architecture: Any = ARCHITECTURES.get(parts.model.architecture)
+    chosen = (getattr(parts, part) for part in architecture.parts)
+    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context)
+    return model
+
+
+def pieces_of(segments: Segments, B: int, T: int) -> list[tuple[int, bool]]:
+    """(tokens, whether they are a document): the documents of a packed batch (B,T) and the padding behind each row's last.
+
+    In the order of the flattened batch. Raises ValueError where they do not fit it.
+    """
+    if len(segments) != B:
+        raise ValueError(f"segments: expected one list of lengths for each of {B} rows, got {len(segments)}")
+    pieces = []
+    for row in segments:
+        padding = T - sum(row)
+        if padding < 0 or min(row, default=0) < 1:
+            raise ValueError(f"segments: expected lengths >= 1 that add up to at most {T}, got {tuple(row)}")
+        pieces += [(size, True) for size in row] + ([(padding, False)] if padding else [])
+    return pieces

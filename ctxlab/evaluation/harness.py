@@ -29,7 +29,7 @@ from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.errors import ConfigError, CtxlabError, UndefinedBeyondTraining
 from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.fields import Count, Length, OrAuto, OrNone
-from ctxlab.model.transformer import Transformer
+from ctxlab.model.base import Model
 from ctxlab.records.schema import METRICS, Measurement
 from ctxlab.registry import ComponentConfig
 from ctxlab.train.precision import Precision
@@ -131,7 +131,7 @@ def _listed(folder: str | None, everything: bool) -> Any:
 
 
 def evaluate_harness(
-    model: Transformer,
+    model: Model,
     tokenizer: Tokenizer,
     config: HarnessConfig,
     *,

@@ -21,8 +21,8 @@ from ctxlab.data.progress import Progress
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.likelihood import Request, likelihoods
+from ctxlab.model.base import Model
 from ctxlab.model.generation import DecodingConfig, generate
-from ctxlab.model.transformer import Transformer
 from ctxlab.train.precision import Precision, autocast
 
 MAX_NEW_TOKENS = 256  # of an answer, where a task does not say: what the harness's own models take
@@ -48,7 +48,7 @@ class HarnessModel(LM):
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         tokenizer: Tokenizer,
         *,
         max_length: int,

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctxlab.model.base import Model
 from ctxlab.model.loss import chunk_for
-from ctxlab.model.transformer import Transformer
 from ctxlab.train.precision import Precision, autocast
 from ctxlab.train.scoring import Window
 
@@ -62,7 +62,7 @@ def request_windows(size: int, scored: int, longest: int) -> list[Window]:
 
 @torch.inference_mode()
 def likelihoods(
-    model: Transformer,
+    model: Model,
     requests: Sequence[Request],
     *,
     longest: int,
@@ -109,7 +109,7 @@ def _batches(
 
 
 def _score(
-    model: Transformer, batch: list[tuple[np.ndarray, list[_Part]]], device: torch.device, precision: Precision
+    model: Model, batch: list[tuple[np.ndarray, list[_Part]]], device: torch.device, precision: Precision
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of every target of the batch, in order: its nats, float64, and whether the model's largest logit is its own."""
     width = len(batch[0][0])

@@ -22,17 +22,18 @@ def task_and_metric(m: Measurement) -> tuple[str, str]:
     return m.axes["harness"], metric if filtered == "none" else f"{metric}, {filtered}"
 
 
-def harness_table(rows: Sequence[Measurement], runs: Sequence[str] = ()) -> Grid:
+def harness_table(rows: Sequence[Measurement]) -> Grid:
     """Scores with half of their 95% intervals, items and solved examples; of several runs, a column of scores each."""
     found: dict[tuple[str, str], dict[str, Measurement]] = {}
     for m in rows:
         found.setdefault(task_and_metric(m), {})[m.axes.get("run", "")] = m
-    grid = Grid(["task", "metric", "items", "shots", *(runs or ["score"])], keys=2)
+    runs = list(dict.fromkeys(m.axes.get("run", "") for m in rows))
+    grid = Grid(["task", "metric", "items", "shots", *(run or "score" for run in runs)], keys=2)
     for (task, metric), by_run in found.items():
         one = next(iter(by_run.values()))
         shots = one.facts.get("num_fewshot")
         counts = ["-" if one.n_docs is None else f"{one.n_docs:,}", "-" if shots is None else str(shots)]
-        grid.add([task, metric, *counts, *(cell(by_run.get(run), interval=True) for run in runs or [""])])
+        grid.add([task, metric, *counts, *(cell(by_run.get(run), interval=True) for run in runs)])
     return grid
 
 
@@ -58,17 +59,18 @@ def harness_notes(rows: Sequence[Measurement]) -> list[str]:
             )
             said[f"{task}: {what}"] = None
         if m.facts.get("shortened_answers"):
-            said[f"{task}: {m.facts['shortened_answers']:,} answers ended at the last position that there is"] = None
+            what = f"{m.facts['shortened_answers']:,} of {m.facts['requests']:,} answers ended at the last position there is"
+            said[f"{task}: {what}"] = None
         if m.value is None:
             said[f"{task}: {m.reason}"] = None
     return [*lines, *said]
 
 
-def show_harness(measurements: Sequence[Measurement], console: Console, runs: Sequence[str] = ()) -> None:
+def show_harness(measurements: Sequence[Measurement], console: Console) -> None:
     """The table and its notes, where there is anything of a harness."""
     rows = harness_rows(measurements)
     if not rows:
         return
-    console.print(harness_table(rows, runs))
+    console.print(harness_table(rows))
     for line in harness_notes(rows):
         console.print(Text(line, style="dim"))

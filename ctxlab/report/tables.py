@@ -308,7 +308,7 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
             ],
             console,
         )
-        show_harness(measurements, console, [parent.id for parent in parents])
+        show_harness(measurements, console)
         measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
         for grid in side_by_side(measurements, parents) if measurements else ():
             console.print(grid)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -49,15 +49,12 @@ def length_grid(rows: Sequence[Measurement]) -> Grid:
     return grid
 
 
-def depth_map(rows: Sequence[Measurement], *, heading: str) -> Table:
+def depth_map(rows: Sequence[Measurement], *, heading: str) -> Group:
     """Depths down, lengths across, each cell coloured by its score; below them the mean and the least over the depths."""
     contexts = sorted({m.context for m in rows if m.context is not None})
     depths = sorted({m.axes["depth"] for m in rows})
     found = {(m.context, m.axes["depth"]): m for m in rows}
-    table = Table(
-        title=f"{heading}: share of right answers by depth and length", title_justify="left", title_style="bold",
-        box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold",
-    )  # fmt: skip
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("depth")
     for context in contexts:
         table.add_column(format_length(context), justify="right")
@@ -69,7 +66,8 @@ def depth_map(rows: Sequence[Measurement], *, heading: str) -> Table:
             values = [m.value for d in depths if (m := found.get((context, d))) is not None and m.value is not None]
             cells.append(f"{summary(values):.2f}" if values else "-")
         table.add_row(name, *cells, style="bold")
-    return table
+    # A title of the table itself would be as narrow as that.
+    return Group(Text(f"{heading}: share of right answers by depth and length", style="bold"), table)
 
 
 def _coloured(measurement: Measurement | None) -> Text:
@@ -176,7 +174,9 @@ def save_task_maps(runs: Sequence[Run], path: Path) -> Path | None:
 
 
 def map_figure(rows: Sequence[dict[str, Any]]) -> Any:
-    """Score by depth (down) and length (across), a panel a map; the number and its 95% interval in every cell."""
+    """Score by depth (down) and length (across), a panel a map; the number and its 95% interval in every cell, or, on grey,
+    why there is none.
+    """
     import altair
 
     base = altair.Chart().encode(
@@ -186,13 +186,16 @@ def map_figure(rows: Sequence[dict[str, Any]]) -> Any:
     colour = altair.Color(
         "score:Q", scale=altair.Scale(domain=[0, 1], scheme="viridis"), legend=altair.Legend(title="share right")
     )
-    ink = altair.condition("datum.score == null || datum.score > 0.5", altair.value("black"), altair.value("white"))
+    ink = altair.condition("datum.score > 0.5", altair.value("black"), altair.value("white"))
+    measured, missing = base.transform_filter("datum.score != null"), base.transform_filter("datum.score == null")
     layers = altair.layer(
-        base.mark_rect().encode(color=colour),
-        base.mark_text(fontSize=12, dy=-4).encode(text="text:N", color=ink),
-        base.mark_text(fontSize=8, dy=8).encode(text="interval:N", color=ink),
+        measured.mark_rect().encode(color=colour),
+        missing.mark_rect(color="#eeeeee"),
+        measured.mark_text(fontSize=12, dy=-4).encode(text="text:N", color=ink),
+        measured.mark_text(fontSize=8, dy=8).encode(text="interval:N", color=ink),
+        missing.mark_text(fontSize=9, color="#666666").encode(text="text:N"),
         data=altair.Data(values=list(rows)),
     ).properties(width=58 * len({r["length"] for r in rows}), height=44 * len({r["depth"] for r in rows}))
     maps = list(dict.fromkeys(row["map"] for row in rows))
     facet = altair.Facet("map:N", title=None, sort=maps, header=altair.Header(labelFontSize=13, labelFontWeight="bold"))
-    return styled(layers.facet(facet, columns=3))
+    return styled(layers.facet(facet, columns=3).resolve_axis(x="independent"))

@@ -18,8 +18,7 @@ from ctxlab.data.tokenizers.base import load_tokenizer
 from ctxlab.data.tokenizers.ids import Ids
 from ctxlab.data.windows import IGNORED, Row
 from ctxlab.errors import DataError
-from tests.data.builders import trained
-from tests.data.tasks.tools import TEXTS, split_of
+from tests.data.tasks.tools import needles
 
 
 def numbers(name: str, **settings: Any) -> TaskDataset:
@@ -135,19 +134,10 @@ def test_every_setting_is_pinned_by_the_facts_except_how_batches_are_read() -> N
     assert sizes[0]["sha256"] != sizes[1]["sha256"]
 
 
-def text_task(part_texts: tuple[str, ...] = TEXTS, **settings: Any) -> TaskDataset:
-    from ctxlab.data.prepare import TextDataset
-
-    task = SOURCES.get("task/needle")(SOURCES.get("task/needle").Config(name="task/needle", **settings))
-    tokenizer = trained("byte")
-    splits = {part: split_of(part_texts, tokenizer) for part in ("train", "validation", "test")}
-    return TaskDataset(task, tokenizer, {}, TextDataset(splits, tokenizer, {}))
-
-
 @pytest.mark.parametrize("scored", ["all", "answers"])
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_row_of_a_text_task_is_bos_prompt_answer_eos(scored: str, part: Any) -> None:
-    data = text_task(scored=scored)
+    data = needles(scored=scored)
     tokenizer = data.tokenizer
     assert isinstance(data.task, TextTask)
     for index in range(6):

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ctxlab.data.prepare import TextDataset
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Part, TextTask, Tools
+from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.tasks.haystack import CorpusHaystack
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokens import Split
@@ -66,3 +68,13 @@ def write_hotpot(file: Path) -> list[dict[str, Any]]:
         data.append({"question": f"What is it of {number}?", "answer": answer, "context": context})
     file.write_text(json.dumps(data))
     return data
+
+
+def needles(**settings: Any) -> TaskDataset:
+    """`task/needle` in bytes, over the same texts in every part."""
+    kind = SOURCES.get("task/needle")
+    tokenizer = trained("byte")
+    splits = {part: split_of(TEXTS, tokenizer) for part in ("train", "validation", "test")}
+    task = kind(kind.Config(name="task/needle", **settings))
+    assert isinstance(task, TextTask)
+    return TaskDataset(task, tokenizer, {}, TextDataset(splits, tokenizer, {}))

@@ -27,7 +27,7 @@ def test_it_is_trained_evaluated_and_gone_on_from(place: Path) -> None:
     assert (run.record.config["position"], run.record.config["attention"]) == ("none", "none")
     layers = 4 * 24 * (16 + 24) + 8 * 24 + 16 * 24
     assert run.record.parameters == {"all": layers + 260 * 16, "without_embeddings": layers}
-    assert {m.context for m in run.measurements() if m.value is not None} == {32, 64, 128, 256, 512}
+    assert {m.context for m in run.measurements() if m.value is not None} >= {32, 64, 128, 256, 512}
     assert "ctxlab train -m model=lstm_nano context=64,128 " in done.out
     assert run.id in ctxlab("runs", "position=none").out
     assert "nano-rope" not in ctxlab("runs", "position=none").out

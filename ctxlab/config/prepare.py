@@ -283,7 +283,10 @@ def _own_task(
     chosen = {key_of(override) for override in overrides}
     if command != "eval" or chosen & {"eval", "data", "experiment"}:
         return []
-    records = [_found(store, "run", (run,)).record for run in selectors.get("run", ("last",))]
+    try:
+        records = [_found(store, "run", (run,)).record for run in selectors.get("run", ("last",))]
+    except (ConfigError, RecordError):
+        return []  # said where all of them are looked up
     implied = [SOURCES.get(record.config["data"]["name"]).implies for record in records]
     return [f"eval={implied[0]['eval']}"] if all("eval" in one for one in implied) else []
 

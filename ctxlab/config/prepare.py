@@ -287,8 +287,8 @@ def _own_task(
         return []
     try:
         records = [_found(store, "run", (run,)).record for run in selectors.get("run", ("last",))]
-    except (ConfigError, RecordError):  # said where runs are looked up, all of them at once
-        return []
+    except (ConfigError, RecordError):
+        return []  # said where all of them are looked up
     implied = [SOURCES.get(record.config["data"]["name"]).implies for record in records]
     return [f"eval={implied[0]['eval']}"] if all("eval" in one for one in implied) else []
 

@@ -42,6 +42,54 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (*TRAIN, "experiment=extrapolaton"),
         (r"experiment: no experiment is called 'extrapolaton'; did you mean 'extrapolation'\?",),
     ),
+    # tasks
+    "task": (("train", "data=task/mqat"), (r"data: no data is called 'task/mqat'; did you mean 'task/mqar'\?",)),
+    "folder of tasks": (("train", "data=tasks/copy"), (r"data: no data is called 'tasks/copy'; did you mean 'task/copy'\?",)),
+    "task without its folder": (("train", "data=mqar"), (r"data: no data is called 'mqar'; did you mean 'task/mqar'\?",)),
+    "tokenizer of a task": (
+        ("train", "data=task/mqar", "tokenizer=byte"),
+        (r"tokenizer: data=task/mqar goes with ids, not with byte",),
+    ),
+    "numbers for a text": (
+        (*TRAIN[:-2], "tokenizer=ids"),
+        (r"tokenizer: data=text goes with unigram, bpe, byte or file, not with ids",),
+    ),
+    "perplexity of a task": (
+        ("train", "data=task/copy", "eval=perplexity"),
+        (r"eval: perplexity and ngram are of text, and task/copy has none; use eval=task",),
+    ),
+    "needles in numbers": (
+        ("train", "data=task/copy", "eval=needle"),
+        (r"eval: needles and RULER ask in words, and task/copy speaks in numbers; use eval=task",),
+    ),
+    "task of a text": (("train", "eval=task"), (r"eval.task: data=shakespeare is text and no task; use eval=needle, ",)),
+    "task of a run on text": (("eval", "last", "eval=task"), (r"eval.task: the run was trained on text and has no task",)),
+    "memory over a task": (
+        ("train", "data=task/copy", "attention=recurrent"),
+        (r"attention: recurrent carries a memory from window to window of a text, and the examples of task/copy stand",),
+    ),
+    "depths in numbers": (
+        ("train", "data=task/copy", "eval.task.depths=5"),
+        (r"eval.task.depths: task/copy has no depth to choose; the nearest valid value is 1",),
+    ),
+    "no lengths": (
+        ("train", "data=task/copy", "eval.task.lengths=[]"),
+        (r"eval.task.lengths: expected at least one length, or auto, got \[\]",),
+    ),
+    "one example": (("train", "data=task/copy", "eval.task.items=1"), (r"eval.task.items: expected a number >= 2, got 1",)),
+    "more pairs than keys": (
+        ("train", "data=task/mqar", "data.pairs=[4,64]"),
+        (r"data: pairs \(64\) must be at most 63, the keys of vocab_size 128",),
+    ),
+    "one number for pairs": (("train", "data=task/mqar", "data.pairs=4"), (r"data.pairs: expected a list, got 4; write \[4\]",)),
+    "setting of a task": (
+        (*TRAIN, "data.pairs=[2]"),
+        (r"data.pairs: data=text has no 'pairs'; it belongs to data=task/mqar",),
+    ),
+    "pairs that do not fit": (
+        ("train", "data=task/mqar", "context=32", "model=nano", "logger.mode=disabled"),
+        (r"mqar does not fit in 32 tokens.*at least 64",),
+    ),
     # types and ranges
     "length of letters": ((*TRAIN, "context=abc"), (r"context: 'abc' is not a number with a unit",)),
     "length 0": ((*TRAIN, "context=0"), (r"context: expected a number > 0, got 0",)),

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from ctxlab.errors import RecordError
 from ctxlab.records import process, run, store
 from ctxlab.records.run import Run
+from ctxlab.records.schema import TaskItem
 from ctxlab.records.store import RunStore
 from tests.records.builders import make_run, result
 
@@ -232,6 +233,28 @@ class TestRows:
         found = [(d.context, d.axes, d.names, d.nats, d.targets, d.n_bytes) for d in made.documents()]
         same = (("a", "b"), (1.5, 2.5), (3, 4), (9, 12))
         assert found == [(256, {}, *same), (512, {}, *same), (256, {"run": "other"}, *same)]
+
+    def test_examples_of_tasks_are_read_back_the_last_of_each(self, tmp_path: Path) -> None:
+        made = make_run(tmp_path, status="waiting")
+        assert made.items() == []
+        first = TaskItem(task="copy", context=64, item=3, score=0.0, wanted=("1 2 ",), answer="é\n")
+        others = [
+            first.model_copy(update=change)
+            for change in (
+                {"item": 4},
+                {"context": 128},
+                {"task": "repeat"},
+                {"depth": 0.5},
+                {"axes": {"run": "other"}},
+            )
+        ]
+        made.write_items([first, *others])
+        again = first.model_copy(update={"score": 1.0, "answer": "1 2 "})
+        made.write_items([again])
+        with (made.path / "items.jsonl").open("a") as file:
+            file.write('{"task": "copy", "con')
+        made.write_items([TaskItem(task="mqar", context=8, item=0, score=0.25)])
+        assert Run(made.path).items() == [again, *others, TaskItem(task="mqar", context=8, item=0, score=0.25)]
 
 
 class TestSelectors:

@@ -140,3 +140,20 @@ def test_chance_is_the_share_of_the_commonest_value() -> None:
     share = max(values.values()) / values.total()
     assert task.guess(12) == pytest.approx(share, abs=4 * np.sqrt(share * (1 - share) / 512))
     assert task.guess(12) == listops().guess(12)
+
+
+def test_chance_takes_no_more_draws_than_an_example_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where examples of a length are rare, chance is of the few that are found, and not waited for."""
+    grown: list[int] = []
+    grow = ListOps._grow
+
+    def counted(task: ListOps, random: np.random.Generator, tokens: list[int], depth: int, most: int) -> int | None:
+        if depth == 1:
+            grown.append(1)
+        return grow(task, random, tokens, depth, most)
+
+    monkeypatch.setattr(ListOps, "_grow", counted)
+    monkeypatch.setattr("ctxlab.data.tasks.listops._TRIES", 3000)
+    chance = listops(depth=3).guess(120)
+    assert len(grown) == 3000
+    assert 0.1 <= chance <= 1

@@ -206,7 +206,7 @@ def show_training(run: Run, console: Console) -> None:
     where = _elsewhere(run)
     show_next(
         console,
-        (f"{where}ctxlab generate {record.id} {shlex.quote(_prompt(record.config))}", "go on from a prompt"),
+        (f'{where}ctxlab generate {record.id} "{_prompt(record.config)}"', "go on from a prompt"),
         (f"{where}ctxlab train -m {sweep}", "a sweep around it"),
         (f"{where}ctxlab runs show {record.id}", "look at it"),
     )

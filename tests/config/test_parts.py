@@ -129,7 +129,8 @@ def test_settings_of_another_architecture_are_refused(words: tuple[str, ...], sa
         (("data.packed=true",), ""),
         (("data=task/mqar", "tokenizer=ids", "eval=task"), ""),
         (("data=task/mqar", "tokenizer=ids", "eval=task", "model.carry_state=true"),
-         "model.carry_state: an LSTM carries its state from window to window of a text, and the examples of task/mqar stand alone"),
+         "model.carry_state: an LSTM carries its state from window to window of a text, and the examples of task/mqar "
+         "stand alone"),
         (("data.packed=true", "model.carry_state=true"),
          "data.packed: model.carry_state carries a state along whole rows; use false"),
     ],

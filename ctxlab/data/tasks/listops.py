@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -51,20 +52,28 @@ class ListOps(TokenTask):
         return _END + 1
 
     def row(self, random: np.random.Generator, length: int, epoch: int | None) -> TokenRow:
+        tokens, value = next(self._drawn(random, length))
+        targets = np.full(len(tokens), IGNORED)
+        targets[-1] = value
+        return TokenRow(np.array(tokens, dtype=np.int64), targets)
+
+    def _drawn(self, random: np.random.Generator, length: int) -> Iterator[tuple[list[int], int]]:
+        """Expressions of the right length with their values, out of a number of draws. Raises DataError where none is."""
         if length < 4:
             raise DoesNotFit(self.label, length, 4)
         least = max(4, int(length * self.config.shortest))
+        found = False
         for _ in range(_TRIES):
             tokens: list[int] = []
             value = self._grow(random, tokens, 1, length)
             if value is not None and least <= len(tokens):
-                targets = np.full(len(tokens), IGNORED)
-                targets[-1] = value
-                return TokenRow(np.array(tokens, dtype=np.int64), targets)
-        raise DataError(
-            f"listops: {_TRIES} drawn expressions of depth {self.config.depth} and none with {least} to {length} tokens; "
-            "raise data.depth or data.arguments"
-        )
+                found = True
+                yield tokens, value
+        if not found:
+            raise DataError(
+                f"listops: {_TRIES} drawn expressions of depth {self.config.depth} and none with {least} to {length} tokens; "
+                "raise data.depth or data.arguments"
+            )
 
     def _grow(self, random: np.random.Generator, tokens: list[int], depth: int, most: int) -> int | None:
         """Appends one node to `tokens` and returns its value; None where there is no room."""
@@ -84,10 +93,10 @@ class ListOps(TokenTask):
         return _OPERATIONS[operation](values) if len(tokens) <= most else None
 
     def guess(self, length: int) -> float:
-        """The share of the commonest value among 512 examples of this length."""
-        random = generator("listops", length)
-        values = Counter(int(self.row(random, length, None).targets[-1]) for _ in range(_SAMPLE))
-        return max(values.values()) / _SAMPLE
+        """The share of the commonest value among 512 examples of this length, or fewer where they are rare."""
+        drawn = itertools.islice(self._drawn(generator("listops", length), length), _SAMPLE)
+        values = Counter(value for _, value in drawn)
+        return max(values.values()) / values.total()
 
     def solve(self, tokens: Sequence[int]) -> list[int]:
         stack: list[list[int]] = [[]]

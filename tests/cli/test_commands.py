@@ -149,7 +149,7 @@ def test_a_run_that_fails_says_so_everywhere(place: Path, monkeypatch: pytest.Mo
     assert run.record.reason.startswith("ZeroDivisionError: division by zero (traceback in ")
     assert done.errors == [run.record.reason]
     assert "Traceback (most recent call last)" in (run.path / "log.txt").read_text()
-    assert leet.inspect(run.path)["exit"] == [{"exit_code": 1}]
+    assert [one["exit_code"] for one in leet.inspect(run.path)["exit"]] == [1]
 
 
 # eval, generate, profile

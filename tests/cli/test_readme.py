@@ -20,6 +20,10 @@ STUDY = ("experiment", "run")
 # What needs an extra, and data from elsewhere, is composed only, too.
 ELSEWHERE = "eval=lm_eval"
 SHORTER = ("eval.perplexity.max_tokens=1k", "decoding.max_new_tokens=8")
+FEW = {
+    "eval=needle": ("eval.needle.lengths=[128,256]", "eval.needle.depths=2", "eval.needle.items=2"),
+    "eval=ruler": ("eval.ruler.items=2", "eval.ruler.tasks=[niah_single_1,vt]"),
+}
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -66,7 +70,7 @@ def test_every_composed_command_composes(words: tuple[str, ...], trained: Path) 
     "words", [w for w in lines("README.md") if w[0] not in LONG and ELSEWHERE not in w], ids=" ".join
 )
 def test_every_short_command_runs(words: tuple[str, ...], trained: Path) -> None:
-    shorter = [
+    shorter = next((few for kind, few in FEW.items() if kind in words), None) or [
         word for word in SHORTER if word.startswith(words[0][:4]) or (words[0], word[:8]) == ("generate", "decoding")
     ]
     done = ctxlab(*(("experiment", "status", *words[2:]) if words[:2] == STUDY else (*words, *shorter)))

@@ -47,8 +47,10 @@ class Says(nn.Module):
     def __init__(self, vocab_size: int, rule: Callable[[list[int]], int]) -> None:
         super().__init__()
         self.vocab_size, self.rule = vocab_size, rule
-        self.config = SimpleNamespace(n_layers=1)
         self.prompts: list[list[int]] = []
+
+    def new_cache(self) -> SimpleNamespace:
+        return SimpleNamespace()
 
     def hidden(self, tokens: Tensor, *, lengths: Tensor | None = None, cache: Any = None) -> Tensor:
         before = getattr(cache, "read", None)

@@ -7,10 +7,16 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from ctxlab.cli.commands.eval import same_lengths
+from ctxlab.config.schema import Evaluations
 from ctxlab.data.tokenizers.base import load_tokenizer
+from ctxlab.evaluation.perplexity import PerplexityConfig
+from ctxlab.evaluation.tasks import NeedleGrid, OwnTask
 from ctxlab.launch import Pool
 from ctxlab.records.run import Run
 from ctxlab.records.store import RunStore
@@ -186,3 +192,13 @@ def test_help_names_tasks_as_data(place: Path) -> None:
     done = ctxlab("train", "--help")
     assert re.search(r"data +shakespeare\*, .*task/copy, task/induction", done.out)
     assert re.search(r"eval +.*task", done.out)
+
+
+def test_several_runs_are_asked_at_the_same_lengths_whatever_they_were_trained_at() -> None:
+    parents: Any = [SimpleNamespace(record=SimpleNamespace(config={"context": context})) for context in (64, 32)]
+    asked = Evaluations(perplexity=PerplexityConfig(), needle=NeedleGrid(), task=OwnTask(lengths=(7,)))
+    both = same_lengths(asked, parents)
+    assert both.perplexity.lengths == both.needle.lengths == (16, 32, 64, 128, 256, 512)
+    assert both.task.lengths == (7,)
+    assert both.ngram == "none"
+    assert same_lengths(asked, parents[:1]) is asked

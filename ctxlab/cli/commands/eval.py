@@ -36,7 +36,7 @@ def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     parents = [invocation.store.open(run_id) for run_id in config.run]
-    evaluations = _same_lengths(config.eval, parents)
+    evaluations = same_lengths(config.eval, parents)
     with recording(run, config.logger, job_type="eval") as opened:
         facts = {}
         nats = {parent.id: TokenNats() for parent in parents} if len(parents) > 1 else {}
@@ -105,10 +105,16 @@ def _evaluate(
     return dataset.facts, sums
 
 
-def _same_lengths(evaluations: Evaluations, parents: list[Run]) -> Evaluations:
+def same_lengths(evaluations: Evaluations, parents: list[Run]) -> Evaluations:
     """Several runs are scored at the same lengths, over segments of the same length: those that any of them asks for."""
-    perplexity = evaluations.perplexity
-    if len(parents) == 1 or perplexity == "none" or perplexity.lengths != "auto":
+    if len(parents) == 1:
         return evaluations
-    lengths = sorted({n for parent in parents for n in auto_lengths(parent.record.config["context"])})
-    return evaluations.model_copy(update={"perplexity": perplexity.model_copy(update={"lengths": tuple(lengths)})})
+    lengths = tuple(sorted({n for parent in parents for n in auto_lengths(parent.record.config["context"])}))
+    parts = {name: getattr(evaluations, name) for name in type(evaluations).model_fields}
+    return evaluations.model_copy(
+        update={
+            name: part.model_copy(update={"lengths": lengths})
+            for name, part in parts.items()
+            if getattr(part, "lengths", None) == "auto"
+        }
+    )

@@ -252,7 +252,7 @@ class GeneratedItems:
                 assert isinstance(task, TextTask)
                 # The depth is part of no key: a cell's example number i has the same words wherever they stand.
                 random = generator(task.config.name, "test", cell.length, index)
-                example = task.example(random, cell.length - 1, dataset.tools("test"), depth=cell.depth)
+                example = dataset.example(random, cell.length, "test", depth=cell.depth)
                 self.prompts.append(dataset.encoded(example)[0])
                 self.room.append(task.new_tokens)
                 self.wanted.append(example.answers)

@@ -30,8 +30,8 @@ class DoesNotFit(DataError):
     """An example of this task is longer than the length asked for; `smallest` is the least length that it fits in."""
 
     def __init__(self, task: str, length: int, smallest: int) -> None:
-        self.smallest = smallest
-        super().__init__(f"{task} does not fit in {length} tokens: with this tokenizer it takes at least {smallest}")
+        self.task, self.smallest = task, smallest
+        super().__init__(f"{task} does not fit in {length} tokens: it takes at least {smallest}")
 
 
 class Task(Source):

@@ -15,7 +15,17 @@ import numpy as np
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.source import SOURCES
-from ctxlab.data.tasks.base import Example, Part, Task, TextTask, TokenTask, Tools, generator, haystack_corpus
+from ctxlab.data.tasks.base import (
+    DoesNotFit,
+    Example,
+    Part,
+    Task,
+    TextTask,
+    TokenTask,
+    Tools,
+    generator,
+    haystack_corpus,
+)
 from ctxlab.data.tasks.haystack import CorpusHaystack
 from ctxlab.data.tasks.taken import taken_values
 from ctxlab.data.tokenizers.base import Tokenizer
@@ -49,12 +59,20 @@ class TaskDataset:
         if isinstance(self.task, TokenTask):
             return Row(*self.task.row(random, length, epoch), ())
         assert isinstance(self.task, TextTask)
-        prompt, answer = self.encoded(self.task.example(random, length - 1, self.tools(part)))
+        prompt, answer = self.encoded(self.example(random, length, part))
         ids = np.array([*prompt, *answer, self.tokenizer.eos_id], dtype=np.int64)[: length + 1]
         targets = ids[1:].copy()
         if part != "train" or self.task.config.scored == "answers":
             targets[: len(prompt) - 1] = IGNORED
         return Row(ids[:-1], targets, ())
+
+    def example(self, random: np.random.Generator, length: int, part: Part, *, depth: float | None = None) -> Example:
+        """One example of a text task that has room in `length` tokens behind one bos. Raises DoesNotFit."""
+        assert isinstance(self.task, TextTask)
+        try:
+            return self.task.example(random, length - 1, self.tools(part), depth=depth)
+        except DoesNotFit as short:
+            raise DoesNotFit(short.task, length, short.smallest + 1) from None
 
     def encoded(self, example: Example) -> tuple[list[int], list[int]]:
         """The ids of a prompt, behind one bos, and of its answers."""
@@ -67,10 +85,15 @@ class TaskDataset:
         assert self.text is not None
         return Tools(
             count=self.tokenizer.count,
-            haystack=CorpusHaystack(self.text.splits[part], self.tokenizer),
+            haystack=self._haystacks[part],
             part=part,
             taken=frozenset() if part == "train" else self._taken,
         )
+
+    @functools.cached_property
+    def _haystacks(self) -> dict[str, CorpusHaystack]:
+        assert self.text is not None
+        return {name: CorpusHaystack(split, self.tokenizer) for name, split in self.text.splits.items()}
 
     @functools.cached_property
     def _taken(self) -> Container[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,14 +43,16 @@ def unique_documents(sizes: Sequence[int]) -> list[list[int]]:
 
 
 class Known(nn.Module):
-    """Stands for a Transformer: nats by a rule of (inputs, targets), and a list of all that it was asked."""
+    """Stands for a model: nats by a rule of (inputs, targets), and a list of all that it was asked."""
 
     def __init__(self, rule: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.rule = rule
         self.asked: list[tuple[list[int], list[int]]] = []  # (inputs, targets) of each window, in order
         self.batches: list[tuple[int, ...]] = []
-        self.config = SimpleNamespace(n_layers=1)
+
+    def new_cache(self) -> KVCache:
+        return KVCache(n_layers=1)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         return tokens

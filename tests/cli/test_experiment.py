@@ -202,7 +202,7 @@ def test_the_list_and_the_help(here: Path) -> None:
     out = ctxlab("experiment", "list").out
     assert "mine           Does it?\n               no results yet; takes a second; experiments/mine\n" in out
     assert (
-        "position_cost  What does a positional scheme cost?\n               results: 1 files; takes three quarters"
+        "position_cost  What does a positional scheme cost?\n               results: 2 files; takes three quarters"
         in out
     )
     for words in ((), ("--help",)):

@@ -4,6 +4,7 @@ ID.jsonl             the measurements of one run
 summary.jsonl        changes of loss from the trained length, paired over documents; means over seeds: each with its runs
 report.txt           the comparison, as it is printed
 loss_by_length.png   loss by context, where it was measured
+answers_by_depth.png scores on tasks by depth and length, where they were asked so
 SCRIPT.txt           what a script of the study printed
 """
 
@@ -24,8 +25,9 @@ from ctxlab.report.plots import loss_figure, save, save_loss_by_length, trained_
 from ctxlab.report.repeats import mean_curves, repeats, repeats_tables, with_differences
 from ctxlab.report.results import paired
 from ctxlab.report.tables import show_evaluation, show_heading, show_lengths, show_sweep
+from ctxlab.report.task_tables import save_task_maps
 
-SUMMARY, REPORT, FIGURE = "summary.jsonl", "report.txt", "loss_by_length.png"
+SUMMARY, REPORT, FIGURE, MAPS = "summary.jsonl", "report.txt", "loss_by_length.png", "answers_by_depth.png"
 _WIDTH = 120
 
 
@@ -48,7 +50,7 @@ def save_runs(runs: Sequence[Run], folder: Path) -> None:
 
 
 def save_report(name: str, runs: Sequence[Run], folder: Path) -> None:
-    """Everything that the runs of a study come to: the summary, the report, the figure. Nothing where there are none."""
+    """Everything that the runs of a study come to: the summary, the report, the figures. Nothing where there are none."""
     if not runs:
         return
     save_runs(runs, folder)
@@ -66,6 +68,8 @@ def save_report(name: str, runs: Sequence[Run], folder: Path) -> None:
         save(loss_figure(curves, trained_contexts(trained), heading=heading, bands=bands), folder / FIGURE)
     elif trained:
         save_loss_by_length(trained, folder / FIGURE)
+    if trained:
+        save_task_maps(trained, folder / MAPS)
 
 
 def show_study(runs: Sequence[Run], console: Console) -> None:

@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 
 from ctxlab.cli.console import progress_bar
+from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.prepare import TextDataset, prepare
-from ctxlab.data.source import Source
-from ctxlab.data.tasks.base import Task
+from ctxlab.data.source import SOURCES, Source
+from ctxlab.data.tasks.base import Task, TextTask, haystack_corpus
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.errors import RecordError
 from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
 from ctxlab.evaluation.perplexity import (
@@ -33,7 +35,7 @@ from ctxlab.model.base import Model
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
-from ctxlab.records.store import Run
+from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.precision import Precision
@@ -53,6 +55,27 @@ def prepare_data(
         return prepare(data, tokenizer, cache=folder, progress=start)
 
 
+def training_corpora(run: Run, store: RunStore) -> tuple[Corpus.Config, ...]:
+    """The corpora whose text the weights of a run have seen: its own, and those of the runs that it started from.
+
+    A task that hides things in a text counts as that text. Runs that are gone cannot be asked.
+    """
+    found: list[Corpus.Config] = []
+    while True:
+        data = SOURCES.config(run.record.config["data"])
+        if isinstance(data, TextTask.Config):
+            data = haystack_corpus(data.haystack).config
+        if isinstance(data, Corpus.Config):
+            found.append(data)
+        parent = run.record.config.get("init", "none")
+        if parent == "none":
+            return tuple(found)
+        try:
+            run = store.open(parent)
+        except RecordError:
+            return tuple(found)
+
+
 def score(
     model: Model,
     dataset: TextDataset | TaskDataset,
@@ -68,17 +91,20 @@ def score(
     axes: Mapping[str, str] = MappingProxyType({}),
     keep: TokenNats | None = None,
     against: tuple[str, Sequence[DocumentSums]] | None = None,
+    learned: tuple[Corpus.Config, ...] = (),
 ) -> Sequence[DocumentSums]:
     """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart.
 
     `keep` takes the nats of single targets, for what can only be said of several runs. `against` is the run that this one is
-    compared with in pairs, and its sums by document; returned are this one's.
+    compared with in pairs, and its sums by document; returned are this one's. `learned` are the corpora that the model was
+    trained on (`training_corpora`).
     """
     documents: dict[int, DocumentScores] = {}
     sums: Sequence[DocumentSums] = ()
     score_tasks(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,
+        learned=learned,
     )  # fmt: skip
     if isinstance(evaluations.lm_eval, HarnessConfig):
         with progress_bar(console) as start:
@@ -127,6 +153,7 @@ def score_tasks(
     sink: Sink,
     console: Console,
     axes: Mapping[str, str],
+    learned: tuple[Corpus.Config, ...],
 ) -> None:
     """Every task of the config, into the record, with a picture where depths were asked."""
     named = {name: getattr(evaluations, name) for name in ("needle", "passkey", "ruler")}
@@ -134,6 +161,7 @@ def score_tasks(
         dataset,
         own=None if evaluations.task == "none" else evaluations.task,
         named={name: config for name, config in named.items() if config != "none"},
+        learned=learned,
     )
     for task, config in asked:
         with progress_bar(console) as start:

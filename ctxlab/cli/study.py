@@ -144,7 +144,7 @@ class Runner:
                 if any(run.record.status == "running" for run in now.runs):
                     raise RecordError(f"{self.study.name}: {line.text}: is running in another process")
                 words = self._words(now, [run for one in all_of_them[:number] for run in one.runs])
-                out.print(Text(f"{head}{line.program} {_shown(words)}", style="bold"), soft_wrap=True)
+                out.print(Text(f"{head}{line.program} {shlex.join(words)}", style="bold"), soft_wrap=True)
                 journal.began(line.text)
                 code = self._start(line, words, lock)
                 journal.ended(line.text, code)
@@ -266,7 +266,7 @@ def check_composed(lines: Sequence[Sequence[str]]) -> int:
         try:
             prepare(split(command, words))
         except CtxlabError as error:
-            wrong += [f"ctxlab {command} {_shown(words)}:", *str(error).splitlines()]
+            wrong += [f"ctxlab {command} {shlex.join(words)}:", *str(error).splitlines()]
     if wrong:
         console.error("\n".join(wrong))
     return REFUSED if wrong else DONE
@@ -293,7 +293,3 @@ def _chosen(name: str, earlier: Sequence[Run], several: bool) -> list[str]:
 def _part(output: Path) -> Path:
     """Where a script's output grows until it is whole."""
     return output.with_suffix(f".part{output.suffix}")
-
-
-def _shown(words: Sequence[str]) -> str:
-    return shlex.join(words)

@@ -116,6 +116,9 @@ class DocumentScores:
     words: list[int] = field(default_factory=list)
 
 
+Scores = DocumentScores | DocumentSums
+
+
 class Evaluated(NamedTuple):
     """What `evaluate_perplexity` found."""
 
@@ -194,7 +197,7 @@ def score_measurements(
     ]
 
 
-def difference_facts(scores: DocumentScores | None, other: DocumentScores | None) -> dict[str, float]:
+def difference_facts(scores: Scores | None, other: Scores | None) -> dict[str, float]:
     """By how many nats per token one is above the other on the same targets, with the interval paired over documents."""
     if scores is None or other is None or (scores.names, scores.targets) != (other.names, other.targets):
         return {}
@@ -217,16 +220,10 @@ def compared(
     found: dict[tuple[int | None, str], dict[str, Any]] = {}
     for ours in sums:
         against = theirs.get((ours.context, axes_key(ours.axes)))
-        if against is None or (ours.names, ours.targets) != (against.names, against.targets):
-            continue
-        low, high = paired_interval(ours.nats, against.nats, ours.targets) or (None, None)
-        less = (sum(ours.nats) - sum(against.nats)) / sum(ours.targets)
-        found[ours.context, axes_key(ours.axes)] = {
-            "compared_with": other,
-            "less": less,
-            "less_low": low,
-            "less_high": high,
-        }
+        facts = difference_facts(ours, against)
+        if facts:
+            less = {name.replace("difference", "less"): value for name, value in facts.items()}
+            found[ours.context, axes_key(ours.axes)] = {"compared_with": other, **less}
     told = (*WAY_AXES, "from", "to")
     rows = []
     for m in measurements:

@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import DoesNotFit, Task, TextTask, TokenTask, generator
@@ -99,10 +101,12 @@ def asked_tasks(
     *,
     own: OwnTask | None,
     named: Mapping[str, TaskEvaluation],
+    learned: tuple[Corpus.Config, ...] = (),
 ) -> Iterator[tuple[TaskDataset, TaskEvaluation]]:
     """Each task that is asked for, over the text that a run has: its own, and those of `named` (needle, passkey, ruler).
 
-    Raises DataError where a run has no task of its own, or no text to hide things in.
+    No value is asked for that occurs in the training text of the `learned` corpora. Raises DataError where a run has no task
+    of its own, or no text to hide things in.
     """
     if own is not None:
         if not isinstance(dataset, TaskDataset):
@@ -111,7 +115,7 @@ def asked_tasks(
             )
         if isinstance(dataset.task, TokenTask):
             own.check_numbers(dataset.task.config.name)
-        yield dataset, own
+        yield replace(dataset, learned=learned), own
     for name, config in named.items():
         text = dataset if isinstance(dataset, TextDataset) else dataset.text
         if text is None:
@@ -119,7 +123,7 @@ def asked_tasks(
         for settings in _settings(name, config):
             task = SOURCES.get(settings["name"])(SOURCES.config(settings))
             assert isinstance(task, Task)
-            yield TaskDataset(task, text.tokenizer, text.facts, text), config
+            yield TaskDataset(task, text.tokenizer, text.facts, text, learned), config
 
 
 def _settings(name: str, config: TaskEvaluation) -> Iterator[dict[str, Any]]:
@@ -215,7 +219,7 @@ class LabelledItems:
         self.rows = [dataset.row("test", cell.length, (index,), None) for index in range(count)]
         self.n_targets = sum(int((row.targets != IGNORED).sum()) for row in self.rows)
         self.sha256 = _sha256([[row.tokens.tolist(), row.targets.tolist()] for row in self.rows])
-        self.chance = task.guess(cell.length)
+        self.chance = _guess(dataset, cell.length)
         self.oracle = float(np.mean([_solved(task, row) for row in self.rows]))
 
     def answer(self, model: Model, **options: Any) -> list[TaskItem]:
@@ -236,6 +240,7 @@ class GeneratedItems:
         self.prompts: list[list[int]] = []
         self.room: list[int] = []
         self.wanted: list[tuple[str, ...]] = []
+        self.places: list[float | None] = []
         oracle: list[float] = []
         asked: list[Any] = []
         for index in range(count):
@@ -245,6 +250,7 @@ class GeneratedItems:
                 answer = row.targets[first:].tolist()
                 self.prompts.append(row.tokens[: first + 1].tolist())
                 self.room.append(len(answer))
+                self.places.append(None)
                 self.wanted.append((dataset.tokenizer.decode(answer),))
                 asked.append(self.prompts[-1])
                 oracle.append(_solved(task, row))
@@ -256,13 +262,12 @@ class GeneratedItems:
                 self.prompts.append(dataset.encoded(example)[0])
                 self.room.append(task.new_tokens)
                 self.wanted.append(example.answers)
+                self.places.append(example.depth)
                 asked.append(example.prompt)
                 oracle.append(task.score(task.solve(example.prompt), example.answers))
         self.sha256 = _sha256([asked, self.wanted])
         self.oracle = float(np.mean(oracle))
-        self.chance = (
-            task.guess(cell.length) if isinstance(task, TokenTask) else task.guess(cell.length, dataset.tools("test"))  # type: ignore[attr-defined]
-        )
+        self.chance = _guess(dataset, cell.length)
 
     def answer(self, model: Model, **options: Any) -> list[TaskItem]:
         tokenizer, task = self.dataset.tokenizer, self.dataset.task
@@ -271,7 +276,7 @@ class GeneratedItems:
         for index, (ids, wanted) in enumerate(zip(said, self.wanted, strict=True)):
             text = tokenizer.decode(ids)
             score = task.score(text, wanted) if isinstance(task, TextTask) else float(text == wanted[0])
-            items.append(_item(self.dataset, self.cell, index, score, wanted, text))
+            items.append(_item(self.dataset, self.cell, index, score, wanted, text, self.places[index]))
         return items
 
 
@@ -279,6 +284,14 @@ def ask(dataset: TaskDataset, cell: Cell, count: int) -> LabelledItems | Generat
     """The examples of a cell. Raises DoesNotFit, or DataError where they cannot be made."""
     labelled = isinstance(dataset.task, TokenTask) and not dataset.task.generated
     return (LabelledItems if labelled else GeneratedItems)(dataset, cell, count)
+
+
+def _guess(dataset: TaskDataset, length: int) -> float:
+    task = dataset.task
+    if isinstance(task, TokenTask):
+        return task.guess(length)
+    assert isinstance(task, TextTask)
+    return task.guess(length, dataset.tools("test"))
 
 
 def _solved(task: TokenTask, row: Row) -> float:
@@ -295,11 +308,17 @@ def _sha256(examples: Any) -> str:
 
 
 def _item(
-    dataset: TaskDataset, cell: Cell, index: int, score: float, wanted: Sequence[str] = (), answer: str | None = None
+    dataset: TaskDataset,
+    cell: Cell,
+    index: int,
+    score: float,
+    wanted: Sequence[str] = (),
+    answer: str | None = None,
+    place: float | None = None,
 ) -> TaskItem:
     return TaskItem(
         task=dataset.task.label, context=cell.length, depth=cell.depth, item=index, score=score,
-        wanted=tuple(wanted), answer=answer,
+        wanted=tuple(wanted), answer=answer, place=place,
     )  # fmt: skip
 
 

@@ -164,11 +164,12 @@ class TaskItem(_Row):
 
     task: str
     context: int
-    depth: float | None = None
+    depth: float | None = Field(default=None, description="where its answer was asked to stand; None: anywhere")
     item: int
     score: float = Field(description="0 to 1")
     wanted: tuple[str, ...] = ()
     answer: str | None = Field(default=None, description="what was generated, where something was")
+    place: float | None = Field(default=None, description="where its answer stands, 0 to 1, where it has one place")
     axes: dict[str, Any] = Field(default_factory=dict)
 
 

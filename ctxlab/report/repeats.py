@@ -16,7 +16,7 @@ from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import METRICS, Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import Band
-from ctxlab.report.results import differing_keys, number, settings, title, value_at
+from ctxlab.report.results import differing_keys, number, settings, title, value_at, way_of
 from ctxlab.units import format_length
 
 # The same numbers again in another form: tables leave them to the rows that are saved.
@@ -121,7 +121,7 @@ def mean_curves(groups: Sequence[Repeats]) -> tuple[dict[str, list[tuple[int, fl
     for group in groups:
         name = group.label or "mean"
         for m in sorted(group.means(), key=lambda m: m.context or 0):
-            if m.name != "nats_per_token" or m.context is None or "stride" in m.axes or m.value is None:
+            if m.name != "nats_per_token" or m.context is None or way_of(m.axes) or m.value is None:
                 continue
             curves.setdefault(name, []).append((m.context, m.value))
             if m.low is not None and m.high is not None:

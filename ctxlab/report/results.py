@@ -69,6 +69,22 @@ def cell(measurement: Measurement | None, *, interval: bool = False) -> str:
     return text
 
 
+def signed(difference: float, low: float | None = None, high: float | None = None) -> str:
+    """A difference with half of its 95% interval, where it has one."""
+    return f"{difference:+.3f}" + ("" if low is None or high is None else f" ±{(high - low) / 2:.3f}")
+
+
+def why_missing(measurements: Sequence[Measurement]) -> list[str]:
+    """A line for each reason why cells of some contexts have no number."""
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for m in measurements:
+        if m.value is None and m.reason and m.context is not None:
+            contexts = reasons.setdefault((cell(m), m.reason), [])
+            if m.context not in contexts:
+                contexts.append(m.context)
+    return [f"{why} at {', '.join(map(format_length, at))}: {reason}" for (why, reason), at in reasons.items()]
+
+
 def way_of(axes: Mapping[str, Any]) -> dict[str, Any]:
     """How a text was scored, of a measurement's axes: nothing of windows that follow one another."""
     return {name: axes[name] for name in WAY_AXES if name in axes}
@@ -149,8 +165,7 @@ def rise(run: Run, rows: ByContext, *, multiple: int = 4) -> str:
         return cell(far if near is None or near.value is not None else near)
     documents = {d.context: d for d in run.documents() if not d.axes}
     bounds = paired(documents.get(trained * multiple), documents.get(trained))
-    half = "" if bounds is None else f" ±{(bounds[1] - bounds[0]) / 2:.3f}"
-    return f"{far.value - near.value:+.3f}{half}"
+    return signed(far.value - near.value, *(bounds or ()))
 
 
 def paired(first: DocumentSums | None, second: DocumentSums | None) -> tuple[float, float] | None:

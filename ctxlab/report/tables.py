@@ -16,7 +16,19 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
-from ctxlab.report.results import by_context, cell, labels, number, rise, telling_keys, title, training_speed, value_at
+from ctxlab.report.results import (
+    by_context,
+    cell,
+    labels,
+    number,
+    rise,
+    signed,
+    telling_keys,
+    title,
+    training_speed,
+    value_at,
+    why_missing,
+)
 from ctxlab.report.task_tables import show_compared_tasks, show_tasks, task_rows
 from ctxlab.report.ways import show_context_use, side_by_side, way_text, ways
 from ctxlab.units import format_count, format_length, format_seconds
@@ -58,8 +70,7 @@ def way_table(measurements: Sequence[Measurement], way: Mapping[str, Any]) -> Gr
 
 def _difference(facts: dict[str, Any]) -> str:
     """A difference in nats per token, with half of its paired interval."""
-    low, high = facts.get("difference_low"), facts.get("difference_high")
-    return f"{facts['difference']:+.3f}" + ("" if low is None or high is None else f" ±{(high - low) / 2:.3f}")
+    return signed(facts["difference"], facts.get("difference_low"), facts.get("difference_high"))
 
 
 def _group(measurements: Sequence[Measurement | None], *, intervals: Sequence[str] = ()) -> list[str]:
@@ -87,15 +98,7 @@ def footnotes(measurements: Sequence[Measurement], *, intervals: bool = True) ->
         memory = next((m for m in measurements if m.name == "peak_memory_bytes" and m.value is not None), None)
         source = f" ({memory.facts['source']})" if memory is not None and "source" in memory.facts else ""
         lines.append(f"memory and step: {cost.protocol}; peak over the idle process{source}, median time")
-    reasons: dict[tuple[str, str], list[int]] = {}
-    for m in measurements:
-        if m.value is None and m.reason and m.context is not None:
-            contexts = reasons.setdefault((cell(m), m.reason), [])
-            if m.context not in contexts:
-                contexts.append(m.context)
-    for (why, reason), contexts in reasons.items():
-        lines.append(f"{why} at {', '.join(map(format_length, contexts))}: {reason}")
-    return lines
+    return lines + why_missing(measurements)
 
 
 def counting_notes(measured: Sequence[tuple[str, Sequence[Measurement]]]) -> list[str]:

@@ -15,7 +15,7 @@ from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement, TaskItem
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import save, styled
-from ctxlab.report.results import cell, labels
+from ctxlab.report.results import cell, labels, signed, why_missing
 from ctxlab.units import format_length
 
 # From nothing right to all right, in steps that colour-blind readers tell apart (a part of viridis, light to dark text).
@@ -95,13 +95,7 @@ def task_notes(rows: Sequence[Measurement]) -> list[str]:
         oracle = min(m.facts["oracle"] for m in these)
         spread = f"{min(chance):.2g}" if max(chance) == min(chance) else f"{min(chance):.2g} to {max(chance):.2g}"
         lines.append(f"{task}: chance {spread}, oracle {oracle:g}")
-    reasons: dict[tuple[str, str], list[int]] = {}
-    for m in rows:
-        if m.value is None and m.context is not None:
-            at = reasons.setdefault((cell(m), m.reason), [])
-            if m.context not in at:
-                at.append(m.context)
-    return lines + [f"{why} at {', '.join(map(format_length, at))}: {reason}" for (why, reason), at in reasons.items()]
+    return lines + why_missing(rows)
 
 
 Answered = tuple[str, Sequence[Measurement], Sequence[TaskItem]]  # a run's name, its results, its examples
@@ -151,8 +145,7 @@ def _paired(scores: dict[Any, float], firsts: dict[Any, float]) -> str:
     """The difference of two means over the same examples, with half of its 95% interval."""
     mine, theirs = list(scores.values()), [firsts[key] for key in scores]
     bounds = paired_interval(mine, theirs, [1.0] * len(mine))
-    half = "" if bounds is None else f" ±{(bounds[1] - bounds[0]) / 2:.3f}"
-    return f"{(sum(mine) - sum(theirs)) / len(mine):+.3f}{half}"
+    return signed((sum(mine) - sum(theirs)) / len(mine), *(bounds or ()))
 
 
 def save_task_maps(runs: Sequence[Run], path: Path) -> Path | None:

@@ -12,7 +12,7 @@ from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import position_chart
-from ctxlab.report.results import cell, paired, way_of
+from ctxlab.report.results import cell, paired, signed, way_of
 from ctxlab.units import format_length
 
 
@@ -67,16 +67,14 @@ def side_by_side(measurements: Sequence[Measurement], runs: Sequence[Run]) -> li
 def _less(m: Measurement | None) -> str:
     if m is None or "less" not in m.facts:
         return "-"
-    return f"{m.facts['less']:+.3f}{_half({'low': m.facts['less_low'], 'high': m.facts['less_high']})}"
+    return signed(m.facts["less"], m.facts.get("less_low"), m.facts.get("less_high"))
 
 
 def difference_cell(ours: DocumentSums | None, theirs: DocumentSums | None) -> str:
     """By how many nats per token one is above the other, with half of the interval paired over documents."""
     if ours is None or theirs is None or (ours.names, ours.targets) != (theirs.names, theirs.targets):
         return "-"
-    change = (sum(ours.nats) - sum(theirs.nats)) / sum(ours.targets)
-    bounds = paired(ours, theirs)
-    return f"{change:+.3f}" + ("" if bounds is None else f" ±{(bounds[1] - bounds[0]) / 2:.3f}")
+    return signed((sum(ours.nats) - sum(theirs.nats)) / sum(ours.targets), *(paired(ours, theirs) or ()))
 
 
 def position_grid(first: Run, second: Run) -> Grid | None:
@@ -152,7 +150,7 @@ def _extrapolation(m: Measurement) -> str:
     assert m.value is not None
     longest = m.facts["longest"] == m.value * m.axes["trained"]
     changes = ", ".join(
-        f"{change['change']:+.3f}{_half(change)} at {format_length(int(length))}"
+        f"{signed(change['change'], change['low'], change['high'])} at {format_length(int(length))}"
         for length, change in m.facts["changes"].items()
     )
     or_more = " or more" if longest and changes else ""
@@ -173,11 +171,6 @@ def _effective(m: Measurement) -> str:
 _TEXTS = {
     "in_context_score": _in_context, "extrapolation_ratio": _extrapolation, "effective_context": _effective,
 }  # fmt: skip
-
-
-def _half(bounds: Mapping[str, float | None]) -> str:
-    low, high = bounds["low"], bounds["high"]
-    return "" if low is None or high is None else f" ±{(high - low) / 2:.3f}"
 
 
 def _list(lengths: Sequence[int]) -> str:

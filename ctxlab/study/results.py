@@ -23,7 +23,7 @@ from ctxlab.records.schema import Measurement
 from ctxlab.records.store import RunStore
 from ctxlab.report.plots import loss_figure, save, save_loss_by_length, trained_contexts
 from ctxlab.report.repeats import mean_curves, repeats, repeats_tables, with_differences
-from ctxlab.report.results import paired
+from ctxlab.report.results import paired, way_of
 from ctxlab.report.tables import show_evaluation, show_heading, show_lengths, show_sweep
 from ctxlab.report.task_tables import save_task_maps
 
@@ -97,7 +97,7 @@ def summarise(runs: Sequence[Run]) -> list[Measurement]:
     for run in runs:
         trained = run.record.config.get("context")
         documents = {d.context: d for d in run.documents() if not d.axes}
-        scored = {m.context: m for m in run.measurements() if m.name == "nats_per_token" and "stride" not in m.axes}
+        scored = {m.context: m for m in run.measurements() if m.name == "nats_per_token" and not way_of(m.axes)}
         start = scored.get(trained)
         if trained is None or start is None or start.value is None:
             continue

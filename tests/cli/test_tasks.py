@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ctxlab.cli.commands.eval import same_lengths
+from ctxlab.cli.scoring import training_corpora
 from ctxlab.config.schema import Evaluations
 from ctxlab.data.tokenizers.base import load_tokenizer
 from ctxlab.evaluation.perplexity import PerplexityConfig
@@ -22,6 +23,7 @@ from ctxlab.records.run import Run
 from ctxlab.records.store import RunStore
 from tests.cli.lines import alone, ctxlab
 from tests.records import leet
+from tests.records.builders import make_run
 
 QUICK = (
     "model=nano", "context=32", "trainer.max_steps=2", "trainer.batch_tokens=256", "trainer.validate_tokens=128",
@@ -202,3 +204,20 @@ def test_several_runs_are_asked_at_the_same_lengths_whatever_they_were_trained_a
     assert both.task.lengths == (7,)
     assert both.ngram == "none"
     assert same_lengths(asked, parents[:1]) is asked
+
+
+def test_the_texts_that_weights_have_seen_are_those_of_the_runs_they_come_from_too(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    before = "none"
+    made = []
+    for data in (
+        {"name": "text", "path": "books"},
+        {"name": "task/needle", "haystack": "stdlib"},
+        {"name": "task/mqar"},
+    ):
+        made.append(make_run(tmp_path, config={"data": data, "init": before}))
+        before = made[-1].id
+    assert [corpus.name for corpus in training_corpora(made[2], store)] == ["stdlib", "text"]
+    assert [getattr(corpus, "path", "") for corpus in training_corpora(made[1], store)] == ["", "books"]
+    shutil.rmtree(made[0].path)
+    assert [corpus.name for corpus in training_corpora(made[2], store)] == ["stdlib"]

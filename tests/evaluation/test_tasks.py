@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ctxlab.data.corpora.text import Text
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import TokenTask
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
@@ -24,10 +27,12 @@ from ctxlab.evaluation.tasks import (
     GENERATED,
     LABELLED,
     Cell,
+    GeneratedItems,
     NeedleGrid,
     OwnTask,
     Ruler,
     TaskEvaluation,
+    ask,
     asked_tasks,
     cells,
     evaluate_task,
@@ -257,6 +262,7 @@ def test_a_needle_is_found_at_every_depth_in_the_same_words() -> None:
     assert [m.value for m in rows[3:]] == [1.0] * 3
     assert {(m.protocol, m.facts["oracle"], m.n_targets) for m in rows[3:]} == {(GENERATED, 1.0, 3)}
     assert len({m.facts["examples"] for m in rows[3:]}) == 3
+    assert all(item.place == pytest.approx(item.depth, abs=0.2) for item in items)
     answers = {(item.depth, item.item): item.wanted for item in items}
     assert len(answers) == 9
     for index in range(3):
@@ -275,9 +281,35 @@ def test_who_says_nothing_of_it_finds_no_needle() -> None:
     rows, items = evaluate(constant(data, 65), data, config=NeedleGrid(lengths=(200,), depths=1, items=3))
     assert (rows[0].value, rows[0].axes) == (0.0, {"task": "needle"})
     assert {(item.depth, item.score) for item in items} == {(None, 0.0)}
+    assert len({item.place for item in items if item.place is not None and 0 <= item.place <= 1}) == 3
 
 
 # What is asked
+
+
+def test_no_value_is_asked_for_that_the_model_has_read_in_any_of_its_texts(tmp_path: Path) -> None:
+    """Two corpora, neither of them the haystack's, have all numbers of three digits between them but those of 700 to 799."""
+    learned = []
+    for name, has in (("first", range(100, 600)), ("second", [*range(600, 700), *range(800, 1000)])):
+        (tmp_path / name).mkdir()
+        for document in range(30):  # some are for validation and test: each has all of them
+            words = [f"document {chr(97 + document)}", *map(str, has)]
+            (tmp_path / name / f"{document}.txt").write_text("\n".join(words) + "\n")
+        learned.append(Text.Config(path=str(tmp_path / name)))
+    data = needles(digits=3)
+    assert data.text is not None
+    data = replace(data, text=replace(data.text, cache=tmp_path / "cache"))
+    own = OwnTask(lengths=(300,), items=20)
+
+    def firsts(learned: Sequence[Text.Config]) -> set[str]:
+        ((found, _),) = asked_tasks(data, own=own, named={}, learned=tuple(learned))
+        asked = ask(found, Cell(300, None), 20)
+        assert isinstance(asked, GeneratedItems)
+        return {wanted[0][0] for wanted in asked.wanted}
+
+    assert firsts(learned) == {"7"}
+    assert firsts(learned[:1]) <= set("6789")
+    assert len(firsts([])) > 4
 
 
 def test_a_run_is_asked_its_own_task_and_those_that_its_text_allows() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxlab.cli.main import DONE
 from ctxlab.cli.mirror import Recording, recording
-from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point
+from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
 from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.evaluation.reach import TokenNats, relative_effective_context
@@ -90,6 +90,7 @@ def _evaluate(
         loaded.model, dataset, evaluations,
         context=loaded.context, device=device, precision=precision, seed=config.seed,
         run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep, against=against,
+        learned=training_corpora(parent, invocation.store),
     )  # fmt: skip
     parts = read_parts(recorded if attention is None else {**recorded, "attention": attention})
     trained = SimpleNamespace(

@@ -13,7 +13,7 @@ from rich.text import Text
 from ctxlab.cli.execute import is_first_rank
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
-from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point
+from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
 from ctxlab.errors import DataError, RunError
 from ctxlab.records.provenance import collect
@@ -97,7 +97,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     score(
         outcome.model, dataset, config.eval,
         context=config.context, device=outcome.device, precision=outcome.precision, seed=config.seed,
-        run=run, sink=opened.sink, console=console,
+        run=run, sink=opened.sink, console=console, learned=training_corpora(run, invocation.store),
     )  # fmt: skip
     point = step_point(
         config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device

@@ -39,8 +39,6 @@ class Task(Source):
 
     implies: ClassVar[Mapping[str, str]] = {"eval": "[task]"}
     paper: ClassVar[str] = ""
-    chance: ClassVar[str] = ""
-    """What guessing is, in words; its score is `guess`."""
 
     class Config(Source.Config):
         examples: int = Field(100_000, ge=1, description="rows of an epoch; every epoch has new ones")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.source import SOURCES
@@ -27,7 +28,7 @@ from ctxlab.data.tasks.base import (
     haystack_corpus,
 )
 from ctxlab.data.tasks.haystack import CorpusHaystack
-from ctxlab.data.tasks.taken import taken_values
+from ctxlab.data.tasks.taken import TakenSomewhere, taken_values
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.ids import Ids
 from ctxlab.data.windows import IGNORED, Row
@@ -37,12 +38,16 @@ _REMEMBERED = 4096  # rows of a step, whose targets are counted before they are 
 
 @dataclass(frozen=True)
 class TaskDataset:
-    """A task with what it speaks: its own numbers, or a tokenizer and text to hide things in."""
+    """A task with what it speaks: its own numbers, or a tokenizer and text to hide things in.
+
+    `learned` are the corpora that a model was trained on which is asked, where they are not that of the text.
+    """
 
     task: Task
     tokenizer: Tokenizer
     facts: dict[str, Any]
     text: TextDataset | None = None
+    learned: tuple[Corpus.Config, ...] = ()
 
     def rows(self, context: int, *, seed: int, packed: bool = False) -> TaskRows:
         """Training rows of one context. Raises DoesNotFit where no example is that short."""
@@ -99,9 +104,8 @@ class TaskDataset:
     def _taken(self) -> Container[str]:
         """Values in the training text, which no evaluation asks for: found when the first one is made."""
         assert self.text is not None
-        if self.text.corpus is None:
-            return frozenset()
-        return taken_values(self.text.corpus, cache=self.text.cache)
+        own = () if self.text.corpus is None else (self.text.corpus,)
+        return TakenSomewhere([taken_values(corpus, cache=self.text.cache) for corpus in self.learned or own])
 
 
 class TaskRows:

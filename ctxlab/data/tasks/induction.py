@@ -24,7 +24,6 @@ class Induction(TokenTask):
 
     paper = "Olsson et al. 2022, arXiv:2209.11895"
     source = "made here: a random stretch, repeated"
-    chance = "one of the period's tokens that have come least often"
 
     class Config(TokenTask.Config):
         name: Literal["task/induction"] = "task/induction"

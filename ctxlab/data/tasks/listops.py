@@ -37,7 +37,6 @@ class ListOps(TokenTask):
 
     paper = "Tay et al. 2021, Long Range Arena, arXiv:2011.04006"
     source = "made here: nested MIN, MAX, MED and SM of digits"
-    chance = "the commonest value"
 
     class Config(TokenTask.Config):
         name: Literal["task/listops"] = "task/listops"

@@ -26,7 +26,6 @@ class MQAR(TokenTask):
 
     paper = "Arora et al. 2024, Zoology, arXiv:2312.04927"
     source = "made here: pairs of keys and values, then the keys again"
-    chance = "one of the values at hand"
 
     class Config(TokenTask.Config):
         name: Literal["task/mqar"] = "task/mqar"

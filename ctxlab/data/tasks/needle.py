@@ -48,7 +48,6 @@ class Needle(TextTask):
 
     source = "short needles in any corpus, after Kamradt 2023"
     paper = "after Kamradt 2023, github.com/gkamradt/LLMTest_NeedleInAHaystack"
-    chance = "any number of so many digits; with several needles, any of theirs"
 
     class Config(TextTask.Config):
         name: Literal["task/needle"] = "task/needle"

@@ -39,7 +39,6 @@ class Passkey(TextTask):
 
     source = "passkey retrieval, Mohtashami and Jaggi 2023, arXiv:2305.16300"
     paper = "Mohtashami and Jaggi 2023, arXiv:2305.16300"
-    chance = "any number of so many digits"
 
     class Config(TextTask.Config):
         name: Literal["task/passkey"] = "task/passkey"

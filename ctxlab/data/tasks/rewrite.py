@@ -22,7 +22,6 @@ class Rewrite(TokenTask):
     """
 
     paper = "Kazemnejad et al. 2023, arXiv:2305.19466"
-    chance = "every symbol guessed"
     generated = True
 
     class Config(TokenTask.Config):
@@ -97,7 +96,6 @@ class Repeat(Copy):
     """One symbol n times, and n times again: only the count has to be kept."""
 
     source = "made here: one symbol many times, to be copied as often"
-    chance = "the symbol, any number of times"
 
     class Config(Rewrite.Config):
         name: Literal["task/repeat"] = "task/repeat"

@@ -60,7 +60,6 @@ class CommonWords(TextTask):
 
     source = "RULER, Hsieh et al. 2024"
     paper = PAPER
-    chance = "any ten of the different words in the list"
     new_tokens = 120
 
     class Config(TextTask.Config):

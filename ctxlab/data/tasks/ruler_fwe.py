@@ -42,7 +42,6 @@ class FrequentWords(TextTask):
 
     source = "RULER, Hsieh et al. 2024"
     paper = PAPER
-    chance = "any three of the different coded words in the text"
     separator = " "
     new_tokens = 50
 

@@ -38,7 +38,6 @@ class Niah(TextTask):
 
     source = "RULER, Hsieh et al. 2024"
     paper = PAPER
-    chance = "any value of that kind; where keys stand in the text that are not asked for, any value in it"
     new_tokens = 128
 
     hay: ClassVar[Literal["noise", "text", "needles"]] = "text"

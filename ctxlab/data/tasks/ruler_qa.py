@@ -55,7 +55,6 @@ class QuestionAnswering(TextTask):
 
     source = "RULER, Hsieh et al. 2024, and a file of yours"
     paper = PAPER
-    chance = "the answer that is right most often, whatever the question"
     match = "part"
     new_tokens = 32
 

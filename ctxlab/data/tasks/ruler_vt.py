@@ -42,7 +42,6 @@ class VariableTracking(TextTask):
 
     source = "RULER, Hsieh et al. 2024"
     paper = PAPER
-    chance = "any five letters: all variables of the text have the value"
     separator = " "
     new_tokens = 30
 

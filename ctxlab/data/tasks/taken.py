@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -52,6 +52,16 @@ class Taken:
         wanted = _hash(str(value))
         place = int(np.searchsorted(self._hashes, wanted))
         return place < len(self._hashes) and bool(self._hashes[place] == wanted)
+
+
+class TakenSomewhere:
+    """What is taken in any of several texts."""
+
+    def __init__(self, texts: Sequence[Container[str]]) -> None:
+        self.texts = texts
+
+    def __contains__(self, value: object) -> bool:
+        return any(value in text for text in self.texts)
 
 
 def taken_values(data: Corpus.Config, *, cache: Path | None = None, progress: Progress = silent) -> Taken:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from ctxlab.data.prepare import TextDataset
+from ctxlab.data.prepare import TextDataset, prepare
+from ctxlab.data.source import SOURCES
+from ctxlab.data.tokenizers.base import TOKENIZERS
 from ctxlab.data.tokenizers.byte import Byte
 from ctxlab.data.windows import EvalSegments
 from ctxlab.evaluation.ngram import KneserNey, NGramConfig, evaluate_ngram, modified_discounts
@@ -35,7 +37,8 @@ def text(seed: int, documents: int = 150, longest: int = 60) -> list[np.ndarray]
 class ByHand:
     """Chen and Goodman 1999, interpolated and modified, as the formulas stand: one probability at a time."""
 
-    def __init__(self, documents: Sequence[np.ndarray], order: int) -> None:
+    def __init__(self, documents: Sequence[np.ndarray], order: int, vocab_size: int = V) -> None:
+        self.vocab_size = vocab_size
         raw: list[Counter[tuple[int, ...]]] = [Counter() for _ in range(order)]
         for document in documents:
             words = document.tolist()
@@ -56,11 +59,15 @@ class ByHand:
             y = n1 / (n1 + 2 * n2)
             self.discounts.append([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
             assert all(0 <= found <= k for k, found in enumerate(self.discounts[-1]))
+        self.behind: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for counts in self.counts:
+            for gram, c in counts.items():
+                self.behind[gram[:-1]].append(c)
 
     def p(self, word: int, history: tuple[int, ...]) -> float:
         counts, d = self.counts[len(history)], self.discounts[len(history)]
-        lower = self.p(word, history[1:]) if history else 1 / V
-        behind = [c for gram, c in counts.items() if gram[:-1] == history]
+        lower = self.p(word, history[1:]) if history else 1 / self.vocab_size
+        behind = self.behind.get(history)
         if not behind:
             return lower
         total = sum(behind)
@@ -77,6 +84,26 @@ def test_equals_the_formulas(order: int) -> None:
         places = np.arange(1, len(document))
         expected = [by_hand.p(int(document[i]), tuple(document[max(0, i - order + 1) : i].tolist())) for i in places]
         np.testing.assert_allclose(model.probabilities(document, places), expected, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_equals_the_formulas_on_the_default_corpus() -> None:
+    """Order 5 on a million tokens of plays, as `ctxlab train` has it: every target of the first test plays."""
+    data = prepare(SOURCES.config({"name": "shakespeare"}), TOKENIZERS.config({"name": "unigram", "vocab_size": 2048}))
+    vocab_size, bos_id = data.tokenizer.vocab_size, data.tokenizer.bos_id
+    train, test = data.splits["train"], data.splits["test"]
+    documents = [np.asarray(train.document(number)) for number in range(train.n_documents)]
+    assert sum(map(len, documents)) > 10**6
+    model = KneserNey(documents, order=5, vocab_size=vocab_size, bos_id=bos_id)
+    by_hand = ByHand(documents, 5, vocab_size)
+    nats = expected = 0.0
+    for number in range(2):
+        document = np.asarray(test.document(number))
+        places = np.arange(1, len(document))
+        nats -= float(np.log(model.probabilities(document, places)).sum())
+        words = document.tolist()
+        expected -= sum(math.log(by_hand.p(words[i], tuple(words[max(0, i - 4) : i]))) for i in places)
+    assert nats == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("history", [(), (2,), (3, 4), (9, 9, 9)])

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from ctxlab.data.progress import Progress
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.until import Until
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.likelihood import Request, likelihoods
 from ctxlab.model.base import Model
@@ -127,20 +128,14 @@ class HarnessModel(LM):
         kept = ids[-max(1, self.max_length - decoding.max_new_tokens, self.max_length // 2) :]
         room = self.max_length - len(kept) + 1  # nothing is predicted from the last token
         new: list[int] = []
-        text = ""
         with autocast(self.precision, self._device):
             tokens = generate(
                 self.model, kept, decoding.model_copy(update={"max_new_tokens": min(decoding.max_new_tokens, room)}),
                 seed=seed, stop_ids=(self.tokenizer.eos_id,),
             )  # fmt: skip
-            for piece in self.tokenizer.stream(_kept(tokens, new.append)):
-                searched = max((len(stop) for stop in until), default=0) + len(piece)
-                text += piece
-                if any(stop in text[-searched:] for stop in until):
-                    text = text[: min(at for stop in until if (at := text.find(stop)) >= 0)]
-                    break
-            else:
-                self.counts.shortened += room < decoding.max_new_tokens and len(new) == room
+            pieces = Until(self.tokenizer.stream(_kept(tokens, new.append)), until)
+            text = "".join(pieces)
+        self.counts.shortened += not pieces.stopped and room < decoding.max_new_tokens and len(new) == room
         self.counts.cut += len(kept) < len(ids)
         return text
 

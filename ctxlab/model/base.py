@@ -31,6 +31,9 @@ class Cache(Protocol):
     def bytes(self) -> int:
         """Bytes of what is held."""
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows (n,) int64 of those held, in this order; one may be there several times, or not at all."""
+
 
 class Model(nn.Module):
     """A language model: it reads tokens and says what follows each.

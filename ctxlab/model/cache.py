@@ -44,6 +44,16 @@ class Growing:
         self._start += n
         self.length -= n
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these entries along the first dimension, which is not the one that grows."""
+        if self._room is not None:
+            held = self._room.narrow(self.dim, self._start, self.length)
+            size = list(self._room.shape)
+            size[0] = len(rows)
+            room = self._room.new_empty(size)
+            torch.index_select(held, 0, rows, out=room.narrow(self.dim, self._start, self.length))
+            self._room = room
+
     @property
     def bytes(self) -> int:
         """Bytes of what is held, without the room kept free for more."""
@@ -71,6 +81,13 @@ class LayerCache:
         self._values.drop(gone)
         self.seen += k.shape[2]
         return self._keys.append(k), self._values.append(v)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows."""
+        self._keys.keep(rows)
+        self._values.keep(rows)
+        self.carry = self.carry[rows] if isinstance(self.carry, Tensor) else self.carry
+        self.sums = None if self.sums is None else self.sums[rows]
 
     @property
     def bytes(self) -> int:
@@ -101,6 +118,11 @@ class KVCache:
     def bytes(self) -> int:
         """Bytes of the keys and values held (room for more excluded)."""
         return sum(layer.bytes for layer in self.layers)
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows (n,) of those held, in this order; one may be there several times, or not at all."""
+        for layer in self.layers:
+            layer.keep(rows)
 
     def last_after(self, n: int) -> int:
         """The position of the last of n more tokens."""
@@ -133,6 +155,10 @@ class StreamingLayer(LayerCache):
         self._keys.drop(gone)
         self._values.drop(gone)
         return torch.cat([self._first[0], keys[:, :, gone:]], 2), torch.cat([self._first[1], values[:, :, gone:]], 2)
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self._first = None if self._first is None else (self._first[0][rows], self._first[1][rows])
 
     @property
     def bytes(self) -> int:

@@ -1,17 +1,26 @@
-"""Decoding: a prompt in, one token after the other out."""
+"""Decoding: prompts in, one token a step out, sampled or the most likely.
+
+One loop serves one prompt that is streamed and many that are decoded side by side. Prompts of a batch begin together: all
+rows read what the shortest has in one forward, and a row whose prompt goes on is given its next token where another's
+is chosen. So no row is padded, positions and caches are shared, and a row's tokens are those it has alone. What
+searches instead of drawing is in beam.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ctxlab.errors import ConfigError
 from ctxlab.model.base import Cache, Model
 from ctxlab.registry import ComponentConfig
+
+_ESCAPES = {"\\n": "\n", "\\t": "\t"}  # as a command line has them
+_DRAWING = {"temperature": (0.0, 1.0), "top_k": (0,), "top_p": (1.0,), "min_p": (0.0,)}  # values that cut nothing
 
 
 class DecodingConfig(ComponentConfig):
@@ -26,11 +35,84 @@ class DecodingConfig(ComponentConfig):
         le=1,
         description="sample from the fewest most likely tokens whose probabilities add up to p; 1: from all",
     )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="sample from tokens at least this times as likely as the likeliest; 0: from all"
+    )
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        description="logits of tokens already there are divided by it, multiplied where below 0; 1: as they are",
+    )
+    stop_strings: tuple[str, ...] = Field((), description="the text ends before the first of them; \\n is a line's end")
+    num_beams: int = Field(1, ge=1, description="hypotheses that are followed in search of the likeliest; 1: no search")
+    length_penalty: float = Field(
+        0.6, description="a in the score of a beam's hypothesis, ln p / ((5 + length) / 6)^a; 0: ln p itself"
+    )
     cache: Literal["full", "streaming"] = Field(
         "full", description="streaming: of constant size, the first cache_sinks and the last cache_window tokens"
     )
     cache_sinks: int = Field(4, ge=0, description="first tokens that a streaming cache keeps")
     cache_window: int = Field(1024, ge=1, description="last tokens that a streaming cache keeps")
+
+    @model_validator(mode="after")
+    def _search_or_draw(self) -> DecodingConfig:
+        if "" in self.stop_strings:
+            raise ValueError("stop_strings: an empty one is everywhere")
+        if self.num_beams == 1:
+            return self
+        for name, neutral in _DRAWING.items():
+            if getattr(self, name) not in neutral:
+                raise ValueError(f"num_beams: a search draws nothing; leave out {name}={getattr(self, name)}")
+        if self.cache == "streaming":
+            raise ValueError("num_beams: a search keeps all tokens; leave out cache=streaming")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, with line ends and tabs where a command line can only say `\\n` and `\\t`."""
+        found = self.stop_strings
+        for said, meant in _ESCAPES.items():
+            found = tuple(stop.replace(said, meant) for stop in found)
+        return found
+
+
+class Reader:
+    """Sequences that a model reads side by side, one a row, each token given all before it.
+
+    Their beginnings have one length; with a streaming cache, what does not fit it is read token by token.
+    `encoded`: what an encoder-decoder has read of each row's source.
+    """
+
+    def __init__(self, model: Model, config: DecodingConfig, *, encoded: Any = None) -> None:
+        self.model = model
+        self.device = model.embedding.weight.device
+        self.cache: Cache = (
+            model.new_streaming_cache(sinks=config.cache_sinks, window=config.cache_window)
+            if config.cache == "streaming"
+            else model.new_cache()
+        )
+        self.capacity = config.cache_sinks + config.cache_window if config.cache == "streaming" else None
+        self.more = {} if encoded is None else {"encoded": encoded}
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Tokens (R,T) behind what is read already; the logits of what follows each row, (R,V) on the CPU, fp32 at least."""
+        tokens = tokens.to(self.device)
+        if self.capacity is not None and tokens.shape[1] > self.capacity:
+            self.model.hidden(tokens[:, : self.capacity], cache=self.cache, **self.more)
+            for at in range(self.capacity, tokens.shape[1] - 1):
+                self.model.hidden(tokens[:, at : at + 1], cache=self.cache, **self.more)
+            tokens = tokens[:, -1:]
+        hidden = self.model.hidden(tokens, cache=self.cache, **self.more)
+        logits = self.model.logits(hidden[:, -1])
+        return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows (n,), in this order; one may be there several times."""
+        rows = rows.to(self.device)
+        self.cache.keep(rows)
+        if self.more:
+            self.more = {"encoded": self.more["encoded"].keep(rows)}
 
 
 def generate(
@@ -40,6 +122,7 @@ def generate(
     *,
     seed: int = 0,
     stop_ids: Collection[int] = (),
+    encoded: Any = None,
 ) -> Iterator[int]:
     """Yields the tokens that follow `tokens`, each as soon as it is chosen, until one of `stop_ids` (not yielded) or enough.
 
@@ -49,59 +132,104 @@ def generate(
     Raises ConfigError on an empty prompt (a language model predicts what follows something), and UndefinedBeyondTraining,
     after all tokens that can be had, when the scheme has no meaning for the next position.
     """
-    if not tokens:
-        raise ConfigError("prompt: expected at least one token, got an empty prompt")
     config = DecodingConfig() if config is None else config
-    device = model.embedding.weight.device
-    random = torch.Generator().manual_seed(seed)
-    cache, new = _read(model, torch.tensor([list(tokens)], device=device), config)
-    for _ in range(config.max_new_tokens):
-        with torch.inference_mode():
-            logits = model.logits(model.hidden(new, cache=cache)[0, -1])  # (V,)
-            chosen = choose(logits.cpu(), config, random)
-        if chosen in stop_ids:
-            return
-        yield chosen
-        new = torch.tensor([[chosen]], device=device)
+    for _, token in _choices(model, [tokens], config, [seed], stop_ids, encoded):
+        yield token
 
 
-@torch.inference_mode()
-def greedy(model: Model, prompts: Tensor, max_new_tokens: int, *, stop_id: int) -> Tensor:
-    """The most likely token again and again behind prompts of one length (B,T): (B,n), n <= max_new_tokens.
+def decode(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig | None = None,
+    *,
+    seeds: Sequence[int] | None = None,
+    stop_ids: Collection[int] = (),
+    is_over: Callable[[list[int]], bool] = lambda _: False,
+    encoded: Any = None,
+) -> list[list[int]]:
+    """What follows each of several prompts, decoded side by side: each as `generate` has it alone with its seed (0 on).
 
-    Ends early when every row has said `stop_id`; what a row says behind it means nothing.
-    Raises UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
+    A row also ends with the token after which `is_over` says so of its new tokens. Raises as `generate` does, of any row.
     """
-    cache = model.new_cache()
-    new, said = prompts, []
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=prompts.device)
-    for _ in range(max_new_tokens):
-        new = model.logits(model.hidden(new, cache=cache)[:, -1]).argmax(-1, keepdim=True)  # (B,1)
-        said.append(new)
-        ended |= new[:, 0] == stop_id
-        if ended.all():
-            break
-    return torch.cat(said, dim=1)
+    config = DecodingConfig() if config is None else config
+    found: list[list[int]] = [[] for _ in prompts]
+    seeds = range(len(prompts)) if seeds is None else seeds
+    choices = _choices(model, prompts, config, seeds, stop_ids, encoded)
+    over = False
+    try:
+        while True:
+            row, token = choices.send(over) if over else next(choices)
+            found[row].append(token)
+            over = is_over(found[row])
+    except StopIteration:
+        return found
 
 
-def _read(model: Model, tokens: Tensor, config: DecodingConfig) -> tuple[Cache, Tensor]:
-    """A cache, and the tokens (1,T) that are still to be read: what a streaming cache has no room for has been."""
-    if config.cache == "full":
-        return model.new_cache(), tokens
-    capacity = config.cache_sinks + config.cache_window
-    cache = model.new_streaming_cache(sinks=config.cache_sinks, window=config.cache_window)
-    if tokens.shape[1] <= capacity:
-        return cache, tokens
-    with torch.inference_mode():
-        for part in (tokens[:, :capacity], *tokens[:, capacity:-1].split(1, dim=1)):
-            model.hidden(part, cache=cache)
-    return cache, tokens[:, -1:]
+def _choices(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    seeds: Sequence[int],
+    stop_ids: Collection[int],
+    encoded: Any,
+) -> Generator[tuple[int, int], bool | None]:
+    """(row, token) of everything that is chosen, step by step; a row that ends, or is told to, is not read on."""
+    check_prompts(prompts)
+    reader = Reader(model, config, encoded=encoded)
+    randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts = [list(prompt) for prompt in prompts]  # with what has been chosen
+    rows = list(range(len(prompts)))  # that are still read
+    left = [config.max_new_tokens for _ in prompts]
+    read = min(len(text) for text in texts)
+    new = torch.tensor([text[:read] for text in texts])
+    while rows:
+        logits = reader.read(new)  # (R,V)
+        ended = set()
+        for place, row in enumerate(rows):
+            if read < len(texts[row]):  # the prompt goes on
+                continue
+            token = choose(penalized(logits[place], texts[row], config), config, randoms[row])
+            if token in stop_ids:
+                ended.add(row)
+                continue
+            is_over = yield row, token
+            texts[row].append(token)
+            left[row] -= 1
+            if is_over or not left[row]:
+                ended.add(row)
+        if ended:
+            kept = [place for place, row in enumerate(rows) if row not in ended]
+            rows = [rows[place] for place in kept]
+            if rows:
+                reader.keep(torch.tensor(kept))
+        new = torch.tensor([[texts[row][read]] for row in rows])
+        read += 1
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises ConfigError where one of them is empty."""
+    if not all(len(prompt) for prompt in prompts):
+        raise ConfigError("prompt: expected at least one token, got an empty prompt")
+
+
+def penalized(logits: Tensor, text: Sequence[int], config: DecodingConfig) -> Tensor:
+    """Logits (V,) in which every token of the text so far is less likely: x / p where x > 0, x p elsewhere.
+
+    Keskar et al. 2019 (CTRL), arXiv:1909.05858, section 4.1, for scores of either sign as Hugging Face has it.
+    """
+    p = config.repetition_penalty
+    if p == 1.0:
+        return logits
+    there = torch.tensor(sorted(set(text)))
+    x = logits[there]
+    return logits.scatter(0, there, torch.where(x > 0, x / p, x * p))
 
 
 def choose(logits: Tensor, config: DecodingConfig, random: torch.Generator) -> int:
-    """Draws a token from softmax(logits / temperature), cut to the top_k and then to the top_p most likely (V,).
+    """Draws a token from softmax(logits / temperature), cut to top_k, then to top_p, then to min_p, (V,).
 
     Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the token that crosses p belongs to the nucleus.
+    Min-p: Nguyen et al. 2024, arXiv:2407.01082, section 3; a token at least min_p times as likely as the likeliest stays.
     """
     if config.temperature == 0:
         return int(logits.argmax())
@@ -114,4 +242,6 @@ def choose(logits: Tensor, config: DecodingConfig, random: torch.Generator) -> i
     if config.top_p < 1:
         before = p.cumsum(-1) - p
         p = p.masked_fill(before >= config.top_p, 0.0)
+    if config.min_p > 0:
+        p = p.masked_fill(p < config.min_p * p[0], 0.0)
     return int(ids[torch.multinomial(p, 1, generator=random)])

@@ -34,6 +34,11 @@ class LSTMState:
         self.state = (state[0].detach(), state[1].detach())
         self.length += n
 
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with these rows."""
+        if self.state is not None:
+            self.state = (self.state[0][:, rows], self.state[1][:, rows])
+
     @property
     def bytes(self) -> int:
         return 0 if self.state is None else sum(part.numel() * part.element_size() for part in self.state)

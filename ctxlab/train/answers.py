@@ -15,7 +15,7 @@ from ctxlab.data.tasks.base import TokenTask
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
 from ctxlab.model.base import Model
-from ctxlab.model.generation import greedy
+from ctxlab.model.generation import DecodingConfig, decode
 from ctxlab.train.precision import Precision, autocast
 
 _LOGITS = 1 << 14  # labelled places whose logits exist at once
@@ -102,10 +102,10 @@ def answer_freely(
         for first in range(0, len(members), rows):
             chosen = members[first : first + rows]
             with autocast(precision, device):
-                block = torch.tensor([list(prompts[i]) for i in chosen], device=device)
-                said = greedy(model, block, most, stop_id=stop_id).tolist()
+                config = DecodingConfig(temperature=0.0, max_new_tokens=most)
+                said = decode(model, [prompts[i] for i in chosen], config, stop_ids=(stop_id,))
             for index, ids in zip(chosen, said, strict=True):
-                answers[index] = ids[: ids.index(stop_id)] if stop_id in ids else ids
+                answers[index] = ids
             advance(len(chosen))
     return answers
 

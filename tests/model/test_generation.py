@@ -63,7 +63,7 @@ def test_learned_positions_end_with_the_trained_context() -> None:
     assert len(found) == 4  # behind positions 4, 5, 6 and 7
 
 
-@pytest.mark.parametrize("length", [5, 12, 30])
+@pytest.mark.parametrize("length", [5, 12, 13, 30])
 def test_a_streaming_cache_goes_on_from_a_prompt_of_any_length(length: int) -> None:
     """One layer: what is drawn is what follows the first 3 and the last 9 tokens alone."""
     model = build("rope", n_layers=1)
@@ -101,6 +101,9 @@ LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
         ({"top_p": 0.71}, [0, 4 / 9, 2 / 9, 3 / 9]),
         ({"top_p": 0.1}, [0, 1, 0, 0]),
         ({"top_k": 3, "top_p": 0.5}, [0, 4 / 7, 0, 3 / 7]),  # of 4/9, 3/9, 2/9
+        ({"min_p": 0.6}, [0, 4 / 7, 0, 3 / 7]),  # at least 0.24
+        ({"min_p": 1.0}, [0, 1, 0, 0]),
+        ({"min_p": 0.4, "top_k": 3}, [0, 4 / 9, 2 / 9, 3 / 9]),
         ({"temperature": 0.0}, [0, 1, 0, 0]),
     ],
 )

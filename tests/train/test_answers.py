@@ -15,7 +15,7 @@ from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.ids import Ids
 from ctxlab.data.windows import IGNORED, Row
 from ctxlab.errors import UndefinedBeyondTraining
-from ctxlab.model.generation import DecodingConfig, generate, greedy
+from ctxlab.model.generation import DecodingConfig, generate
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.answers import Labels, TaskValidation, answer_freely, answer_labels
 from tests.model.builders import VOCAB, build, tokens
@@ -132,22 +132,10 @@ def test_generation_is_that_of_one_prompt_at_a_time(position: str, batch_tokens:
     assert sum(told) == len(prompts)
 
 
-def test_generation_ends_when_every_row_has_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
-    prompts = tokens(3, 6)
-    free = greedy(model, prompts, 30, stop_id=-1)
-    assert free.shape == (3, 30)
-    stop = int(free[0, 4])
-    firsts = [ids.index(stop) if stop in ids else None for ids in free.tolist()]
-    alone = greedy(model, prompts[:1], 30, stop_id=stop)
-    assert alone.tolist() == [free[0, : firsts[0] + 1].tolist()]  # type: ignore[operator]
-    calls: list[int] = []
-    hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda new, **options: calls.append(new.shape[1]) or hidden(new, **options))
-    said = greedy(model, prompts, 30, stop_id=stop)
-    last = 30 if None in firsts else max(firsts) + 1  # type: ignore[type-var, operator]
-    assert said.tolist() == free[:, :last].tolist()
-    assert calls == [6] + [1] * (last - 1), "one forward of the prompt, then one token each"
+def freely(model: Transformer, prompts: torch.Tensor, n_new: int) -> list[list[int]]:
+    return answer_freely(
+        model, prompts.tolist(), [n_new] * len(prompts), stop_id=-1, device=CPU, precision="fp32", batch_tokens=100
+    )
 
 
 @pytest.mark.parametrize(("n_new", "defined"), [(4, True), (5, False)])
@@ -156,12 +144,10 @@ def test_learned_positions_end_with_the_trained_context(n_new: int, defined: boo
     model = build("learned", context=8)
     prompts = tokens(2, 5)
     if defined:
-        assert greedy(model, prompts, n_new, stop_id=-1).tolist() == [
-            one_prompt(model, prompt, n_new, -1) for prompt in prompts.tolist()
-        ]
+        assert freely(model, prompts, n_new) == [one_prompt(model, prompt, n_new, -1) for prompt in prompts.tolist()]
         return
     with pytest.raises(UndefinedBeyondTraining, match="position 8: learned positions are defined up to 7 only"):
-        greedy(model, prompts, n_new, stop_id=-1)
+        freely(model, prompts, n_new)
     with pytest.raises(UndefinedBeyondTraining):
         score(model, [Row(np.zeros(9, dtype=int), np.zeros(9, dtype=int), ())], batch_tokens=99)
 

@@ -116,7 +116,7 @@ class Position(nn.Module):
         """(state for the hooks of this block, carry for the next chunk of the same sequence).
 
         x: (B,T,d_model), what the block's queries and keys are projected from. carry: None at a sequence's start, then what
-        the call for the chunk before returned.
+        the call for the chunk before returned: a tensor whose first dimension is B, or what is the same for all rows.
         """
         return None, None
 

@@ -1,0 +1,133 @@
+"""Beam search: the likeliest continuation, as far as following a few at a time finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ctxlab.model.base import Model
+from ctxlab.model.generation import DecodingConfig, Reader, check_prompts, penalized
+
+
+class Hypothesis(NamedTuple):
+    """A continuation: its tokens without the one that ended it, its ln p with that one, and its score."""
+
+    tokens: list[int]
+    log_p: float
+    score: float
+
+
+def beam_search(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    *,
+    stop_ids: Collection[int] = (),
+    encoded: Any = None,
+) -> list[list[Hypothesis]]:
+    """The num_beams best continuations of each prompt, the best first; score ln p / lp(length), lp(n) = ((5 + n) / 6)^a.
+
+    Length penalty: Wu et al. 2016 (GNMT), arXiv:1609.08144, eq. 14, a = length_penalty; the length counts the token that
+    ends a hypothesis. At each step a prompt's live hypotheses are continued by every token; of the 2 K best continuations
+    (K = num_beams), those among the first K that end are put aside, and the first K that go on live. A prompt is done when
+    K are aside and none that lives can come to a higher score than the best of them; at max_new_tokens, where fewer are
+    aside, what lives joins them as it is. With K = 1 that is greedy decoding: the first that ends is the only one followed.
+    Prompts are searched side by side, each as if alone.
+    Raises ConfigError on an empty prompt, UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
+    """
+    check_prompts(prompts)
+    K = config.num_beams
+    reader = Reader(model, config, encoded=encoded)
+    searches = [_Search(list(prompt), config, stop_ids) for prompt in prompts]
+    active = list(searches)
+    read = min(len(prompt) for prompt in prompts)
+    new = torch.tensor([prompt[:read] for prompt in (search.prompt for search in searches)])
+    first = torch.arange(len(searches))  # the first row of each active search
+    while True:
+        log_p = reader.read(new).double().log_softmax(-1)  # (R,V), the rows of one search together
+        rows: list[int] = []
+        tokens: list[int] = []
+        going_on, starts = [], []
+        for search, start in zip(active, first.tolist(), strict=True):
+            parents, said = search.step(log_p[start : start + search.n_live], read)
+            if parents:
+                going_on.append(search)
+                starts.append(len(rows))
+                rows += [start + parent for parent in parents]
+                tokens += said
+        if not rows:
+            break
+        active, first = going_on, torch.tensor(starts)
+        if rows != list(range(len(log_p))):
+            reader.keep(torch.tensor(rows))
+        new = torch.tensor(tokens)[:, None]
+        read += 1
+    return [sorted(search.aside, key=lambda h: -h.score)[:K] for search in searches]
+
+
+class _Search:
+    """The hypotheses of one prompt."""
+
+    def __init__(self, prompt: list[int], config: DecodingConfig, stop_ids: Collection[int]) -> None:
+        self.prompt, self.config = prompt, config
+        self.stop_ids = frozenset(stop_ids)
+        self.live: list[tuple[list[int], float]] = [([], 0.0)]  # tokens and ln p
+        self.aside: list[Hypothesis] = []
+
+    @property
+    def n_live(self) -> int:
+        return len(self.live)
+
+    def step(self, log_p: Tensor, read: int) -> tuple[list[int], list[int]]:
+        """Log-probabilities (n_live,V) of what follows -> of each hypothesis that now lives, its parent and its last token."""
+        if read < len(self.prompt):
+            return [0], [self.prompt[read]]
+        K, V = self.config.num_beams, log_p.shape[1]
+        if self.config.repetition_penalty != 1.0:
+            texts = (self.prompt + tokens for tokens, _ in self.live)
+            pairs = zip(log_p, texts, strict=True)
+            log_p = torch.stack([penalized(row, text, self.config).log_softmax(-1) for row, text in pairs])
+        total = log_p + torch.tensor([p for _, p in self.live], dtype=log_p.dtype)[:, None]
+        best, flat = total.flatten().topk(min(2 * K, total.numel()))
+        live: list[tuple[list[int], float]] = []
+        parents: list[int] = []
+        for rank, (p, index) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
+            parent, token = divmod(index, V)
+            tokens = self.live[parent][0]
+            if token in self.stop_ids:
+                if rank < K:
+                    self._put_aside(tokens, p, len(tokens) + 1)
+            elif len(live) < K:
+                live.append(([*tokens, token], p))
+                parents.append(parent)
+        length = len(self.live[0][0]) + 1
+        self.live = live
+        if length == self.config.max_new_tokens or self._is_done(length):
+            if len(self.aside) < K:
+                for tokens, p in live:
+                    self._put_aside(tokens, p, length)
+            return [], []
+        return parents, [tokens[-1] for tokens, _ in live]
+
+    def _put_aside(self, tokens: list[int], log_p: float, length: int) -> None:
+        self.aside.append(Hypothesis(tokens, log_p, log_p / self._penalty(length)))
+
+    def _is_done(self, length: int) -> bool:
+        """Whether K hypotheses are aside, and no live one can come to score higher than the best of them.
+
+        ln p only falls; the penalty is largest at one end of what lengths are left.
+        """
+        K = self.config.num_beams
+        if len(self.aside) < K:
+            return False
+        if K == 1:
+            return True
+        most = max(self._penalty(length + 1), self._penalty(self.config.max_new_tokens))
+        reachable = max(p for _, p in self.live) / most
+        return reachable <= max(h.score for h in self.aside)
+
+    def _penalty(self, length: int) -> float:
+        return float(((5 + length) / 6) ** self.config.length_penalty)

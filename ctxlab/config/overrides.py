@@ -18,7 +18,9 @@ from ctxlab.registry import nearest
 # Values that are text, not Hydra's grammar: whole keys, every key under a prefix, and every key with such a last part.
 FREE_TEXT_KEYS = frozenset({"prompt", "text", "note", "name", "data.field", "logger.project", "logger.entity"})
 FREE_TEXT_PREFIXES = ("paths.",)
-FREE_TEXT_ENDINGS = frozenset({"path", "file", "prompt_file", "include_path", "haystack", "squad", "hotpotqa"})
+FREE_TEXT_ENDINGS = frozenset(
+    {"path", "file", "prompt_file", "prompts_file", "include_path", "haystack", "squad", "hotpotqa"}
+)
 
 # Keys whose value names runs: an id, a unique prefix, a path, `last`, or several of them in brackets.
 SELECTOR_KEYS = ("run", "init", "resume")

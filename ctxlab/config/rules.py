@@ -45,8 +45,12 @@ def check(config: CommandConfig) -> None:
     """
     if isinstance(config, TrainConfig | EvalConfig | ProfileConfig) and config.profile.contexts == ():
         raise ConfigError("profile.contexts: expected at least one context, or none, got []")
-    if isinstance(config, GenerateConfig) and config.prompt and config.prompt_file != "none":
-        raise ConfigError("prompt_file: is given beside prompt; give one of them")
+    if isinstance(config, GenerateConfig):
+        given = [
+            name for name in ("prompt", "prompt_file", "prompts_file") if getattr(config, name) not in ("", "none")
+        ]
+        if len(given) > 1:
+            raise ConfigError(f"{given[1]}: is given beside {given[0]}; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig):
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,

@@ -166,6 +166,8 @@ class GenerateConfig(CommandConfig):
     checkpoint: Checkpoint = "last"
     prompt: str = ""
     prompt_file: OrNone | str = "none"
+    prompts_file: OrNone | str = "none"
+    batch: int = Field(32, ge=1)
     decoding: DecodingConfig = DecodingConfig()
     trainer: EvaluationTrainer = EvaluationTrainer()
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.data.tokenizers.until import Until
 from ctxlab.errors import IncompatibleError, RecordError, RunError
 from ctxlab.model.base import Model, build_model, read_parts
-from ctxlab.model.generation import DecodingConfig, generate
+from ctxlab.model.beam import beam_search
+from ctxlab.model.generation import DecodingConfig, decode, generate
 from ctxlab.records.store import Run, RunStore
 
 WEIGHTS, TRAINING, FACTS = "weights.safetensors", "training.pt", "checkpoint.json"
@@ -183,15 +185,57 @@ class LoadedRun:
         return int(self.config["context"])
 
     def stream(self, prompt: str, decoding: DecodingConfig | None = None, *, seed: int = 0) -> Iterator[str]:
-        """Generated text piece by piece, without the prompt. An empty prompt is the beginning of a document."""
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
-        yield from self.tokenizer.stream(
-            generate(self.model, ids, decoding, seed=seed, stop_ids=(self.tokenizer.eos_id,))
-        )
+        """Generated text piece by piece, without the prompt. An empty prompt is the beginning of a document.
+
+        A beam search has it all at once, in the end.
+        """
+        decoding = DecodingConfig() if decoding is None else decoding
+        if decoding.num_beams > 1:
+            yield self.texts([prompt], decoding)[0]
+            return
+        ids = generate(self.model, self._begun(prompt), decoding, seed=seed, stop_ids=(self.tokenizer.eos_id,))
+        yield from Until(self.tokenizer.stream(ids), decoding.stops)
 
     def generate(self, prompt: str, *, seed: int = 0, **decoding: Any) -> str:
         """The continuation of `prompt` as one string. Keywords are those of `decoding.*` (HF's words)."""
         return "".join(self.stream(prompt, DecodingConfig.model_validate(decoding), seed=seed))
+
+    def texts(
+        self,
+        prompts: Sequence[str],
+        decoding: DecodingConfig | None = None,
+        *,
+        seed: int = 0,
+        batch: int = 32,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> list[str]:
+        """The continuation of each prompt, `batch` of them side by side: prompt i as `generate` has it with seed + i."""
+        decoding = DecodingConfig() if decoding is None else decoding
+        stop_ids, stops = (self.tokenizer.eos_id,), decoding.stops
+        ids = [self._begun(prompt) for prompt in prompts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # those side by side have like lengths
+        reach = max((len(stop.encode()) for stop in stops), default=0)  # tokens: each has a byte at least
+
+        def is_over(new: list[int]) -> bool:
+            return bool(stops) and any(stop in self.tokenizer.decode(new[-reach:]) for stop in stops)
+
+        found = [""] * len(ids)
+        for first in range(0, len(order), batch):
+            chosen = order[first : first + batch]
+            begun = [ids[i] for i in chosen]
+            if decoding.num_beams > 1:
+                searched = beam_search(self.model, begun, decoding, stop_ids=stop_ids)
+                said = [hypotheses[0].tokens for hypotheses in searched]
+            else:
+                seeds = [seed + i for i in chosen]
+                said = decode(self.model, begun, decoding, seeds=seeds, stop_ids=stop_ids, is_over=is_over)
+            for i, new in zip(chosen, said, strict=True):
+                found[i] = "".join(Until([self.tokenizer.decode(new)], stops))
+            advance(len(chosen))
+        return found
+
+    def _begun(self, prompt: str) -> list[int]:
+        return self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
 
     @torch.inference_mode()
     def nats(self, text: str, *, chunk: int = 2048) -> float:

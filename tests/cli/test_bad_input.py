@@ -246,6 +246,13 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cache in a file": ((*TRAIN, "paths.cache=plays.txt"), (r"paths.cache: plays.txt/tokens cannot be written: Not a",)),
     # generation
     "no prompt file": (("generate", "last", "prompt_file=nowhere"), (r"prompt_file: nowhere cannot be read: No such",)),
+    "prompts and a prompt": (
+        ("generate", "last", "x", "prompts_file=line.txt"), (r"prompts_file: is given beside prompt; give one",)
+    ),
+    "search and draw": (
+        ("generate", "last", "x", "decoding.num_beams=4", "decoding.top_k=5"),
+        (r"decoding.num_beams: a search draws nothing; leave out top_k=5",),
+    ),
     "two prompts": (("generate", "last", "x", "prompt_file=line.txt"), (r"prompt_file: is given beside prompt",)),
     "too many words": (("generate", "last", "To", "be"), (r"generate: 'be' is one word too many .*quote text with spa",)),
     "prompt that looks like a key": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from ctxlab.cli.commands.list import KINDS
 from ctxlab.config import catalog
 from ctxlab.data.tokenizers.base import load_tokenizer
+from ctxlab.model.beam import beam_search
+from ctxlab.model.generation import DecodingConfig
 from ctxlab.records.run import Run
 from ctxlab.records.schema import SCHEMA
 from ctxlab.records.store import RunStore
@@ -212,6 +215,44 @@ def test_generate_prints_the_text_and_nothing_else(place: Path) -> None:
         again = ctxlab("generate", *words, "decoding.max_new_tokens=4", "decoding.temperature=0")
         assert (again.code, again.out) == (0, done.out)
     assert ids() == {path.parent.name for path in place.glob("runs/*/run.json")}, "it makes no record"
+
+
+def test_generate_goes_on_from_every_line_of_a_file(place: Path) -> None:
+    prompts = ["To be", "Je ne parle pas français: «it's, a=b ${5}»", "", "x"]
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    settings = ("decoding.max_new_tokens=30", "decoding.top_k=20", "decoding.repetition_penalty=1.2")
+    done = ctxlab("generate", "last", "prompts_file=prompts.txt", "batch=2", "seed=5", *settings)
+    assert done.code == 0, done.err
+    alone = [ctxlab("generate", "last", f"prompt={p}", f"seed={5 + n}", *settings) for n, p in enumerate(prompts)]
+    expected = [one.out[len(p) : -1].replace("\n", "\\n") for one, p in zip(alone, prompts, strict=True)]
+    assert done.out.split("\n") == [*expected, ""]
+    letters = re.search(r"(?<=.)[A-Za-z]+", expected[0])
+    assert letters
+    stop = letters[0]
+    words = (*settings, f"decoding.stop_strings=[{stop}]")
+    cut = ctxlab("generate", "last", "prompts_file=prompts.txt", "seed=5", *words)
+    assert cut.out.split("\n") == [*(text.partition(stop)[0] for text in expected), ""]
+    assert (
+        ctxlab("generate", "last", "prompt=To be", "seed=5", *words).out == f"To be{expected[0].partition(stop)[0]}\n"
+    )
+
+
+def test_generate_searches(place: Path) -> None:
+    one, greedy, four = (
+        ctxlab("generate", "last", "To be", "decoding.max_new_tokens=6", *more).out
+        for more in (
+            ("decoding.num_beams=1", "decoding.temperature=0"),
+            ("decoding.temperature=0",),
+            ("decoding.num_beams=4",),
+        )
+    )
+    assert one == greedy
+    loaded = checkpoint.load_run("last")
+    ids = loaded.tokenizer.encode("To be")
+    best = beam_search(
+        loaded.model, [ids], DecodingConfig(max_new_tokens=6, num_beams=4), stop_ids=(loaded.tokenizer.eos_id,)
+    )[0][0]
+    assert four == f"To be{loaded.tokenizer.decode(best.tokens)}\n"
 
 
 def test_profile_measures_a_context(place: Path) -> None:

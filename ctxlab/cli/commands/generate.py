@@ -1,9 +1,9 @@
-"""`ctxlab generate`: text that goes on from a prompt, streamed."""
+"""`ctxlab generate`: text that goes on from a prompt, streamed, or from each line of a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.train.checkpoint import open_run
@@ -12,6 +12,9 @@ from ctxlab.train.precision import autocast, resolve_device, resolve_precision
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
     from ctxlab.config.schema import GenerateConfig
+    from ctxlab.train.checkpoint import LoadedRun
+
+_BATCHES = 8  # lines of a file that are sorted by length together
 
 
 def run(config: GenerateConfig, invocation: Invocation) -> int:
@@ -19,8 +22,12 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
-    prompt = config.prompt if config.prompt_file == "none" else _read(config.prompt_file)
     out = invocation.stdout_console.file  # not through the console, which would turn tabs into spaces
+    if config.prompts_file != "none":
+        with autocast(precision, device):
+            _each(loaded, config, out)
+        return 0
+    prompt = config.prompt if config.prompt_file == "none" else _read("prompt_file", config.prompt_file)
     pieces = loaded.stream(prompt, config.decoding, seed=config.seed)
     shown = False
     try:
@@ -37,8 +44,20 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
     return 0
 
 
-def _read(file: str) -> str:
+def _each(loaded: LoadedRun, config: GenerateConfig, out: IO[str]) -> None:
+    """One line for each line of the file, in order, a few batches at a time; a line's end in it is written `\\n`."""
+    text = _read("prompts_file", config.prompts_file)
+    prompts = text.removesuffix("\n").split("\n") if text else []
+    many = config.batch * _BATCHES
+    for first in range(0, len(prompts), many):
+        some = prompts[first : first + many]
+        for text in loaded.texts(some, config.decoding, seed=config.seed + first, batch=config.batch):
+            out.write(text.replace("\n", "\\n") + "\n")
+        out.flush()
+
+
+def _read(key: str, file: str) -> str:
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt_file: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(f"{key}: {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -46,7 +47,26 @@ class Batch:
     segments: list[list[int]] | None  # packed: the lengths of each row's documents
     n_targets_in_step: int  # scored targets of the whole optimizer step, over all ranks and micro-batches
     goes_on: Tensor | None = None  # (B,) bool, in order: whether a row follows the same row of the step before
+    source: Tensor | None = None  # (B,S) int64: what an encoder reads, where there is one
+    source_lengths: Tensor | None = None  # (B,)
     few_targets: bool = False  # less than half of the places are scored: the head is worth leaving out elsewhere
+
+
+class Stream(Protocol):
+    """Every micro-batch of one rank, by number from the start of the run."""
+
+    @property
+    def n_steps(self) -> int: ...
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches that a rank takes part in an optimizer step with."""
+        ...
+
+    def first_of(self, step: int) -> int:
+        """The number of a step's first micro-batch."""
+        ...
+
+    def __getitem__(self, number: int) -> Batch: ...
 
 
 class TrainStream(Dataset[Batch]):
@@ -137,7 +157,7 @@ class TrainStream(Dataset[Batch]):
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
             None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
-            bool(2 * (targets != IGNORED).sum() < targets.size),
+            few_targets=bool(2 * (targets != IGNORED).sum() < targets.size),
         )
 
     def _shuffled(self, stage: Stage, first: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,11 +207,12 @@ class _From(Sampler[int]):
         return itertools.islice(itertools.count(self.start), self.stop - self.start)
 
 
-def train_loader(stream: TrainStream, step: int, workers: int) -> DataLoader[Batch]:
+def train_loader(stream: Stream, step: int, workers: int) -> DataLoader[Batch]:
     """A loader that begins at an optimizer step, with worker processes or (0) without; the batches are the same."""
     numbers = _From(stream.first_of(step), stream.first_of(stream.n_steps))
+    dataset: Any = stream
     return DataLoader(
-        stream,
+        dataset,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,

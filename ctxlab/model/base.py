@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import SizesConfig
-from ctxlab.model.loss import chunk_for, token_nats
+from ctxlab.model.loss import chunk_for, smoothed_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.registry import Registry
@@ -125,8 +125,13 @@ class Model(nn.Module):
 
         The logits of `loss_chunk` tokens exist at once, never those of all.
         """
+        return self.losses(hidden, targets, 0.0)[0]
+
+    def losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        """What is minimised of each target, its nats under label smoothing, and its plain nats: (B,T) fp32 twice."""
         size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
-        return token_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size).view(targets.shape)
+        found = smoothed_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size, smoothing)
+        return found[0].view(targets.shape), found[1].view(targets.shape)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         """Trained numbers; without `embeddings`, those of tokens, of an untied head and of a table of positions left out."""

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from ctxlab.cli.console import progress_bar
 from ctxlab.data.corpora.base import Corpus
+from ctxlab.data.pairs.dataset import PairDataset, prepare_pairs
+from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tasks.base import Task, TextTask, haystack_corpus
@@ -31,12 +33,14 @@ from ctxlab.evaluation.perplexity import (
 )
 from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
+from ctxlab.evaluation.translation import TranslationConfig, evaluate_translation
 from ctxlab.model.base import Model
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
+from ctxlab.train.loop import Dataset
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.precision import Precision
 
@@ -44,12 +48,12 @@ if TYPE_CHECKING:
     from ctxlab.config.schema import Evaluations
 
 
-def prepare_data(
-    data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console
-) -> TextDataset | TaskDataset:
-    """Text and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
+def prepare_data(data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console) -> Dataset:
+    """Text or pairs and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
     folder = None if cache == "auto" else Path(cache).expanduser()
     with progress_bar(console) as start:
+        if isinstance(data, Parallel.Config):
+            return prepare_pairs(data, tokenizer, cache=folder, progress=start)
         if isinstance(data, Task.Config):
             return prepare_task(data, tokenizer, cache=folder, progress=start)
         return prepare(data, tokenizer, cache=folder, progress=start)
@@ -78,7 +82,7 @@ def training_corpora(run: Run, store: RunStore) -> tuple[Corpus.Config, ...]:
 
 def score(
     model: Model,
-    dataset: TextDataset | TaskDataset,
+    dataset: Dataset,
     evaluations: Evaluations,
     *,
     context: int,
@@ -101,6 +105,15 @@ def score(
     """
     documents: dict[int, DocumentScores] = {}
     sums: Sequence[DocumentSums] = ()
+    if isinstance(dataset, PairDataset):
+        if isinstance(evaluations.translation, TranslationConfig):
+            with progress_bar(console) as start:
+                rows, items = evaluate_translation(
+                    model, dataset, evaluations.translation, device=device, precision=precision, progress=start
+                )
+            sink.measure(along(rows, axes))
+            run.write_items([item.model_copy(update={"axes": dict(axes)}) for item in items])
+        return sums
     score_tasks(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,

@@ -7,6 +7,7 @@ from typing import Any
 
 from ctxlab.config.overrides import key_of
 from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
+from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
@@ -16,6 +17,7 @@ from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
+from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.units import format_length
 
 PARTS = ("position", "attention")  # that a model may be composed from, besides its sizes
@@ -62,6 +64,8 @@ def check(config: CommandConfig) -> None:
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
+    if isinstance(config, TrainConfig):
+        _objective(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _tasks(config)
     if isinstance(config, TrainConfig):
@@ -71,6 +75,23 @@ def check(config: CommandConfig) -> None:
             mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+
+
+def _objective(config: TrainConfig) -> None:
+    """An objective trains some architectures, on some kinds of data."""
+    objective, architecture = OBJECTIVES.get(config.objective.name), config.model.architecture
+    if architecture not in objective.architectures:
+        fitting = [name for name in OBJECTIVES.names() if architecture in OBJECTIVES.get(name).architectures]
+        raise IncompatibleError(
+            f"objective: {config.objective.name} trains model.architecture={' or '.join(objective.architectures)}, not "
+            f"{architecture}; use {' or '.join(f'objective={name}' for name in fitting)}"
+        )
+    if reason := objective.why_not(SOURCES.get(config.data.name)):
+        raise IncompatibleError(
+            f"objective: {config.objective.name} does not go with data={config.data.name}: {reason}"
+        )
+    if isinstance(config.data, Parallel.Config) and config.trainer.context_schedule:
+        raise IncompatibleError("trainer.context_schedule: pairs are as long as they are; leave the schedule out")
 
 
 def _tasks(config: TrainConfig | EvalConfig) -> None:
@@ -87,6 +108,13 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         return
     kind = SOURCES.get(data.name)
     is_task, in_numbers = issubclass(kind, Task), issubclass(kind, TokenTask)
+    if issubclass(kind, Parallel):
+        asked = [part for part, settings in config.eval if settings != "none" and part != "translation"]
+        if asked:
+            raise IncompatibleError(f"eval.{asked[0]}: data=parallel has pairs and no text; use eval=translation")
+        return
+    if config.eval.translation != "none":
+        raise IncompatibleError(f"eval.translation: {data.name} has no pairs; use data=parallel data.path=FILE")
     if isinstance(config, TrainConfig):
         if in_numbers != (config.tokenizer.name == "ids"):
             right = "ids" if in_numbers else "unigram, bpe, byte or file"
@@ -127,6 +155,9 @@ def _budget(config: TrainConfig) -> None:
             f"trainer.batch_tokens: {trainer.batch_tokens} tokens hold no window of context={config.context}; "
             f"set trainer.batch_tokens to {config.context} or more"
         )
+    if isinstance(config.data, Parallel.Config):
+        _schedule(config)
+        return
     rows = trainer.batch_tokens // config.context
     if trainer.devices > rows or rows % trainer.devices:
         sharing = [n for n in range(1, rows + 1) if rows % n == 0]
@@ -135,6 +166,11 @@ def _budget(config: TrainConfig) -> None:
             f"trainer.devices: {trainer.devices} processes cannot share the {rows} windows of a step evenly "
             f"(batch_tokens {trainer.batch_tokens} / context {config.context}); the nearest valid value is {nearest}"
         )
+    _schedule(config)
+
+
+def _schedule(config: TrainConfig) -> None:
+    trainer = config.trainer
     only_time = trainer.max_tokens == trainer.max_steps == "none"
     if only_time and config.optim.schedule == "cosine":
         raise IncompatibleError(

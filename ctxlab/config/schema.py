@@ -21,6 +21,7 @@ from ctxlab.evaluation.harness import HarnessConfig
 from ctxlab.evaluation.ngram import NGramConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
 from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
+from ctxlab.evaluation.translation import TranslationConfig
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.base import ARCHITECTURES, architecture_of
@@ -31,6 +32,8 @@ from ctxlab.profiling.measure import MeasureConfig
 from ctxlab.records.schema import known_metric
 from ctxlab.records.sinks import LoggerConfig
 from ctxlab.registry import ComponentConfig, Registry, nearest
+from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.settings import TrainerConfig
 
@@ -45,6 +48,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "attention": ATTENTIONS,
     "data": SOURCES,
     "tokenizer": TOKENIZERS,
+    "objective": OBJECTIVES,
     "optim": OPTIMIZERS,
 }
 
@@ -103,6 +107,7 @@ class Evaluations(ComponentConfig):
     passkey: OrNone | PasskeyGrid = "none"
     ruler: OrNone | Ruler = "none"
     lm_eval: OrNone | HarnessConfig = "none"
+    translation: OrNone | TranslationConfig = "none"
 
 
 class CommandConfig(ComponentConfig):
@@ -132,6 +137,7 @@ class TrainConfig(RecordedConfig):
     attention: OrNone | SerializeAsAny[Attention.Config]
     data: SerializeAsAny[Source.Config]
     tokenizer: SerializeAsAny[Tokenizer.Config]
+    objective: SerializeAsAny[Objective.Config] = Causal.Config()
     optim: SerializeAsAny[Optimizer.Config]
     trainer: TrainerConfig
     eval: Evaluations = Evaluations()

@@ -50,6 +50,8 @@ class Model(nn.Module):
     Config: ClassVar[type[Any]]
     parts: ClassVar[tuple[str, ...]] = ()
     """Which of `position` and `attention` it is composed from besides its sizes; the others are `none` for it."""
+    reads_source: ClassVar[bool] = False
+    """Whether it reads a source besides its tokens: `encode` makes of it what `hidden` takes as `encoded`."""
     why_without: ClassVar[str] = ""
     """Why it does without the others: what it does instead."""
 

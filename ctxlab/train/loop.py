@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import warnings
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from ctxlab.data.pairs.dataset import PairDataset
+from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.prepare import TextDataset
-from ctxlab.data.stream import Batch, TrainStream, train_loader
+from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention.base import Attention
@@ -40,10 +43,15 @@ from ctxlab.train.callbacks.save import ValidateAndSave
 from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
+from ctxlab.train.objectives.base import OBJECTIVES, Objective
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
+from ctxlab.train.pairs import PairValidation
 from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 from ctxlab.train.scoring import Validation
 from ctxlab.train.settings import TrainerConfig
+
+Dataset = TextDataset | TaskDataset | PairDataset
+"""What a run is trained on."""
 
 VALIDATIONS_IN_A_RUN = 5
 CHECKPOINTS_IN_A_RUN = 10
@@ -57,6 +65,7 @@ class TrainSettings:
     model: SizesConfig
     position: Position.Config | Literal["none"]
     attention: Attention.Config | Literal["none"]
+    objective: Objective.Config
     optim: Optimizer.Config
     trainer: TrainerConfig
     seed: int
@@ -82,7 +91,7 @@ class Outcome:
 
 def fit(
     settings: TrainSettings,
-    dataset: TextDataset | TaskDataset,
+    dataset: Dataset,
     *,
     folder: Path,
     sink: Sink,
@@ -117,26 +126,17 @@ def fit(
         require_compiler(device)
         model.compile_blocks()
 
-    rows = state["micro_rows"] if state else {}
-    budget = plan_budget(
-        config,
-        settings.context,
-        world=config.devices,
-        fitting_rows=lambda context: (
-            rows.get(context) or fitting_rows(settings, vocab_size, precision, device, context)
-        ),
-    )
     launched = _lightning(device, config, precision)
-    stream = TrainStream(
-        functools.partial(dataset.rows, seed=settings.seed, packed=settings.packed),
-        seed=settings.seed,
-        stages=budget.stages,
+    budget, stream = plan(
+        settings,
+        dataset,
+        before=state["micro_rows"] if state else {},
+        fitting=lambda context: fitting_rows(settings, vocab_size, precision, device, context),
         rank=launched.global_rank,
-        world=config.devices,
-        pad_id=dataset.tokenizer.pad_id,
         in_order=model.carries,
     )
-    module = LanguageModel(model, OPTIMIZERS.get(settings.optim.name)(settings.optim), stream, budget)
+    optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
+    module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
     if saved:
         module.step, module.seconds = saved.step, saved.seconds
 
@@ -177,6 +177,50 @@ def fit(
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
         },
+    )
+
+
+def plan(
+    settings: TrainSettings,
+    dataset: Dataset,
+    *,
+    before: Mapping[int, int],
+    fitting: Callable[[int], int],
+    rank: int,
+    in_order: bool,
+) -> tuple[Budget, Stream]:
+    """The stages of a run and what its rank reads in them. `before`: the rows at once of each context that a run goes on
+    with; `fitting`: how many rows of a context fit."""
+    config = settings.trainer
+    if isinstance(dataset, PairDataset):
+        # A step has batch_tokens tokens whatever its pairs' lengths: one row of that many, cut in micro-batches.
+        step = config.batch_tokens
+        single = config.model_copy(update={"micro_batch": 1})
+        budget = plan_budget(single, step, world=1, fitting_rows=lambda _: 1)
+        share = step // config.devices
+        fits = fitting(settings.context) * settings.context // 2  # source and target, and the padding of both
+        if config.micro_batch != "auto":
+            fits = config.micro_batch * settings.context
+        order = PairOrder(dataset.splits["train"], batch_tokens=step, seed=settings.seed, longest=settings.context)
+        return budget, PairStream(
+            order, n_steps=budget.n_steps, n_micro=-(-share // max(fits, 1)), rank=rank, world=config.devices,
+            pad_id=dataset.tokenizer.pad_id,
+        )  # fmt: skip
+    budget = plan_budget(
+        config,
+        settings.context,
+        world=config.devices,
+        fitting_rows=lambda context: before.get(context) or fitting(context),
+    )
+    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
+    return budget, TrainStream(
+        functools.partial(objective.rows, dataset, seed=settings.seed, packed=settings.packed),
+        seed=settings.seed,
+        stages=budget.stages,
+        rank=rank,
+        world=config.devices,
+        pad_id=dataset.tokenizer.pad_id,
+        in_order=in_order,
     )
 
 
@@ -314,8 +358,10 @@ def _dead_rank(ranks: list[subprocess.Popen[bytes]]) -> str | None:
 
 
 def _validation(
-    dataset: TextDataset | TaskDataset, context: int, *, max_tokens: int, precision: Precision
-) -> Validation | TaskValidation:
+    dataset: Dataset, context: int, *, max_tokens: int, precision: Precision
+) -> Callable[[lightning.Trainer, Model, torch.device], dict[str, float]]:
+    if isinstance(dataset, PairDataset):
+        return PairValidation(dataset, longest=context, max_tokens=max_tokens, precision=precision)
     if isinstance(dataset, TaskDataset):
         return TaskValidation(dataset, context, max_tokens=max_tokens, precision=precision)
     return Validation(dataset, context, max_tokens=max_tokens, precision=precision)

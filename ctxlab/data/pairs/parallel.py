@@ -47,10 +47,14 @@ class Parallel(Source):
     class Config(Source.Config):
         name: Literal["parallel"] = "parallel"
         path: OrNone | str = Field("none", description="a file of pairs, one a line with a tab between; or the sources")
-        target_path: OrNone | str = Field("none", description="the translations of the lines of `path`, in a file apart")
+        target_path: OrNone | str = Field(
+            "none", description="the translations of the lines of `path`, in a file apart"
+        )
         source_column: int = Field(1, ge=1, description="which column is translated; with one file")
         target_column: int = Field(2, ge=1, description="which column it is translated to")
-        exclude: tuple[str, ...] = Field((), description="sentences left out, with their pairs, on whichever side they are")
+        exclude: tuple[str, ...] = Field(
+            (), description="sentences left out, with their pairs, on whichever side they are"
+        )
         held_out_by: Literal["source", "target"] = Field(
             "target", description="no sentence of this side is both trained on and tested"
         )
@@ -114,7 +118,9 @@ class Parallel(Source):
         for number, source in enumerate(sources, start=1):
             target = next(targets, done)
             if not isinstance(target, str):
-                raise DataError(f"data.target_path: {self._files['target_path']} ends before line {number} of the other")
+                raise DataError(
+                    f"data.target_path: {self._files['target_path']} ends before line {number} of the other"
+                )
             yield Pair(source.strip(), target.strip())
         if next(targets, done) is not done:
             raise DataError(f"data.path: {self._files['path']} ends before {self._files['target_path']} does")

@@ -52,6 +52,7 @@ def check(config: CommandConfig) -> None:
         if len(given) > 1:
             raise ConfigError(f"{given[1]}: is given beside {given[0]}; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig):
+        _objective(config)
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,
             packed=isinstance(config, TrainConfig) and config.data.packs,
@@ -71,6 +72,19 @@ def check(config: CommandConfig) -> None:
             mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+
+
+def _objective(config: TrainConfig | ProfileConfig) -> None:
+    """What a model is trained on, the next token, has to be what it can be asked for."""
+    architecture = ARCHITECTURES.get(config.model.architecture)
+    if not architecture.causal:
+        raise ConfigError(
+            f"model.architecture: {config.model.architecture} sees the next token, and is not trained on it"
+        )
+    if architecture.reads_source:
+        raise ConfigError(
+            f"model.architecture: {config.model.architecture} reads a source, of which plain text has none"
+        )
 
 
 def _tasks(config: TrainConfig | EvalConfig) -> None:
@@ -115,9 +129,13 @@ def _scheme(config: TrainConfig | ProfileConfig | ShowConfig) -> None:
         return
     assert isinstance(config.model, ModelConfig)
     scheme = POSITIONS.get(config.position.name)
-    scheme.check(config.position, config.model)
+    architecture = ARCHITECTURES.get(config.model.architecture)
+    causal = architecture.causal and not architecture.reads_source  # all of it
+    scheme.check(config.position, config.model, causal=causal)
     if not isinstance(config, ShowConfig) and config.attention != "none":
-        ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
+        mechanism = ATTENTIONS.get(config.attention.name)
+        mechanism.check_position(scheme, config.position.name)
+        mechanism.check_direction(config.attention, causal=causal)
 
 
 def _budget(config: TrainConfig) -> None:

@@ -143,9 +143,13 @@ def _scheme(config: TrainConfig | ProfileConfig | ShowConfig) -> None:
         return
     assert isinstance(config.model, ModelConfig)
     scheme = POSITIONS.get(config.position.name)
-    scheme.check(config.position, config.model)
+    architecture = ARCHITECTURES.get(config.model.architecture)
+    causal = architecture.causal and not architecture.reads_source  # all of it
+    scheme.check(config.position, config.model, causal=causal)
     if not isinstance(config, ShowConfig) and config.attention != "none":
-        ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
+        mechanism = ATTENTIONS.get(config.attention.name)
+        mechanism.check_position(scheme, config.position.name)
+        mechanism.check_direction(config.attention, causal=causal)
 
 
 def _budget(config: TrainConfig) -> None:

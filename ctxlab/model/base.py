@@ -38,8 +38,9 @@ class Cache(Protocol):
 class Model(nn.Module):
     """A language model: it reads tokens and says what follows each.
 
-    A batch is tokens (B,T), right-padded. What stands at a place depends on nothing behind it, so padding needs no mask:
-    `lengths` (B,) changes nothing and the values at padded places are to be ignored. `segments` packs documents side by
+    A batch is tokens (B,T), right-padded; the values at padded places are to be ignored. Where a model is `causal`, what
+    stands at a place depends on nothing behind it, so padding needs no mask and `lengths` (B,) changes nothing; elsewhere they
+    have to be given. `segments` packs documents side by
     side: the lengths of each row's documents, none of which knows of another (what a row has beyond them is padding).
     `cache` continues the sequences that it holds; in any number of chunks, the logits are those of one forward. `memory`
     goes on from the rows of the step before: it is read, and holds what this one leaves afterwards.
@@ -50,10 +51,12 @@ class Model(nn.Module):
     Config: ClassVar[type[Any]]
     parts: ClassVar[tuple[str, ...]] = ()
     """Which of `position` and `attention` it is composed from besides its sizes; the others are `none` for it."""
-    reads_source: ClassVar[bool] = False
-    """Whether it reads a source besides its tokens: `encode` makes of it what `hidden` takes as `encoded`."""
     why_without: ClassVar[str] = ""
     """Why it does without the others: what it does instead."""
+    causal: ClassVar[bool] = True
+    """Whether what it says of a place depends on nothing behind it, so that it can be asked what follows."""
+    reads_source: ClassVar[bool] = False
+    """Whether it reads a source beside its tokens: `hidden` takes source and source_lengths, or what `encode` made of them."""
 
     embedding: nn.Embedding
     head: nn.Linear | None
@@ -131,8 +134,11 @@ class Model(nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         """What is minimised of each target, its nats under label smoothing, and its plain nats: (B,T) fp32 twice."""
+        return self._losses(hidden, self._head_weight, targets, smoothing)
+
+    def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
-        found = smoothed_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size, smoothing)
+        found = smoothed_nats(hidden.flatten(0, 1), weight, targets.flatten(), size, smoothing)
         return found[0].view(targets.shape), found[1].view(targets.shape)
 
     def n_parameters(self, embeddings: bool = True) -> int:
@@ -185,14 +191,16 @@ def read_parts(config: Mapping[str, Any]) -> Parts:
     )
 
 
-def build_model(parts: Parts, *, vocab_size: int, context: int) -> Model:
+def build_model(parts: Parts, *, vocab_size: int, context: int, source_vocab_size: int | None = None) -> Model:
     """The model of these settings, with fresh weights from torch's current random state.
 
+    source_vocab_size: of a model that reads a source, where it is not the vocabulary of what it writes.
     Raises IncompatibleError when the parts do not go together.
     """
     architecture: Any = ARCHITECTURES.get(parts.model.architecture)
     chosen = (getattr(parts, part) for part in architecture.parts)
-    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context)
+    more = {} if source_vocab_size is None else {"source_vocab_size": source_vocab_size}
+    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context, **more)
     return model
 
 

@@ -68,7 +68,7 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
 
         def step() -> None:
             with autocast(spec["precision"], device):
-                source = {"source": tokens[:, :-1]} if model.reads_source else {}
+                source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
                 hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
                 loss = model.nats(hidden, tokens[:, 1:]).mean()
             loss.backward()

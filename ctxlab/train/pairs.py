@@ -15,7 +15,7 @@ from ctxlab.model.base import Model
 from ctxlab.train.precision import Precision, autocast
 
 
-def encode(model: Model, sources: Sequence[Sequence[int]], pad_id: int) -> Any:
+def encode(model: Any, sources: Sequence[Sequence[int]], pad_id: int) -> Any:
     """What an encoder-decoder makes of some sources, padded side by side."""
     lengths = torch.tensor([len(source) for source in sources])
     rows = torch.full((len(sources), int(lengths.max())), pad_id)
@@ -42,6 +42,7 @@ def score_pairs(
 
     `part` (number, of): only each so many-th batch is scored, the others' nats are 0.
     """
+    reader: Any = model
     lengths = pairs.source.sizes[indices] + pairs.target.sizes[indices]
     order = np.argsort(lengths, kind="stable")
     found = np.zeros(len(indices))
@@ -53,7 +54,7 @@ def score_pairs(
         assert batch.source is not None
         assert batch.source_lengths is not None
         with autocast(precision, device):
-            hidden = model.hidden(
+            hidden = reader.hidden(
                 batch.tokens.to(device), source=batch.source.to(device), source_lengths=batch.source_lengths.to(device)
             )
             found[chosen] = model.nats(hidden, batch.targets.to(device)).double().sum(1).cpu().numpy()

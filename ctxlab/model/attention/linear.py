@@ -57,7 +57,7 @@ class Linear(Attention):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = autocast(q, k, v)
-        check(q, k, v)
+        check(q, k, v, causal)
         assert bias is None, "check_position comes first"
         with torch.autocast(q.device.type, enabled=False):
             fq, fk, wide = _features(q, k, v)

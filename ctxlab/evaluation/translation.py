@@ -79,7 +79,7 @@ def evaluate_translation(
         n_bytes=[len(pair.target.encode()) for pair in pairs],
         words=[len(pair.target.split()) for pair in pairs],
     )
-    axes = {"task": TASK} | ({} if config.max_words == "none" else {"max_words": config.max_words})
+    axes: dict[str, Any] = {} if config.max_words == "none" else {"max_words": config.max_words}
     measurements = score_measurements(scores, split=split, protocol="teacher forcing, eos scored", axes=axes)
     measurements += corpus_scores([Translated(p, s) for p, s in zip(pairs, said, strict=True)], config, split, axes)
     sentence = CHRF()

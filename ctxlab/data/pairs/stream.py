@@ -95,10 +95,11 @@ def pair_batch(pairs: Pairs, indices: np.ndarray, pad_id: int, n_targets: int) -
     """Some pairs side by side, padded on the right."""
     source, source_lengths = padded(pairs.source, indices, pad_id)
     whole, lengths = padded(pairs.target, indices, pad_id)
-    tokens, targets = whole[:, :-1], whole[:, 1:].copy()
-    targets[np.arange(targets.shape[1]) >= lengths[:, None] - 1] = IGNORED
+    tokens, targets = whole[:, :-1].copy(), whole[:, 1:].copy()
+    padding = np.arange(targets.shape[1]) >= lengths[:, None] - 1
+    tokens[padding], targets[padding] = pad_id, IGNORED
     return Batch(
-        torch.from_numpy(tokens.copy()),
+        torch.from_numpy(tokens),
         torch.from_numpy(targets),
         torch.from_numpy(lengths - 1),
         None,

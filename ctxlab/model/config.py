@@ -20,8 +20,8 @@ class ModelConfig(ComponentConfig):
 
     `n_encoder_layers`, `n_kv_heads`, `head_dim` and `d_ff` may be given as `auto`; what is stored is always the number:
     n_encoder_layers = n_layers, n_kv_heads = n_heads (every head has its own keys), head_dim = d_model / n_heads, and d_ff =
-    8/3 d_model with a gate (three matrices; Shazeer 2020, arXiv:2002.05202, section 3, keeps the parameters of two of 4 d_model), 4 d_model
-    otherwise, to the nearest multiple of 128.
+    8/3 d_model with a gate (three matrices; Shazeer 2020, arXiv:2002.05202, section 3, keeps the parameters of two of
+    4 d_model), 4 d_model otherwise, to the nearest multiple of 128.
     Raises (as a validation error) when n_heads is no multiple of n_kv_heads, or d_model none of n_heads with head_dim auto.
     """
 

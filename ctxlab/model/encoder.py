@@ -42,7 +42,7 @@ class Encoder(Transformer):
 
     def new_cache(self) -> NoReturn:
         raise IncompatibleError(
-            "run: an encoder writes no text: every token of it sees those behind (model.architecture=encoder)"
+            "run: an encoder writes no text, since each of its places sees what follows (model.architecture=encoder)"
         )
 
     def new_streaming_cache(self, *, sinks: int, window: int) -> NoReturn:

@@ -85,7 +85,7 @@ class Stack(nn.Module):
     def _initialize_blocks(self, config: ModelConfig) -> None:
         """What writes to the residual stream, and the scheme: see `Transformer.initialize`."""
         if config.norm_place == "pre":
-            last = [matrix for block in self.blocks for matrix in block.last_matrices]  # type: ignore[operator,union-attr]
+            last = [matrix for block in self.blocks for matrix in block.last_matrices]  # type: ignore[union-attr]
             for matrix in last:
                 nn.init.normal_(matrix.weight, std=0.02 / len(last) ** 0.5)
         self.position.initialize()

@@ -66,8 +66,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the keys j that query i may see.
 
-        q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv): query t stands at position S - T + t; causal, T <= S.
-        `lengths` (B,), each at least 1, marks keys from lengths[b] on as padding. Returns out (B,H,T,Dv) and the log-sum-exp of the scores (B,H,T), fp32.
+        q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv): query t stands at position S - T + t; causal, T <= S. `lengths` (B,),
+        each at least 1, marks keys from lengths[b] on as padding. Returns out (B,H,T,Dv) and the log-sum-exp of the scores
+        (B,H,T), fp32.
 
         With a sink (Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; Miller 2023 with a fixed one) the softmax has one more key,
         of score `sink` in every row and without a value: out is multiplied by exp(lse) / (exp(lse) + exp(sink)).

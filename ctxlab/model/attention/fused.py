@@ -29,8 +29,8 @@ def fused_attention(
 
     q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H. Query row t sits at position S - T + t;
     causal, T <= S, it sees the keys up to that position. (torch's own `is_causal` lets it see those up to t.) lengths (B,),
-    each at least 1: keys from lengths[b] on are padding that nobody sees; on CPU the kernel hides them by one row of S
-    numbers for each of the batch, elsewhere it goes blockwise.
+    each at least 1: keys from lengths[b] on are padding that nobody sees; one row of S numbers for each of the batch hides
+    them, which the CPU's kernel takes as it is and the others as one more column of q and k.
     Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64), which carries a gradient where
     `lse_gradient` asks for it (on CPU, here; elsewhere blockwise).
     T = S, T = 1 and no causality go to torch's kernel, on CPU without copying key-value heads. The rest, new tokens
@@ -41,17 +41,20 @@ def fused_attention(
     check(q, k, v, causal)
     T, S, width = q.shape[2], k.shape[2], v.shape[3]
     causal = causal and T > 1
-    kernel = _kernel(q)
-    if kernel is None or (causal and T < S) or ((lse_gradient or lengths is not None) and kernel is not _cpu):
+    kernel = _kernel(q, q.shape[3] + (lengths is not None))
+    if kernel is None or (causal and T < S) or (lse_gradient and kernel is not _cpu):
         return blockwise_attention(q, k, v, scale=scale, causal=causal, lengths=lengths)
+    mask = None
+    if lengths is not None and kernel is _cpu:
+        mask = _padding(lengths, k)
+    elif lengths is not None:
+        q, k = _with_padding(lengths, q, k)
     padded = -(-max(q.shape[3], width) // 8) * 8
     q, k, v = _aligned(q, padded), _aligned(k, padded), _aligned(v, padded)
     if lse_gradient:
-        out, lse = _WithLseGradient.apply(q, k, v, causal, scale, width, _padding(lengths, k))
-    elif lengths is not None:
-        out, lse = _cpu(q, k, v, causal, scale, _padding(lengths, k))
+        out, lse = _WithLseGradient.apply(q, k, v, causal, scale, width, mask)
     else:
-        out, lse = kernel(q, k, v, causal, scale)
+        out, lse = kernel(q, k, v, causal, scale, mask)
     return out if width == padded else out[..., :width], lse
 
 
@@ -62,17 +65,19 @@ def _aligned(x: Tensor, width: int) -> Tensor:
     return x if x.stride(3) == 1 else x.contiguous()
 
 
-def _padding(lengths: Tensor | None, k: Tensor) -> Tensor | None:
-    """What is added to all scores of a key, (B,1,1,S): the kernel reads it as it is, for every query."""
-    if lengths is None:
-        return None
+def _padding(lengths: Tensor, k: Tensor, lowest: float = -torch.inf) -> Tensor:
+    """What is added to all scores of a key, 0 or `lowest`, (B,1,1,S)."""
     hidden = torch.arange(k.shape[2], device=k.device) >= lengths.to(k.device)[:, None]  # (B,S)
-    return torch.zeros(hidden.shape, dtype=k.dtype, device=k.device).masked_fill_(hidden, -torch.inf)[:, None, None]
+    return torch.zeros(hidden.shape, dtype=k.dtype, device=k.device).masked_fill_(hidden, lowest)[:, None, None]
 
 
-def _cpu(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _with_padding(lengths: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """q and k with a column whose product hides padded keys: the lowest that a score may be without overflow."""
+    column = _padding(lengths, k, max(-1e9, torch.finfo(k.dtype).min / 2)).mT  # (B,1,S,1)
+    return F.pad(q, (0, 1), value=1.0), torch.cat([k, column.expand(*k.shape[:3], 1)], dim=3)
+
+
+def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = _ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     return out, lse
 
@@ -116,12 +121,12 @@ class _WithLseGradient(torch.autograd.Function):
         return dq[..., :full], dk[..., :full], dv, None, None, None, None
 
 
-def _cuda_half(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda_half(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: None) -> tuple[Tensor, Tensor]:
     out, lse, *_ = _ops._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
     return out, lse
 
 
-def _cuda_single(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda_single(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, mask: None) -> tuple[Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
     if group > 1:  # this kernel wants a key-value head for every head
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -129,11 +134,11 @@ def _cuda_single(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) ->
     return out, lse[..., : q.shape[2]].detach()  # the kernel rounds the length up to a multiple of 32
 
 
-def _kernel(q: Tensor):  # type: ignore[no-untyped-def]
-    """torch's fused kernel for q's device, dtype and width, if there is one."""
+def _kernel(q: Tensor, width: int):  # type: ignore[no-untyped-def]
+    """torch's fused kernel for q's device and dtype and a width, if there is one."""
     if q.device.type == "cpu":
         return _cpu
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] <= 256:
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and width <= 256:
         return _cuda_half
     if q.device.type == "cuda" and q.dtype == torch.float32:
         return _cuda_single

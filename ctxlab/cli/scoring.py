@@ -23,6 +23,7 @@ from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.errors import RecordError
 from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
+from ctxlab.evaluation.objective import HeldOutConfig, evaluate_objective
 from ctxlab.evaluation.perplexity import (
     DocumentScores,
     PerplexityConfig,
@@ -42,10 +43,16 @@ from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
 from ctxlab.train.loop import Dataset
 from ctxlab.train.memory import peak_memory_bytes
+from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.causal import Causal
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.precision import Precision
 
 if TYPE_CHECKING:
     from ctxlab.config.schema import Evaluations
+
+
+_CAUSAL = Causal.Config()
 
 
 def prepare_data(data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console) -> Dataset:
@@ -95,6 +102,7 @@ def score(
     axes: Mapping[str, str] = MappingProxyType({}),
     keep: TokenNats | None = None,
     against: tuple[str, Sequence[DocumentSums]] | None = None,
+    objective_config: Objective.Config = _CAUSAL,
     learned: tuple[Corpus.Config, ...] = (),
 ) -> Sequence[DocumentSums]:
     """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart.
@@ -113,6 +121,16 @@ def score(
                 )
             sink.measure(along(rows, axes))
             run.write_items([item.model_copy(update={"axes": dict(axes)}) for item in items])
+        return sums
+    objective = OBJECTIVES.get(objective_config.name)(objective_config)
+    if isinstance(objective, Denoising):
+        if isinstance(evaluations.objective, HeldOutConfig) and isinstance(dataset, TextDataset):
+            with progress_bar(console) as start:
+                rows = evaluate_objective(
+                    model, dataset, objective, evaluations.objective,
+                    context=context, device=device, precision=precision, progress=start,
+                )  # fmt: skip
+            sink.measure(along(rows, axes))
         return sums
     score_tasks(
         model, dataset, evaluations,

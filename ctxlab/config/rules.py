@@ -18,6 +18,7 @@ from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
 from ctxlab.train.objectives.base import OBJECTIVES
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.units import format_length
 
 PARTS = ("position", "attention")  # that a model may be composed from, besides its sizes
@@ -90,6 +91,16 @@ def _objective(config: TrainConfig) -> None:
         raise IncompatibleError(
             f"objective: {config.objective.name} does not go with data={config.data.name}: {reason}"
         )
+    denoising = issubclass(objective, Denoising)
+    asked = [part for part, settings in config.eval if settings != "none" and part != "objective"]
+    if denoising and asked:
+        raise IncompatibleError(
+            f"eval.{asked[0]}: objective={config.objective.name} trains no model of what comes next; use eval=objective"
+        )
+    if not denoising and config.eval.objective != "none":
+        raise IncompatibleError(f"eval.objective: {config.objective.name} is scored by perplexity; use eval=perplexity")
+    if denoising and config.data.packs:
+        raise IncompatibleError(f"data.packed: {config.objective.name} makes its rows of one document each; use false")
     if isinstance(config.data, Parallel.Config) and config.trainer.context_schedule:
         raise IncompatibleError("trainer.context_schedule: pairs are as long as they are; leave the schedule out")
 

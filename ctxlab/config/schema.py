@@ -19,6 +19,7 @@ from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.harness import HarnessConfig
 from ctxlab.evaluation.ngram import NGramConfig
+from ctxlab.evaluation.objective import HeldOutConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
 from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
 from ctxlab.evaluation.translation import TranslationConfig
@@ -108,6 +109,7 @@ class Evaluations(ComponentConfig):
     ruler: OrNone | Ruler = "none"
     lm_eval: OrNone | HarnessConfig = "none"
     translation: OrNone | TranslationConfig = "none"
+    objective: OrNone | HeldOutConfig = "none"
 
 
 class CommandConfig(ComponentConfig):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ctxlab.data.permutation import permute
-from ctxlab.data.windows import IGNORED, Rows, Windows
+from ctxlab.data.windows import IGNORED, Row, Rows, Windows
 from ctxlab.errors import DataError
 
 
@@ -150,6 +150,7 @@ class TrainStream(Dataset[Batch]):
         for number, row in enumerate(rows):
             tokens[number, : lengths[number]] = row.tokens
             targets[number, : lengths[number]] = row.targets
+        encoder, encoder_lengths = sources_of(rows, self.pad_id)
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(targets),
@@ -157,6 +158,8 @@ class TrainStream(Dataset[Batch]):
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
             None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
+            source=encoder,
+            source_lengths=encoder_lengths,
             few_targets=bool(2 * (targets != IGNORED).sum() < targets.size),
         )
 
@@ -195,6 +198,18 @@ class TrainStream(Dataset[Batch]):
 
     def _in_step(self, stage: Stage) -> int:
         return stage.rows // self.world // stage.micro_rows
+
+
+def sources_of(rows: Sequence[Row], pad_id: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rows' sources side by side (B,S), padded on the right, and their lengths (B,); nothing where they have none."""
+    sources = [row.source for row in rows if row.source is not None]
+    if not sources:
+        return None, None
+    lengths = [len(source) for source in sources]
+    found = np.full((len(sources), max(lengths)), pad_id, dtype=np.int64)
+    for number, source in enumerate(sources):
+        found[number, : lengths[number]] = source
+    return torch.from_numpy(found), torch.tensor(lengths)
 
 
 class _From(Sampler[int]):

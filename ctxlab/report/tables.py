@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
+from ctxlab.report.denoising import denoising_rows, show_denoising
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
@@ -212,6 +213,9 @@ def show_training(run: Run, console: Console) -> None:
         more = f"{where}ctxlab eval {record.id} eval.translation.num_beams=8"
         show_next(console, (prompt, "translate"), (more, "score it again"), look)
         return
+    if denoising_rows(measurements):
+        show_next(console, (f"{where}ctxlab eval {record.id}", "score it again"), look)
+        return
     position = value_at(record.config, "position")
     other = "alibi" if position != "alibi" else "rope"
     schemes = "" if position == "none" else f" position={position},{other}"
@@ -246,7 +250,9 @@ def show_lengths(measurements: Sequence[Measurement], trained: int | None, conso
     if task_rows(measurements):
         show_tasks(measurements, console)
     show_harness(measurements, console)
-    measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
+    if denoising_rows(measurements):
+        show_denoising(denoising_rows(measurements), console)
+    measurements = [m for m in measurements if not {"task", "harness", "objective"} & m.axes.keys()]
     if not measurements:
         return
     console.print(lengths_table(measurements, trained))
@@ -322,7 +328,9 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
             console,
         )
         show_harness(measurements, console)
-        measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
+        if denoising_rows(measurements):
+            show_denoising(denoising_rows(measurements), console)
+        measurements = [m for m in measurements if not {"task", "harness", "objective"} & m.axes.keys()]
         for grid in side_by_side(measurements, parents) if measurements else ():
             console.print(grid)
         show_footnotes(measurements, console)

@@ -32,7 +32,7 @@ from ctxlab.model.count import activation_bytes
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.records.sinks import Sink
-from ctxlab.train.answers import TaskValidation
+from ctxlab.train.answers import ObjectiveValidation, TaskValidation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.finite import RequireFinite
@@ -44,6 +44,7 @@ from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.pairs import PairValidation
 from ctxlab.train.precision import Precision, resolve_device, resolve_precision
@@ -147,7 +148,7 @@ def fit(
         sink=sink,
         clock=clock,
         interrupt=interrupt,
-        validate=_validation(dataset, settings.context, max_tokens=config.validate_tokens, precision=precision),
+        validate=_validation(settings, dataset, precision),
         validate_every=_every(config.validate_every, budget, VALIDATIONS_IN_A_RUN),
         save_every=_every(config.checkpoint_every, budget, CHECKPOINTS_IN_A_RUN),
         attempt=attempt,
@@ -358,13 +359,17 @@ def _dead_rank(ranks: list[subprocess.Popen[bytes]]) -> str | None:
 
 
 def _validation(
-    dataset: Dataset, context: int, *, max_tokens: int, precision: Precision
+    settings: TrainSettings, dataset: Dataset, precision: Precision
 ) -> Callable[[lightning.Trainer, Model, torch.device], dict[str, float]]:
+    context, most = settings.context, settings.trainer.validate_tokens
+    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
     if isinstance(dataset, PairDataset):
-        return PairValidation(dataset, longest=context, max_tokens=max_tokens, precision=precision)
+        return PairValidation(dataset, longest=context, max_tokens=most, precision=precision)
     if isinstance(dataset, TaskDataset):
-        return TaskValidation(dataset, context, max_tokens=max_tokens, precision=precision)
-    return Validation(dataset, context, max_tokens=max_tokens, precision=precision)
+        return TaskValidation(dataset, context, max_tokens=most, precision=precision)
+    if isinstance(objective, Denoising):
+        return ObjectiveValidation(objective, dataset, context, max_tokens=most, precision=precision)
+    return Validation(dataset, context, max_tokens=most, precision=precision)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

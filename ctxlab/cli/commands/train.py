@@ -96,7 +96,8 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     score(
         outcome.model, dataset, config.eval,
         context=config.context, device=outcome.device, precision=outcome.precision, seed=config.seed,
-        run=run, sink=opened.sink, console=console, learned=training_corpora(run, invocation.store),
+        run=run, sink=opened.sink, console=console, objective_config=config.objective,
+        learned=training_corpora(run, invocation.store),
     )  # fmt: skip
     point = step_point(
         config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -20,6 +21,8 @@ class Objective(ABC):
     paper: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     """The models that it trains."""
+    implies: ClassVar[Mapping[str, str]] = {}
+    """group -> the option that a line means by choosing this objective, unless it says otherwise."""
 
     class Config(ComponentConfig):
         name: str

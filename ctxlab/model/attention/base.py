@@ -112,7 +112,7 @@ class Attention(nn.Module):
         return 0
 
     @classmethod
-    def flops(cls, config: Config, model: ModelConfig, context: int, layer: int) -> float:
+    def flops(cls, config: Config, model: ModelConfig, context: int, layer: int, *, causal: bool = True) -> float:
         """Floating-point operations of scores and weighted sums, forward, a token of one layer."""
         raise NotImplementedError
 

@@ -43,7 +43,9 @@ class Full(Attention):
         )
 
     @classmethod
-    def flops(cls, config: Attention.Config, model: ModelConfig, context: int, layer: int) -> float:
+    def flops(
+        cls, config: Attention.Config, model: ModelConfig, context: int, layer: int, *, causal: bool = True
+    ) -> float:
         """4 H D context: two products of a query with `context` keys, the causal half not taken off (PaLM's convention)."""
         return 4.0 * model.n_heads * model.head_dim * context
 

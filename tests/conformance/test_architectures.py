@@ -230,7 +230,9 @@ def test_bf16_is_near_fp32(place: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             rounded = model.hidden(tokens(4, 9), **inputs)
     assert rounded.dtype == torch.bfloat16
-    assert (rounded - exact).norm() / exact.norm() < 0.05  # of 13 parts one behind the other, each some roundings of 2^-9
+    assert (
+        rounded - exact
+    ).norm() / exact.norm() < 0.05  # of 13 parts one behind the other, each some roundings of 2^-9
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SCHEMES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from math import comb
 
@@ -65,10 +66,11 @@ def test_of_the_chosen_four_in_five_are_hidden_and_one_in_ten_is_random() -> Non
 
 
 def test_whole_words_are_hidden_together() -> None:
-    tokens = np.array(
-        [BYTES.bos_id, *BYTES.encode("one three  five, seven\nnine eleven a b c d e f g h")], dtype=np.int64
-    )
-    words = [(1, 4), (4, 10), (10, 11), (11, 17), (17, 23), (23, 24)]  # " three" begins with its space
+    said = "one three  five, seven\nnine eleven a b c d e f g h"
+    tokens = np.array([BYTES.bos_id, *BYTES.encode(said)], dtype=np.int64)
+    words = [
+        (m.start() + 1, m.end() + 1) for m in re.finditer(r"\S+|\s", said)
+    ]  # of bytes, a space is a word by itself
     objective = Masked(Masked.Config(whole_words=True, share=0.3))
     seen = set()
     for seed in range(60):
@@ -80,7 +82,7 @@ def test_whole_words_are_hidden_together() -> None:
             assert inside in (set(), set(range(first, stop))), (first, stop, chosen)
             seen.add((first, bool(inside)))
     assert (1, True) in seen
-    assert (4, True) in seen
+    assert (5, True) in seen
 
 
 @pytest.mark.parametrize(("context", "raw", "said"), [(512, 568, 114), (128, 141, 29)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ctxlab.errors import IncompatibleError
+from ctxlab.model.attention import fused
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.attention.blockwise import blockwise_attention
 from ctxlab.model.attention.fused import fused_attention
@@ -287,3 +288,23 @@ def test_fused_attention_hides_padding(T: int, S: int, groups: int) -> None:
     gradients = [torch.autograd.grad(out, made, upstream[0]) for out, _ in (plain, with_lse)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_kernels_without_a_mask_hide_padding_by_a_column(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of the CUDA kernels, through the CPU's."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, 40, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2))
+    kwargs: dict[str, Any] = {"scale": 0.3, "causal": False, "lengths": torch.tensor([40, 1, 13])}
+    upstream = torch.randn(3, 4, 40, 8, dtype=dtype)
+    out, lse = fused_attention(q, k, v, **kwargs)
+    monkeypatch.setattr(fused, "_kernel", lambda q, width: lambda *operands: fused._cpu(*operands))
+    other, other_lse = fused_attention(q, k, v, **kwargs)
+    near = {"atol": 1e-10, "rtol": 0} if dtype == torch.float64 else {"atol": 0.02, "rtol": 0.02}
+    torch.testing.assert_close(other, out, **near)
+    torch.testing.assert_close(other_lse, lse, **near)
+    pairs = zip(
+        torch.autograd.grad(other, (q, k, v), upstream), torch.autograd.grad(out, (q, k, v), upstream), strict=True
+    )
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, **near)

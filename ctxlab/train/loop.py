@@ -8,9 +8,10 @@ import re
 import signal
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from ctxlab.model.count import activation_bytes
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.records.sinks import Sink
+from ctxlab.registry import nearest
 from ctxlab.train.answers import ObjectiveValidation, TaskValidation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
@@ -44,6 +46,7 @@ from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.pairs import PairValidation
@@ -66,13 +69,13 @@ class TrainSettings:
     model: SizesConfig
     position: Position.Config | Literal["none"]
     attention: Attention.Config | Literal["none"]
-    objective: Objective.Config
     optim: Optimizer.Config
     trainer: TrainerConfig
     seed: int
     context: int
     packed: bool
     workers: int
+    objective: Objective.Config = field(default_factory=Causal.Config)
 
 
 @dataclass
@@ -123,6 +126,7 @@ def fit(
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
         load_into(model, initial, "init")
+    freeze(model, config.freeze)
     if config.compile:
         require_compiler(device)
         model.compile_blocks()
@@ -255,6 +259,23 @@ def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
             f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
         )
     model.load_state_dict(weights)
+
+
+def freeze(model: Model, patterns: Sequence[str]) -> None:
+    """Takes parameters out of training: those with one of these names, below one of them, or matched by a pattern.
+
+    Raises ConfigError for a name that there is none of, and where nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        if not found:
+            parts = {name.rpartition(".")[0] for name in names} | {name.partition(".")[0] for name in names}
+            raise ConfigError(f"trainer.freeze: no parameter is called '{pattern}'{nearest(pattern, parts)}")
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("trainer.freeze: nothing is left to train")
 
 
 def require_compiler(device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import re
 import signal
 import subprocess
@@ -360,6 +361,9 @@ def _run(launched: lightning.Trainer, module: LanguageModel, loader: DataLoader[
         # Lightning's watch over the ranks would kill this process, in the middle of what comes next, because of one
         # that has served its purpose.
         _ranks(launched).clear()
+        # A loader's workers let the first SIGTERM pass: those that an error has left would be waited for without end.
+        for worker in multiprocessing.active_children():
+            worker.kill()
         torch.set_num_threads(threads)
 
 

@@ -39,7 +39,7 @@ using Words = at::vec::Vectorized<int32_t>;
 constexpr Index WIDTH = Floats::size();
 
 constexpr Index ROWS = 128;    // queries in a tile
-constexpr Index COLUMNS = 256; // keys in a tile
+constexpr Index COLUMNS = 128; // keys in a tile
 constexpr Index GRAIN = 32;    // tiles at an end are rounded up to multiples of it
 constexpr Index LINE = 16;     // floats in a cache line
 constexpr Index PITCH = ROWS + LINE; // floats from one row of a tile to the next: not a power of two, which would share sets

@@ -26,6 +26,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -263,20 +264,40 @@ class Buffer {
 };
 
 // Work handed out one piece after the other, in their order, to as many threads as there are.
+class Shift {
+ public:
+  explicit Shift(Index n) : n_(n) {}
+
+  Index next() { // -1: no more
+    const Index mine = next_.fetch_add(1);
+    return mine < n_ && !stopped_ ? mine : Index(-1);
+  }
+  // Waits for its turn. Whoever comes before has been handed out before, and so is at work, unless it has failed.
+  void await(const std::atomic<Index> &counter, Index turn) const {
+    for (Index spins = 0; counter.load(std::memory_order_acquire) != turn; spins++) {
+      if (stopped_) throw std::runtime_error("another thread has failed");
+      if (spins > 100) std::this_thread::yield();
+    }
+  }
+  void stop() { stopped_ = true; }
+
+ private:
+  const Index n_;
+  std::atomic<Index> next_{0};
+  std::atomic<bool> stopped_{false};
+};
+
 template <typename Work>
 void share(Index n, const Work &work) {
-  std::atomic<Index> next{0};
-  const Index threads = std::min<Index>(at::get_num_threads(), n);
-  at::parallel_for(0, threads, 1, [&](Index begin, Index end) {
-    work([&]() { const Index mine = next.fetch_add(1); return mine < n ? mine : Index(-1); });
-    (void)begin, (void)end;
+  Shift shift(n);
+  at::parallel_for(0, std::min<Index>(at::get_num_threads(), n), 1, [&](Index, Index) {
+    try {
+      work(shift);
+    } catch (...) {
+      shift.stop();
+      throw;
+    }
   });
-}
-
-// Waits for its turn. Whoever comes before has been handed out before, and so is at work.
-inline void await(const std::atomic<Index> &counter, Index turn) {
-  for (Index spins = 0; counter.load(std::memory_order_acquire) != turn; spins++)
-    if (spins > 100) std::this_thread::yield();
 }
 
 // ---- the problem in blocks -----------------------------------------------------------------------------------------
@@ -548,19 +569,19 @@ void forward(const Problem &p, const Format &format) {
       const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
       return padded_rows(at_token<Number>(p.k, p.k_stride, b, kv, tail), p.k_stride[2], p.S - tail, blocks.width(last), p.D, ends + w * COLUMNS * p.D);
     };
-    share(n * blocks.columns, [&](const auto &next) {
-      for (Index job; (job = next()) >= 0;) {
+    share(n * blocks.columns, [&](Shift &shift) {
+      for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job / blocks.columns, c = job % blocks.columns, b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
         transpose(values + w * keys * p.Dv + c * COLUMNS * p.Dv, blocks.width(c), at_token<Number>(p.v, p.v_stride, b, kv, c * COLUMNS),
                   p.v_stride[2], blocks.column_stop(c) - c * COLUMNS, p.Dv);
         if (c == last) end_of(w);
       }
     });
-    share(blocks.rows * group * n, [&](const auto &next) {
+    share(blocks.rows * group * n, [&](Shift &shift) {
       Buffer<float> scores(COLUMNS * PITCH), mean(p.Dv * PITCH), top(ROWS), total(ROWS), decay(ROWS);
       Buffer<Number> queries(round_up(p.D, 2) * PITCH), weights(Format::PAIR == 2 ? COLUMNS * PITCH : 0);
       std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
-      for (Index job; (job = next()) >= 0;) {
+      for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job % n, g = job / n % group, x = blocks.rows - 1 - job / (n * group); // the longest rows first
         const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv, h = kv * group + g;
         const Index t0 = x * ROWS, m = blocks.row_stop(x) - t0, columns = round_up(m, LINE);
@@ -646,8 +667,8 @@ void backward(const Problem &p, const Format &format) {
     const Index n = std::min(wave, p.B * p.Hkv - first);
     for (auto &turn : turns) turn = 0;
     for (auto &turn : lines) turn = 0;
-    share(n * blocks.columns, [&](const auto &next) {
-      for (Index job; (job = next()) >= 0;) {
+    share(n * blocks.columns, [&](Shift &shift) {
+      for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job / blocks.columns, c = job % blocks.columns, b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
         const Index rows = blocks.width(c), filled = blocks.column_stop(c) - c * COLUMNS;
         const Number *k = at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS);
@@ -670,14 +691,14 @@ void backward(const Problem &p, const Format &format) {
         const Interval seen = blocks.seen((first + w) / p.Hkv, x);
         for (Index c = seen.first; c < seen.stop; c++) latest[w * blocks.columns + c] = x;
       }
-    share(blocks.rows * group * n, [&](const auto &next) {
+    share(blocks.rows * group * n, [&](Shift &shift) {
       Buffer<float> scores(COLUMNS * PITCH), products(COLUMNS * PITCH), d_query(p.D * PITCH), norm(ROWS), delta(ROWS), d_inverse(ROWS);
       Buffer<Number> queries(p.D * PITCH), grads(p.Dv * PITCH), by_row(ROWS * wide);
       Buffer<Number> weights(pairs ? COLUMNS * PITCH : 0), gradient(pairs ? COLUMNS * PITCH : 0), packed(pairs ? COLUMNS * PITCH : 0);
       std::vector<float> line(p.d_line ? p.line_length : p.psi ? p.S + 2 * p.pad : 0);
       std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
       std::unique_ptr<Diagonals> diagonals(p.d_line || p.d_psi ? new Diagonals : nullptr);
-      for (Index job; (job = next()) >= 0;) {
+      for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job % n, g = job / n % group, x = blocks.rows - 1 - job / (n * group);
         const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv, h = kv * group + g;
         const Index t0 = x * ROWS, m = blocks.row_stop(x) - t0, columns = round_up(m, LINE), along = (b * p.H + h) * p.T + t0;
@@ -721,7 +742,7 @@ void backward(const Problem &p, const Format &format) {
           format.multiply(p.D, columns, tile.rows, turned + (w * keys + c * COLUMNS) * p.D, tile.rows, d_packed, PITCH, d_query, PITCH, c > seen.first);
           float *d_key = sums + w * keys * wide + c * COLUMNS * D, *d_value = sums + w * keys * wide + keys * D + c * COLUMNS * Dv;
           std::atomic<Index> &turn = turns[w * blocks.columns + c];
-          await(turn, (latest[w * blocks.columns + c] - x) * group + g);
+          shift.await(turn, (latest[w * blocks.columns + c] - x) * group + g);
           format.multiply(tile.rows, Dv, columns, lowered, PITCH, grad_rows, Dv, d_value, Dv, true);
           format.multiply(tile.rows, D, columns, d_lowered, PITCH, query_rows, D, d_key, D, true);
           turn.fetch_add(1, std::memory_order_release);
@@ -734,7 +755,7 @@ void backward(const Problem &p, const Format &format) {
         if (p.d_inverse)
           for (Index t = 0; t < m; t++) p.d_inverse[along + t] = d_inverse[t];
         if (!line.empty()) {
-          await(lines[w * group + g], blocks.rows - 1 - x);
+          shift.await(lines[w * group + g], blocks.rows - 1 - x);
           float *to = (p.d_line ? p.d_line : p.d_psi) + (b * p.H + h) * Index(line.size());
           for (size_t i = 0; i < line.size(); i++) to[i] += line[i];
           if (p.d_pieces) {
@@ -746,8 +767,8 @@ void backward(const Problem &p, const Format &format) {
       }
       format.release();
     });
-    share(n * blocks.columns, [&](const auto &next) {
-      for (Index job; (job = next()) >= 0;) {
+    share(n * blocks.columns, [&](Shift &shift) {
+      for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job / blocks.columns, c = job % blocks.columns, b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
         const float *d_key = sums + w * keys * wide, *d_value = d_key + keys * D;
         for (Index j = c * COLUMNS; j < blocks.column_stop(c); j++) {

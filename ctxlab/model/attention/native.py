@@ -34,7 +34,10 @@ FEWEST_QUERIES = 16
 """Under `auto`, fewer go to torch: a block of queries is computed whole."""
 
 PAYS_FROM = 1e13
-"""Operations of a training from which on `auto` builds the kernel: a minute or two on two cores, against ten seconds of compiling."""
+"""Operations of a training from which on `auto` builds the kernel: minutes on two cores, against ten seconds of compiling."""
+
+OPERATIONS_PER_SECOND = 1e11
+"""What a machine of two cores does, to tell whether a run of so many seconds is worth it."""
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -55,11 +58,10 @@ def native_attention(
     Softmax weights and their gradients are rounded to the operands' dtype where they are multiplied, everything else is
     fp32. The same inputs give the same bits on any number of threads.
     """
-    D, width = q.shape[3], v.shape[3]
+    width = v.shape[3]
     if q.dtype == torch.bfloat16:  # numbers go to the products in pairs
         q, k, v = (torch.nn.functional.pad(x, (0, 1)) if x.shape[3] % 2 else x for x in (q, k, v))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    del D
     tensors = () if bias is None else bias.tensors
     with torch.autocast("cpu", enabled=False):
         out, lse = _Native.apply(q, k, v, scale, causal, bias, lengths, visible, *tensors)
@@ -68,16 +70,29 @@ def native_attention(
 
 def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
     """Whether the native kernel computes this call. Raises ConfigError where `native` is asked for and cannot."""
-    if kernel == "torch":
-        return False
-    problem = _unsuited(q, scale, bias)
+    problem = None if kernel == "torch" else _unsuited(q, scale, bias)
     if kernel == "native":
-        if problem is None:
-            library()
-        else:
+        if problem is not None:
             raise ConfigError(f"attention.kernel: native cannot compute {problem}; use auto or torch")
-        return True
-    return problem is None and q.shape[2] >= FEWEST_QUERIES and _loaded() is not None
+        library()
+    native = kernel == "native" or (
+        kernel == "auto" and problem is None and q.shape[2] >= FEWEST_QUERIES and _loaded() is not None
+    )
+    if q.device.type == "cpu":
+        _ran.add("native" if native else "torch")
+    return native
+
+
+_ran: set[str] = set()
+
+
+def ran() -> str:
+    """What computed softmax attention on the CPU since `forget`: `native`, `torch`, `native and torch`, or nothing."""
+    return " and ".join(sorted(_ran))
+
+
+def forget() -> None:
+    _ran.clear()
 
 
 def _unsuited(q: Tensor, scale: float, bias: Bias | None) -> str | None:
@@ -237,23 +252,21 @@ def is_built() -> bool:
     return sys.platform == "linux" and _file().exists()
 
 
-def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> str:
-    """Builds the kernel if a run of so many operations on the CPU is worth it: `native`, or `torch` where it will not run.
+def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> None:
+    """Builds the kernel if it is not there and is asked for, or if under `auto` a run of so many operations is worth it.
 
-    `auto` builds where the run has PAYS_FROM operations or more. Raises ConfigError where `native` cannot be.
+    `say` hears that it is built, or why a run that would be worth it goes without. Raises ConfigError where `native` cannot be.
     """
-    if kernel == "torch":
-        return "torch"
-    if not is_built() and (kernel == "native" or operations >= PAYS_FROM):
-        reason = why_not()
-        if reason is None:
-            say("building the native attention kernel, once, about ten seconds")
-            reason = _build()
-        if reason is not None:
-            if kernel == "native":
-                raise ConfigError(f"attention.kernel: no native kernel: {reason}; use auto or torch")
-            say(f"attention runs in torch, without the native kernel: {reason}")
-    return "native" if is_built() and _loaded() is not None else "torch"
+    if kernel == "torch" or is_built() or (kernel == "auto" and operations < PAYS_FROM):
+        return
+    reason = why_not()
+    if reason is None:
+        say("building the native attention kernel, once, about ten seconds")
+        reason = _build()
+    if reason is not None and kernel == "native":
+        raise ConfigError(f"attention.kernel: no native kernel: {reason}; use auto or torch")
+    if reason is not None:
+        say(f"attention runs in torch, without the native kernel: {reason}")
 
 
 def library() -> ctypes.CDLL:

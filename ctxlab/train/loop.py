@@ -133,7 +133,6 @@ def fit(
         require_compiler(device)
         model.compile_blocks()
 
-    _prepare_attention(settings, budget, vocab_size, device, console)
     launched = _lightning(device, config, precision)
     budget, stream = plan(
         settings,
@@ -143,6 +142,7 @@ def fit(
         rank=launched.global_rank,
         in_order=model.carries,
     )
+    _prepare_attention(settings, budget, vocab_size, device, console)
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
     module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
     if saved:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ctxlab.errors import ConfigError
 from ctxlab.model.attention.bias import Bias, Compilable, Compiled, Span
@@ -42,6 +43,7 @@ OPERATIONS_PER_SECOND = 1e11
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+@_disable_dynamo
 def native_attention(
     q: Tensor,
     k: Tensor,
@@ -68,6 +70,7 @@ def native_attention(
     return (out if out.shape[3] == width else out[..., :width]), lse
 
 
+@_disable_dynamo
 def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
     """Whether the native kernel computes this call. Raises ConfigError where `native` is asked for and cannot."""
     problem = None if kernel == "torch" else _unsuited(q, scale, bias)

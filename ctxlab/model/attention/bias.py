@@ -192,7 +192,7 @@ class Toeplitz:
         own = slice(lowest - self.first, lowest - self.first + n)  # of the values that stand on the line
         constant = None if tail is None else values[:, tail - self.first].float()
         line = values[:, own].float() if constant is None else values[:, own].float() - constant[:, None]
-        line = torch.nn.functional.pad(line * LOG2_E, (pad, pad)).contiguous()  # (H, L)
+        line = torch.nn.functional.pad(line, (pad, pad)).contiguous()  # (H, L)
 
         def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
             grad = torch.zeros_like(values, dtype=torch.float32)

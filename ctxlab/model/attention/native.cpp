@@ -4,11 +4,11 @@
 // row, a bias of the distance i - j is a contiguous piece of one line, and no weight is ever transposed: with K, V the
 // keys and values of a block, Q, G the queries and the gradients of the output,
 //
-//     forward   S' = K Q'     P' = 2^(S' - max)     out' += V' P'
-//     backward  S' = K Q'     P' = 2^(S' - lse)     A' = V G'     dS' = P' (A' - delta)
+//     forward   S' = K Q'     P' = exp(S' - max)     out' += V' P'
+//     backward  S' = K Q'     P' = exp(S' - lse)     A' = V G'     dS' = P' (A' - delta)
 //               dV += P' G    dK += dS' Q           dQ' += K' dS'
 //
-// Scores, sums and gradients over tiles are fp32; scores are in units of ln 2. Every product is C = A B with A as it lies
+// Scores, sums and gradients over tiles are fp32. Every product is C = A B with A as it lies
 // in memory and B packed once a block: for bf16 two rows to a word, as the processors' dot products want them.
 //
 // Which keys a query at position i sees is an interval [low(i), high(i)), both ends growing with i; tiles outside are not
@@ -69,7 +69,7 @@ struct Problem {
   int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   const int64_t *low, *high; // (T) each: the keys that a query sees
   const int64_t *lengths;    // (B), or null: keys from there on are padding
-  // The bias of the distance alone, or null: line (H or 1, length), in units of ln 2, begins at distance `first`.
+  // The bias of the distance alone, or null: line (H or 1, length) begins at distance `first`.
   const float *line;
   int64_t line_heads, line_length, line_first;
   int64_t tail;              // from this distance on the line is 0
@@ -96,19 +96,19 @@ namespace {
 
 inline float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
 
-// 2^x to 2e-8 for x <= 127: exactly 0 below -126, where a hidden score is. A polynomial in the fraction, least squares in
-// the relative error on [-1/2, 1/2].
-inline Floats power_of_2(Floats x) {
-  const Floats least(-126.f);
+// e^x to a unit in the last place for x <= 88: exactly 0 below -87, where a hidden score is. x = n ln 2 + f, ln 2 in two
+// parts, and a polynomial in f, least in the largest relative error on [-ln 2 / 2, ln 2 / 2].
+inline Floats exponential(Floats x) {
+  const Floats least(-87.f);
   const Floats above = at::vec::maximum(x, least);
-  const Floats whole = above.round();
-  const Floats f = above - whole;
-  Floats p(0.00015345810970757157f);
-  p = at::vec::fmadd(p, f, Floats(0.0013399930903688073f));
-  p = at::vec::fmadd(p, f, Floats(0.009618489071726799f));
-  p = at::vec::fmadd(p, f, Floats(0.05550328642129898f));
-  p = at::vec::fmadd(p, f, Floats(0.24022646248340607f));
-  p = at::vec::fmadd(p, f, Floats(0.6931471824645996f));
+  const Floats whole = (above * Floats(LOG2_E)).round();
+  const Floats f = at::vec::fmadd(whole, Floats(-1.42860682030941723e-6f), at::vec::fmadd(whole, Floats(-0.693145751953125f), above));
+  Floats p(0.001381461275741458f);
+  p = at::vec::fmadd(p, f, Floats(0.008368710055947304f));
+  p = at::vec::fmadd(p, f, Floats(0.04166838899254799f));
+  p = at::vec::fmadd(p, f, Floats(0.1666652113199234f));
+  p = at::vec::fmadd(p, f, Floats(0.4999999403953552f));
+  p = at::vec::fmadd(p, f, Floats(1.f));
   p = at::vec::fmadd(p, f, Floats(1.f));
   const Words exponent = at::vec::convert_to_int_of_same_size(whole) << Words(23);
   const Floats power = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
@@ -413,7 +413,7 @@ class Piecewise {
           Floats sum = at::vec::fmadd(Floats(line[1]), u, Floats(line[0]));
           for (Index k = passed; k < stop; k++)
             sum = at::vec::fmadd(Floats(bends[k]), at::vec::maximum(u - Floats(p.knots[k]), Floats(0.f)), sum);
-          (sum * Floats(LOG2_E)).store(bias_ + j * PITCH + t);
+          sum.store(bias_ + j * PITCH + t);
         }
     });
     tile.at = bias_, tile.step = PITCH;
@@ -527,7 +527,7 @@ bool soften(const Tile &tile, float scale, float *scores, uint32_t *packed, floa
       other = at::vec::maximum(other, r);
     }
     most = at::vec::maximum(most, other);
-    const Floats shrink = power_of_2(before - most);
+    const Floats shrink = exponential(before - most);
     Floats sum(0.f), sums(0.f);
     for (Index j = 0; j < tile.rows; j += 2) {
       Floats s = Floats::loadu(scores + j * PITCH + t) * factor, r = Floats::loadu(scores + (j + 1) * PITCH + t) * factor;
@@ -535,8 +535,8 @@ bool soften(const Tile &tile, float scale, float *scores, uint32_t *packed, floa
         s = s + Floats::loadu(tile.at + j * tile.step + t);
         r = r + Floats::loadu(tile.at + (j + 1) * tile.step + t);
       }
-      s = power_of_2(s - most);
-      r = power_of_2(r - most);
+      s = exponential(s - most);
+      r = exponential(r - most);
       sum = sum + s;
       sums = sums + r;
       if constexpr (paired_rows) {
@@ -561,7 +561,6 @@ void forward(const Problem &p, const Format &format) {
   const Index keys = round_up(p.S, GRAIN), last = blocks.columns - 1;
   const Index tail = last * COLUMNS; // the first key of the last block, which is rounded up
   const Index group = p.H / p.Hkv, wave = heads_together(p, keys * p.Dv * Index(sizeof(Number)) / 4);
-  const float scale = p.scale * LOG2_E;
   Buffer<Number> values(wave * keys * p.Dv), ends(wave * COLUMNS * p.D);
   for (Index first = 0; first < p.B * p.Hkv; first += wave) {
     const Index n = std::min(wave, p.B * p.Hkv - first);
@@ -597,8 +596,8 @@ void forward(const Problem &p, const Format &format) {
           if (!blocks.whole(b, x, c)) blocks.hide(scores, b, x, c);
           uint32_t *packed = reinterpret_cast<uint32_t *>(static_cast<Number *>(weights));
           constexpr bool pairs = Format::PAIR == 2;
-          const bool shrinks = tile.at ? soften<true, pairs>(tile, scale, scores, packed, top, total, decay)
-                                       : soften<false, pairs>(tile, scale, scores, packed, top, total, decay);
+          const bool shrinks = tile.at ? soften<true, pairs>(tile, p.scale, scores, packed, top, total, decay)
+                                       : soften<false, pairs>(tile, p.scale, scores, packed, top, total, decay);
           const bool adds = c > seen.first;
           if (adds && shrinks)
             for (Index d = 0; d < p.Dv; d++)
@@ -613,7 +612,7 @@ void forward(const Problem &p, const Format &format) {
           Number *out = at_token<Number>(p.out, p.out_stride, b, h, t0 + t);
           const float share_of = any ? 1.f / total[t] : 0.f;
           for (Index d = 0; d < p.Dv; d++) out[d] = static_cast<Number>(any ? mean[d * PITCH + t] * share_of : 0.f);
-          p.lse[(b * p.H + h) * p.T + t0 + t] = any ? (top[t] + std::log2(total[t])) / LOG2_E : HIDDEN;
+          p.lse[(b * p.H + h) * p.T + t0 + t] = any ? top[t] + std::log(total[t]) : HIDDEN;
         }
       }
       format.release();
@@ -631,7 +630,7 @@ void differentiate(const Tile &tile, float scale, float *scores, float *products
   const auto at = [&](Index j, Index t) {
     Floats s = at::vec::fmadd(Floats::loadu(scores + j * PITCH + t), factor, Floats(0.f) - Floats::loadu(lse + t));
     if constexpr (biased) s = s + Floats::loadu(tile.at + j * tile.step + t);
-    const Floats weight = power_of_2(s);
+    const Floats weight = exponential(s);
     weight.store(scores + j * PITCH + t);
     const Floats ds = weight * (Floats::loadu(products + j * PITCH + t) - Floats::loadu(delta + t));
     ds.store(products + j * PITCH + t);
@@ -659,7 +658,6 @@ void backward(const Problem &p, const Format &format) {
   const bool rounded = blocks.width(last) != p.S - tail;
   const Index group = p.H / p.Hkv, D = format.rounded(p.D), Dv = format.rounded(p.Dv), wide = D + Dv;
   const Index wave = heads_together(p, keys * (wide + p.D * Index(sizeof(Number)) / 4));
-  const float scale = p.scale * LOG2_E;
   Buffer<float> sums(wave * keys * wide); // of dK, then of dV, for each head
   Buffer<Number> turned(wave * keys * p.D), ends(wave * COLUMNS * wide);
   std::vector<std::atomic<Index>> turns(wave * blocks.columns), lines(wave * group);
@@ -716,7 +714,7 @@ void backward(const Problem &p, const Format &format) {
           float sum = 0.f;
           for (Index d = 0; d < p.Dv; d++) sum += static_cast<float>(out[d]) * static_cast<float>(of[d]);
           delta[t] = sum - (p.grad_lse ? p.grad_lse[along + t] : 0.f);
-          if (p.lse[along + t] != HIDDEN) norm[t] = p.lse[along + t] * LOG2_E;
+          if (p.lse[along + t] != HIDDEN) norm[t] = p.lse[along + t];
         }
         if (!line.empty()) std::fill(line.begin(), line.end(), 0.f);
         if (piecewise) std::fill(piecewise->sums().begin(), piecewise->sums().end(), 0.0);
@@ -735,7 +733,7 @@ void backward(const Problem &p, const Format &format) {
           if constexpr (!pairs) lowered = scores, d_lowered = products, d_packed = products;
           uint32_t *words = reinterpret_cast<uint32_t *>(static_cast<Number *>(packed));
           (tile.at ? differentiate<true, Number> : differentiate<false, Number>)(
-              tile, scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr);
+              tile, p.scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr);
           if (p.d_psi) piecewise->collect(tile, products, *diagonals, d_inverse);
           if (learns) diagonals->take(line.data() + tile.distance - p.line_first, tile.rows, columns);
           if (p.d_psi) diagonals->take(line.data() + tile.distance + p.pad, tile.rows, columns);

@@ -30,7 +30,9 @@ cases = pytest.mark.parametrize(("position", "attention", "settings"), CASES)
 def pair(position: str, attention: str, settings: dict[str, Any]) -> tuple[Transformer, Transformer]:
     """The same model twice: `auto` in fp32, and torch in float64."""
     models = [
-        build(position, context=T, attention=ATTENTIONS.get(attention).Config(name=attention, kernel=kernel, **settings))
+        build(
+            position, context=T, attention=ATTENTIONS.get(attention).Config(name=attention, kernel=kernel, **settings)
+        )
         for kernel in ("auto", "torch")
     ]
     return models[0], models[1].double()

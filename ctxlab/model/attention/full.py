@@ -18,8 +18,9 @@ from ctxlab.model.config import ModelConfig
 class Full(Attention):
     """Vaswani et al. 2017, arXiv:1706.03762, eq. 1, with key-value heads shared by groups of queries (arXiv:2305.13245).
 
-    Without a bias it runs in torch's fused kernel, with one in the blockwise function, both in the native kernel where that
-    is faster: in memory linear in the context either way. Causal attention needs no `lengths`: padding stands at the right end, where no real query looks.
+    Without a bias it runs in torch's fused kernel, with one in the blockwise function, on CPU both in the native kernel
+    where that is faster: in memory linear in the context. Causal attention needs no `lengths`: padding stands at the right
+    end, where no real query looks.
     """
 
     class Config(Attention.Config):

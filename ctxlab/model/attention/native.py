@@ -155,7 +155,9 @@ class _Native(torch.autograd.Function):
         dq, dk, dv = (_by_token(x, x.shape[2], x.shape[3]) for x in (q, k, v))
         shapes = compiled.gradient_shapes if learned else {}
         found = {
-            name: torch.zeros(q.shape[0], q.shape[1], *shape, dtype=torch.float64 if name == "d_pieces" else torch.float32)
+            name: torch.zeros(
+                q.shape[0], q.shape[1], *shape, dtype=torch.float64 if name == "d_pieces" else torch.float32
+            )
             for name, shape in shapes.items()
         }
         _run(
@@ -307,7 +309,14 @@ def _padding() -> int:
 @functools.cache
 def _key() -> str:
     """All that the compiled code depends on: its source, torch's headers and the processor's instructions."""
-    said = (SOURCE.read_bytes(), torch.__version__, _flags(), _instructions(), platform.machine(), sysconfig.get_platform())
+    said = (
+        SOURCE.read_bytes(),
+        torch.__version__,
+        _flags(),
+        _instructions(),
+        platform.machine(),
+        sysconfig.get_platform(),
+    )
     return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
 
 
@@ -316,7 +325,10 @@ def _instructions() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((" ".join(sorted(line.split(":", 1)[1].split())) for line in lines if line.startswith(("flags", "Features"))), "")
+    return next(
+        (" ".join(sorted(line.split(":", 1)[1].split())) for line in lines if line.startswith(("flags", "Features"))),
+        "",
+    )
 
 
 def _file() -> Path:

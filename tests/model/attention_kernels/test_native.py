@@ -202,7 +202,8 @@ def test_the_future_has_no_influence_at_all(dtype: torch.dtype) -> None:
     for x in changed:
         x[:, :, 97:] = 1e6
     before, after = (
-        native_attention(q, *x, scale=0.5, causal=True, bias=None, lengths=None, visible=None) for x in ((k, v), changed)
+        native_attention(q, *x, scale=0.5, causal=True, bias=None, lengths=None, visible=None)
+        for x in ((k, v), changed)
     )
     for one, other in zip(before, after):
         assert torch.equal(one[:, :, :97], other[:, :, :97])

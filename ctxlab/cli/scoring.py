@@ -37,6 +37,7 @@ from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
+from ctxlab.train.loop import chosen_policy
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.precision import Precision
 
@@ -223,7 +224,7 @@ def step_point(config: Any, *, vocab_size: int, precision: Precision, device: to
         context=config.context,
         precision=precision,
         device=device.type,
-        recompute=config.trainer.recompute,
+        recompute=chosen_policy(config, vocab_size, precision, device),
         loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
 

@@ -15,6 +15,7 @@ from ctxlab.model.config import SizesConfig
 from ctxlab.model.loss import chunk_for, token_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import Recompute, RecomputeSetting
 from ctxlab.registry import Registry
 
 Segments = Sequence[Sequence[int]]
@@ -61,11 +62,11 @@ class Model(nn.Module):
         self.config: Any = config
         self.vocab_size = vocab_size
         self.context = context
-        self.recompute = False  # whether backward computes each block's activations again instead of keeping them
+        self.recompute: Recompute = "none"  # what backward computes again instead of keeping it
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
 
     @classmethod
-    def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: bool) -> None:
+    def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: RecomputeSetting) -> None:
         """Raises IncompatibleError where a model of these settings cannot be trained in this way."""
 
     @classmethod

@@ -11,6 +11,7 @@ projections behind it share one cast.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from ctxlab.model.config import ModelConfig
 from ctxlab.model.elementwise import rms_norm, swiglu
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import RecomputeSetting, remade
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,20 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "swiglu":
-            return self.down(swiglu(self.gate(x), self.up(x)))
-        return self.down(F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+    def forward(self, x: Tensor, remakes: bool = False) -> Tensor:
+        """`remakes`: what the last matrix reads is not kept for the backward pass but made again from what is."""
+        up = self.up(x)
+        gate = self.gate(x) if self.activation == "swiglu" else None
+        inner = self._activated(gate, up)
+        if not remakes:
+            return self.down(inner)
+        with remade(inner, lambda: self._activated(gate, up)):
+            return self.down(inner)
+
+    def _activated(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is not None:
+            return swiglu(gate, up)
+        return F.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
 
 class SelfAttention(nn.Module):
@@ -163,14 +175,28 @@ class Block(nn.Module):
         self.dropout = _dropout(config)
 
     def forward(
-        self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None, past: Tensor | None = None
+        self,
+        x: Tensor,
+        position: Position,
+        frame: Frame,
+        cache: LayerCache | None,
+        past: Tensor | None = None,
+        remakes: bool = False,
     ) -> Tensor:
-        """x (B,T,d) on to the next block; past (B,n,d): what this block's inputs were at the n tokens before."""
+        """x (B,T,d) on to the next block; past (B,n,d): what this block's inputs were at the n tokens before.
+
+        `remakes`: backward makes outputs of norms and of the activation function again, which are then not kept.
+        """
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
         normed = self.attention_norm(seen, frame.dtype)
-        attended = self.attention(normed, position, frame, cache, 0 if past is None else past.shape[1])
-        x = x + self.dropout(attended)
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x, frame.dtype)))
+        with remade(normed, lambda: self.attention_norm(seen, frame.dtype)) if remakes else nullcontext():
+            attended = self.attention(normed, position, frame, cache, 0 if past is None else past.shape[1])
+        del normed
+        y = x + self.dropout(attended)
+        normed = self.feed_forward_norm(y, frame.dtype)
+        with remade(normed, lambda: self.feed_forward_norm(y, frame.dtype)) if remakes else nullcontext():
+            mapped = self.feed_forward(normed, remakes)
+        return y + self.dropout(mapped)
 
 
 @ARCHITECTURES.register("decoder")
@@ -269,11 +295,19 @@ class Transformer(Model):
             if inputs is not None:
                 inputs.append(x.detach())
             before = None if past is None else past[layer]
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "block" and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.position, frame, None, before, use_reentrant=False)
             else:
-                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before)
+                remakes = self.recompute == "selective" and torch.is_grad_enabled()
+                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before, remakes)
         return self.norm(x, frame.dtype)
+
+    @classmethod
+    def check_training(cls, config: ModelConfig, *, packed: bool, compiled: bool, recompute: RecomputeSetting) -> None:
+        if compiled and recompute in ("selective", "auto"):
+            raise IncompatibleError(
+                "trainer.recompute: a compiled block (trainer.compile) is made again whole or not at all; use block or none"
+            )
 
     @classmethod
     def carrying(cls, config: ModelConfig, attention: Attention.Config) -> str:

@@ -21,6 +21,7 @@ from ctxlab.errors import RunError
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.remake import Recompute
 from ctxlab.profiling import READY
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig, Registry
@@ -53,7 +54,7 @@ class Point:
     context: int
     precision: str
     device: str
-    recompute: bool = False
+    recompute: Recompute = "none"
     loss_chunk: int | None = None
     memory_limit: int | None = None
     enough_seconds: float = 3.0

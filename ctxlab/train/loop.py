@@ -25,9 +25,10 @@ from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model
 from ctxlab.model.config import SizesConfig
-from ctxlab.model.count import activation_bytes
+from ctxlab.model.count import activation_bytes, chosen_recompute
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.train.answers import TaskValidation
 from ctxlab.train.budget import Budget, plan_budget
@@ -107,7 +108,7 @@ def fit(
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
     model = build_model(parts, vocab_size=vocab_size, context=settings.context)
-    model.recompute = config.recompute
+    model.recompute = chosen_policy(settings, vocab_size, precision, device)
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:
         load_into(model, load_weights(saved), "resume")
@@ -173,10 +174,26 @@ def fit(
         rank=launched.global_rank,
         resolved={
             "micro_rows": {str(stage.context): stage.micro_rows for stage in budget.stages},
+            "recompute": model.recompute,
             "n_steps": budget.n_steps if budget.bounded else module.step,
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
         },
+    )
+
+
+def chosen_policy(settings: Any, vocab_size: int, precision: Precision, device: torch.device) -> Recompute:
+    """What `trainer.recompute` is on this machine: `auto` takes the cheapest policy with which one row fits."""
+    return chosen_recompute(
+        settings.trainer.recompute,
+        settings.model,
+        settings.position,
+        settings.attention,
+        vocab_size=vocab_size,
+        context=settings.context,
+        precision=precision,
+        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
+        memory=ACTIVATION_SHARE * total_memory_bytes(device),
     )
 
 
@@ -192,7 +209,7 @@ def fitting_rows(
         rows=1,
         vocab_size=vocab_size,
         precision=precision,
-        recompute=settings.trainer.recompute,
+        recompute=chosen_policy(settings, vocab_size, precision, device),
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
     )
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))

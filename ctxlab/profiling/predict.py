@@ -1,0 +1,113 @@
+"""What a training step will hold in memory and how long it will take, said without running it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ctxlab.model import count
+from ctxlab.model.base import read_parts
+from ctxlab.profiling.measure import Point
+from ctxlab.profiling.trace import KINDS, trace_step
+
+LINE = (2048, 4096)
+"""Contexts beyond the second of which memory is continued as a line through both: no scheme or mechanism holds more."""
+
+PROCESS_BYTES = 15 * 2**20
+"""What a first step brings into a process besides tensors, on a CPU: code of kernels, their scratch, small blocks of the heap.
+
+Set by hand from twelve points at contexts of 384, 1,536, 3,072 and 6,144 tokens, before anything else was measured.
+"""
+
+
+ROOM = 0.03
+"""Share of a prediction that has to be free besides, where a context is said to fit: what predictions may be short by."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak bytes of a step over the idle process, split by what they are for, and how they were found."""
+
+    context: int
+    split: Mapping[str, float]  # of KINDS, and `process`
+    way: str  # "traced", "traced to 4k, then a line", or "closed form"
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.split.values())
+
+
+class Predictor:
+    """Predicts steps that differ from `point` in their context only. Traces are kept for the life of the object."""
+
+    def __init__(self, point: Point) -> None:
+        self.point = point
+        self.kinds = functools.cache(self._kinds)
+
+    def memory(self, context: int) -> Prediction:
+        """Bytes of one step at batch 1.
+
+        Of a component that no fake tensor gets through, the closed form beside the model.
+        """
+        process = PROCESS_BYTES if self.point.device == "cpu" else 0
+        try:
+            if context <= LINE[-1]:
+                return Prediction(context, {**self.kinds(context), "process": process}, "traced")
+            near, far = (self.kinds(length) for length in LINE)
+        except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
+            return Prediction(context, {**self._closed(context), "process": process}, "closed form")
+        share = (context - LINE[0]) / (LINE[1] - LINE[0])
+        split = {kind: max(0.0, near[kind] + share * (far[kind] - near[kind])) for kind in KINDS}
+        return Prediction(context, {**split, "process": process}, "a line through traces at 2k and 4k")
+
+    def fits(self, context: int, memory: float) -> bool:
+        """Whether a step is predicted to fit, with ROOM."""
+        return self.memory(context).bytes * (1 + ROOM) <= memory
+
+    def longest(self, memory: float) -> int:
+        """The longest context, in whole multiples of 64 tokens, whose step, with ROOM, is predicted to fit `memory` bytes.
+
+        0 where not even 64 tokens fit.
+        """
+        low, high = 0, 64
+        while self.fits(high, memory):
+            low, high = high, 2 * high
+            if high > 2**40:
+                break
+        while high - low > 64:
+            middle = (low + high) // 128 * 64
+            if self.fits(middle, memory):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def rows(self, context: int, memory: float) -> int:
+        """How many rows of `context` tokens fit at once: what one row adds is taken to be what its own tokens add.
+
+        0 where one does not.
+        """
+        if not self.fits(context, memory):
+            return 0
+        one = self.memory(context)
+        standing = sum(one.split[kind] for kind in ("weights", "gradients", "optimizer", "process"))
+        return max(1, int((memory / (1 + ROOM) - standing) / (one.bytes - standing)))
+
+    def _kinds(self, context: int) -> Mapping[str, int]:
+        return trace_step(replace(self.point, context=context))
+
+    def _closed(self, context: int) -> dict[str, float]:
+        parts = read_parts(self.point.__dict__)
+        weights = 4 * count.parameters(*parts, vocab_size=self.point.vocab_size, context=context).total
+        activations = count.activation_bytes(
+            *parts,
+            vocab_size=self.point.vocab_size,
+            context=context,
+            precision=self.point.precision,  # type: ignore[arg-type]
+            recompute=self.point.recompute,
+            loss_chunk=self.point.loss_chunk,
+        )
+        states = 2 if self.point.optim["name"] == "adamw" else 1
+        found = {"weights": weights, "gradients": weights, "optimizer": states * weights, "activations": activations}
+        return {kind: float(found.get(kind, 0)) for kind in KINDS}

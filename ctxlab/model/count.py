@@ -102,11 +102,12 @@ def activation_bytes(
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
 
-    What the blocks keep for the backward pass (all of it; without outputs of norms and of the activation function where
-    `recompute` is selective; each block's input and one whole block where it is block), what stands around them, and the largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is
-    bf16, the copies of the weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the
-    operations of this model: attention that keeps no scores, and an activation function that keeps its inputs only. A row of
-    a model with recurrent attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
+    What the blocks keep for the backward pass (all of it; without the outputs of norms and of the activation function where
+    `recompute` is selective; each block's input and one whole block where it is block), what stands around them, and the
+    largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is bf16, the copies of the
+    weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the operations of this model:
+    attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
+    attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
     An LSTM: `_recurrent_activations`.
     """
     tokens = rows * context

@@ -1,7 +1,7 @@
 """Memory of a training step: predicted and measured, for a budget, and with and without the matrix of scores.
 
     python experiments/memory_scaling/memory_scaling.py            prediction against measurement
-    python experiments/memory_scaling/memory_scaling.py budget     the longest context that is predicted to fit, and 1.1 times that
+    python experiments/memory_scaling/memory_scaling.py budget     the longest context that should fit, and 1.1 times that
     python experiments/memory_scaling/memory_scaling.py naive      attention that keeps its scores against attention that does not
 
 Prints a JSON object a line. Words after the first name models (nano, tiny, mini): only those are measured.
@@ -103,7 +103,7 @@ def grid(models: Sequence[str]) -> None:
                 "worst_error": max(large, default=None),
                 "n_small": len(small),
                 "worst_bytes": max(small, default=None),
-            }  # fmt: skip
+            }
         )
     )
 

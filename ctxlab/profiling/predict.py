@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ctxlab.model import count
@@ -11,8 +11,8 @@ from ctxlab.model.base import read_parts
 from ctxlab.profiling.measure import Point
 from ctxlab.profiling.trace import KINDS, trace_step
 
-LINE = (2048, 4096)
-"""Contexts beyond the second of which memory is continued as a line through both: no scheme or mechanism holds more."""
+LINE = (1024, 2048)
+"""Contexts beyond the second of which memory goes on as lines through both: no scheme or mechanism holds more than a line."""
 
 PROCESS_BYTES = 15 * 2**20
 """What a first step brings into a process besides tensors, on a CPU: code of kernels, their scratch, small blocks of the heap.
@@ -31,7 +31,7 @@ class Prediction:
 
     context: int
     split: Mapping[str, float]  # of KINDS, and `process`
-    way: str  # "traced", "traced to 4k, then a line", or "closed form"
+    way: str  # traced, continued from traces, or closed form
 
     @property
     def bytes(self) -> float:
@@ -43,7 +43,7 @@ class Predictor:
 
     def __init__(self, point: Point) -> None:
         self.point = point
-        self.kinds = functools.cache(self._kinds)
+        self.moments = functools.cache(self._moments)
 
     def memory(self, context: int) -> Prediction:
         """Bytes of one step at batch 1.
@@ -53,13 +53,16 @@ class Predictor:
         process = PROCESS_BYTES if self.point.device == "cpu" else 0
         try:
             if context <= LINE[-1]:
-                return Prediction(context, {**self.kinds(context), "process": process}, "traced")
-            near, far = (self.kinds(length) for length in LINE)
+                return Prediction(context, {**_worst(self.moments(context)), "process": process}, "traced")
+            near, far = (self.moments(length) for length in LINE)
         except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
             return Prediction(context, {**self._closed(context), "process": process}, "closed form")
         share = (context - LINE[0]) / (LINE[1] - LINE[0])
-        split = {kind: max(0.0, near[kind] + share * (far[kind] - near[kind])) for kind in KINDS}
-        return Prediction(context, {**split, "process": process}, "a line through traces at 2k and 4k")
+        moments = [
+            {kind: max(0.0, a[kind] + share * (b[kind] - a[kind])) for kind in KINDS}
+            for a, b in zip(near, far, strict=True)
+        ]
+        return Prediction(context, {**_worst(moments), "process": process}, "continued from traces at 1k and 2k")
 
     def fits(self, context: int, memory: float) -> bool:
         """Whether a step is predicted to fit, with ROOM."""
@@ -94,7 +97,7 @@ class Predictor:
         standing = sum(one.split[kind] for kind in ("weights", "gradients", "optimizer", "process"))
         return max(1, int((memory / (1 + ROOM) - standing) / (one.bytes - standing)))
 
-    def _kinds(self, context: int) -> Mapping[str, int]:
+    def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         return trace_step(replace(self.point, context=context))
 
     def _closed(self, context: int) -> dict[str, float]:
@@ -111,3 +114,7 @@ class Predictor:
         states = 2 if self.point.optim["name"] == "adamw" else 1
         found = {"weights": weights, "gradients": weights, "optimizer": states * weights, "activations": activations}
         return {kind: float(found.get(kind, 0)) for kind in KINDS}
+
+
+def _worst(moments: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    return max(moments, key=lambda split: sum(split.values()))

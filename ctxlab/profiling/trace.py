@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ _WARM_UP = 2  # tokens of the step after which the optimizer has its state
 class Live(TorchDispatchMode):
     """Counts the bytes of all storages that operations make while it is on, until each is freed, by what they are for.
 
-    `worst` is the split at the moment when most bytes were alive. Views share a storage and count once. What a kernel sets
+    `moments` are the splits when most bytes were alive, one for each stretch between two calls of `mark`. Views share a storage and count once. What a kernel sets
     aside for itself and returns before it ends is not seen.
     """
 
@@ -36,7 +36,7 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.kind = "weights"
         self.now = dict.fromkeys(KINDS, 0)
-        self.worst = dict(self.now)
+        self.moments: list[dict[str, int]] = []
         self._total = self._most = 0
         self._alive: dict[int, tuple[str, int]] = {}
 
@@ -56,17 +56,18 @@ class Live(TorchDispatchMode):
             self.now[was] -= size
             self.now[kind] += size
 
-    def start_again(self) -> None:
-        """Forgets the worst moment so far."""
-        self._most = 0
+    def mark(self) -> None:
+        """Begins a new stretch."""
+        self._most = self._total
+        self.moments.append(dict(self.now))
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = operation(*args, **(kwargs or {}))
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        if self._total > self._most:
-            self._most, self.worst = self._total, dict(self.now)
+        if self._total > self._most and self.moments:
+            self._most, self.moments[-1] = self._total, dict(self.now)
         return made
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -85,8 +86,11 @@ class Live(TorchDispatchMode):
         self._total -= size
 
 
-def trace_step(point: Point) -> Mapping[str, int]:
-    """Bytes of each of KINDS at the worst moment of a training step of `point`, as a process of it would hold them.
+def trace_step(point: Point) -> list[dict[str, int]]:
+    """Bytes of each of KINDS at the worst moment of every stretch of a training step, as a process of it would hold them.
+
+    A stretch ends where the gradient of a parameter is complete: the same ones at every context, in the same order. Within one,
+    bytes grow as a line, so that the whole is the largest of some lines.
 
     The model, the loss and the optimizer are the real ones, run once over two tokens, so that the optimizer has its state, and
     once over the context, on torch's fake tensors: shapes and lifetimes without memory or arithmetic. Kernels are those of a CPU.
@@ -97,19 +101,27 @@ def trace_step(point: Point) -> Mapping[str, int]:
         model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
         optim = OPTIMIZERS.get(point.optim["name"])(OPTIMIZERS.config(point.optim))
         optimizer = optim.build(model)
+
+        def arrived(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            live.is_now(parameter.grad, "gradients")
+            live.mark()
+
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: live.is_now(p.grad, "gradients"))
+            parameter.register_post_accumulate_grad_hook(arrived)
         memory = model.new_memory(1) if model.carries else None
         if memory is not None:
             memory.held.fill_(memory.capacity)
         carried = 0 if memory is None else memory.capacity
         for length in (min(point.context, max(_WARM_UP, carried)), point.context):
-            live.start_again()
+            live.moments.clear()
+            live.mark()
             with live.counting("temporaries"):
                 tokens = torch.zeros(1, length + 1, dtype=torch.int64)
             with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
                 with live.counting("activations"):
                     hidden = model.hidden(tokens[:, :-1], memory=memory)
+                live.mark()
                 with live.counting("logits"):
                     loss = model.nats(hidden, tokens[:, 1:]).mean()
             with live.counting("temporaries"):
@@ -124,4 +136,4 @@ def trace_step(point: Point) -> Mapping[str, int]:
                             live.is_now(kept, "optimizer")
             optimizer.zero_grad(set_to_none=True)
             del loss
-    return live.worst
+    return live.moments

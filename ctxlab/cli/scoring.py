@@ -38,7 +38,7 @@ from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
 from ctxlab.train.loop import chosen_policy
-from ctxlab.train.memory import peak_memory_bytes
+from ctxlab.train.memory import peak_memory_bytes, total_memory_bytes
 from ctxlab.train.precision import Precision
 
 if TYPE_CHECKING:
@@ -213,8 +213,10 @@ def cost_contexts(config: MeasureConfig, context: int, evaluations: Evaluations 
     return auto_lengths(context)
 
 
-def step_point(config: Any, *, vocab_size: int, precision: Precision, device: torch.device) -> Point:
-    """The training step that a config describes."""
+def step_point(
+    config: Any, *, vocab_size: int, precision: Precision, device: torch.device, memory: int | None = None
+) -> Point:
+    """The training step that a config describes; `memory` is what the device has, where it need not be asked."""
     return Point(
         model=config.model.model_dump(mode="json"),
         position=_plain(config.position),
@@ -224,7 +226,7 @@ def step_point(config: Any, *, vocab_size: int, precision: Precision, device: to
         context=config.context,
         precision=precision,
         device=device.type,
-        recompute=chosen_policy(config, vocab_size, precision, device),
+        recompute=chosen_policy(config, vocab_size, precision, memory or total_memory_bytes(device)),
         loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
 

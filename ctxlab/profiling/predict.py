@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ctxlab.model import count
 from ctxlab.model.base import read_parts
 from ctxlab.profiling.measure import Point
-from ctxlab.profiling.trace import KINDS, trace_step
+from ctxlab.profiling.trace import KINDS, trace_step, trace_update
 
 LINE = (1024, 2048)
 """Contexts beyond the second of which memory goes on as lines through both: no scheme or mechanism holds more than a line."""
@@ -39,10 +39,14 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts steps that differ from `point` in their context only. Traces are kept for the life of the object."""
+    """Predicts steps that differ from `point` in their context only. Traces are kept for the life of the object.
 
-    def __init__(self, point: Point) -> None:
+    `updates` keeps what optimizers hold, for predictors of steps that differ in other ways than their weights.
+    """
+
+    def __init__(self, point: Point, updates: dict[str, tuple[int, dict[str, int]]] | None = None) -> None:
         self.point = point
+        self.updates = {} if updates is None else updates
         self.moments = functools.cache(self._moments)
 
     def memory(self, context: int) -> Prediction:
@@ -98,7 +102,15 @@ class Predictor:
         return max(1, int((memory / (1 + ROOM) - standing) / (one.bytes - standing)))
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
-        return trace_step(replace(self.point, context=context))
+        point = replace(self.point, context=context)
+        shapes = count.parameters(
+            *read_parts(point.__dict__), vocab_size=point.vocab_size, context=context
+        )  # of a learned table those change with the context
+        key = repr((point.model, point.position, point.attention, point.optim, shapes))
+        if key not in self.updates:
+            self.updates[key] = trace_update(point)
+        state, update = self.updates[key]
+        return [*({**split, "optimizer": state} for split in trace_step(point)), update]
 
     def _closed(self, context: int) -> dict[str, float]:
         parts = read_parts(self.point.__dict__)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ctxlab.model.base import build_model, read_parts
+from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.train.optim.base import OPTIMIZERS
 from ctxlab.train.precision import autocast
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries")
 """What bytes are there for: activations are what the forward pass leaves, logits what the loss does, temporaries the rest."""
-_WARM_UP = 2  # tokens of the step after which the optimizer has its state
 
 
 class Live(TorchDispatchMode):
@@ -87,20 +86,17 @@ class Live(TorchDispatchMode):
 
 
 def trace_step(point: Point) -> list[dict[str, int]]:
-    """Bytes of each of KINDS at the worst moment of every stretch of a training step, as a process of it would hold them.
+    """Bytes of each of KINDS at the worst moment of every stretch of a step's two passes, the optimizer's state left out.
 
     A stretch ends where the gradient of a parameter is complete: the same ones at every context, in the same order. Within one,
     bytes grow as a line, so that the whole is the largest of some lines.
 
-    The model, the loss and the optimizer are the real ones, run once over two tokens, so that the optimizer has its state, and
-    once over the context, on torch's fake tensors: shapes and lifetimes without memory or arithmetic. Kernels are those of a CPU.
-    Raises whatever a component raises that asks for numbers, which fake tensors do not have.
+    The model and the loss are the real ones, run once over the context on torch's fake tensors: shapes and lifetimes without
+    memory or arithmetic. Kernels are those of a CPU. Raises whatever a component raises that asks for numbers, which fake
+    tensors do not have.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
-        model = build_model(read_parts(point.__dict__), vocab_size=point.vocab_size, context=point.context)
-        model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
-        optim = OPTIMIZERS.get(point.optim["name"])(OPTIMIZERS.config(point.optim))
-        optimizer = optim.build(model)
+        model = _model(point)
 
         def arrived(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -112,28 +108,44 @@ def trace_step(point: Point) -> list[dict[str, int]]:
         memory = model.new_memory(1) if model.carries else None
         if memory is not None:
             memory.held.fill_(memory.capacity)
-        carried = 0 if memory is None else memory.capacity
-        for length in (min(point.context, max(_WARM_UP, carried)), point.context):
-            live.moments.clear()
+        live.mark()
+        with live.counting("temporaries"):
+            tokens = torch.zeros(1, point.context + 1, dtype=torch.int64)
+        with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
+            with live.counting("activations"):
+                hidden = model.hidden(tokens[:, :-1], memory=memory)
             live.mark()
-            with live.counting("temporaries"):
-                tokens = torch.zeros(1, length + 1, dtype=torch.int64)
-            with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
-                with live.counting("activations"):
-                    hidden = model.hidden(tokens[:, :-1], memory=memory)
-                live.mark()
-                with live.counting("logits"):
-                    loss = model.nats(hidden, tokens[:, 1:]).mean()
-            with live.counting("temporaries"):
-                del hidden
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
-                optimizer.step()
-            for part in getattr(optimizer, "parts", (optimizer,)):
-                for state in part.state.values():
-                    for kept in state.values():
-                        if isinstance(kept, Tensor):
-                            live.is_now(kept, "optimizer")
-            optimizer.zero_grad(set_to_none=True)
-            del loss
+            with live.counting("logits"):
+                loss = model.nats(hidden, tokens[:, 1:]).mean()
+        with live.counting("temporaries"):
+            del hidden
+            loss.backward()
     return live.moments
+
+
+def trace_update(point: Point) -> tuple[int, dict[str, int]]:
+    """Bytes that the optimizer keeps from step to step, and the split at the worst moment of clipping and its step."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+        model = _model(point)
+        optim = OPTIMIZERS.get(point.optim["name"])(OPTIMIZERS.config(point.optim))
+        optimizer = optim.build(model)
+        with live.counting("gradients"):
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        live.kind = "temporaries"
+        optimizer.step()
+        for part in getattr(optimizer, "parts", (optimizer,)):
+            for state in part.state.values():
+                for kept in state.values():
+                    if isinstance(kept, Tensor):
+                        live.is_now(kept, "optimizer")
+        live.mark()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
+        optimizer.step()
+    return live.now["optimizer"], live.moments[-1]
+
+
+def _model(point: Point) -> Model:
+    model = build_model(read_parts(point.__dict__), vocab_size=point.vocab_size, context=point.context)
+    model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
+    return model

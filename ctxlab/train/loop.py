@@ -108,7 +108,7 @@ def fit(
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
     model = build_model(parts, vocab_size=vocab_size, context=settings.context)
-    model.recompute = chosen_policy(settings, vocab_size, precision, device)
+    model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:
         load_into(model, load_weights(saved), "resume")
@@ -182,8 +182,8 @@ def fit(
     )
 
 
-def chosen_policy(settings: Any, vocab_size: int, precision: Precision, device: torch.device) -> Recompute:
-    """What `trainer.recompute` is on this machine: `auto` takes the cheapest policy with which one row fits."""
+def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: int) -> Recompute:
+    """What `trainer.recompute` is where there are `memory` bytes: `auto` takes the cheapest policy with which one row fits."""
     return chosen_recompute(
         settings.trainer.recompute,
         settings.model,
@@ -193,7 +193,7 @@ def chosen_policy(settings: Any, vocab_size: int, precision: Precision, device: 
         context=settings.context,
         precision=precision,
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
-        memory=ACTIVATION_SHARE * total_memory_bytes(device),
+        memory=ACTIVATION_SHARE * memory,
     )
 
 
@@ -209,7 +209,7 @@ def fitting_rows(
         rows=1,
         vocab_size=vocab_size,
         precision=precision,
-        recompute=chosen_policy(settings, vocab_size, precision, device),
+        recompute=chosen_policy(settings, vocab_size, precision, total_memory_bytes(device)),
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
     )
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))

@@ -31,7 +31,7 @@ from ctxlab.profiling.measure import Point, run_point
 from ctxlab.profiling.predict import Predictor
 
 MODELS = ("nano", "tiny", "mini")
-QUICK, SLOW = ("rope", "alibi", "nope"), ("t5", "kerple", "fox")
+POSITION_NAMES = ("rope", "alibi", "nope", "t5", "kerple", "fox")
 LARGE = 256e6  # bytes, from which on the error counts as a share
 BUDGETS = (("rope", 2**30), ("alibi", 2**30), ("t5", 2**30), ("rope", 2**32))
 TIMEOUT = 1800
@@ -53,19 +53,22 @@ def point(model: str, position: str, *, recompute: Recompute = "none", attention
 
 
 def points(models: Sequence[str]) -> Iterator[tuple[str, str, Recompute, tuple[int, ...]]]:
-    """Model, position, policy, contexts: three policies' worth of ladders, the longest for the quick schemes."""
-    for position in (*QUICK, *SLOW):
-        longest = position in QUICK
-        yield "nano", position, "none", (256, 1024, 4096, 16_384 if longest else 8192)
-        yield "nano", position, "block", (2048,)
-        yield "tiny", position, "none", (512, 2048, 8192 if longest else 4096)
-        yield "tiny", position, "selective", (2048,)
-        yield "tiny", position, "block", (4096,)
-        yield "mini", position, "none", (1024, 4096)
-        yield "mini", position, "selective", (1024,)
-        yield "mini", position, "block", (4096,)
-    yield "mini", "rope", "none", (8192,)
-    yield "mini", "rope", "block", (16_384,)
+    """Model, position, policy, contexts: a ladder a model, those with recomputation where it is what counts, the longest last."""
+    for position in POSITION_NAMES:
+        for model, policy, contexts in (
+            ("nano", "none", (256, 2048)), ("nano", "block", (1024,)),
+            ("tiny", "none", (512, 2048)), ("tiny", "selective", (1024,)), ("tiny", "block", (4096,)),
+            ("mini", "none", (512, 1024, 2048)), ("mini", "selective", (2048,)),
+        ):  # fmt: skip
+            if model in models:
+                yield model, position, policy, contexts  # type: ignore[misc]
+    for position in POSITION_NAMES[:3]:
+        if "tiny" in models:
+            yield "tiny", position, "none", (8192,)
+    if "nano" in models:
+        yield "nano", "rope", "none", (16_384,)
+    if "mini" in models:
+        yield "mini", "rope", "none", (8192,)
 
 
 def grid(models: Sequence[str]) -> None:
@@ -89,23 +92,24 @@ def grid(models: Sequence[str]) -> None:
                 row["error"] = round(row["error_bytes"] / row["measured_bytes"], 5)
             rows.append(row)
             print(json.dumps(row), flush=True)
+    print(json.dumps(summary(rows)))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all points say together: errors as a share of large steps, in bytes of small ones."""
     done = [row for row in rows if row["status"] == "done"]
     large = [abs(row["error"]) for row in done if row["measured_bytes"] >= LARGE]
     small = [abs(row["error_bytes"]) for row in done if row["measured_bytes"] < LARGE]
-    print(
-        json.dumps(
-            {
-                "summary": "all",
-                "n_points": len(rows),
-                "n_done": len(done),
-                "n_large": len(large),
-                "median_error": round(statistics.median(large), 5) if large else None,
-                "worst_error": max(large, default=None),
-                "n_small": len(small),
-                "worst_bytes": max(small, default=None),
-            }
-        )
-    )
+    return {
+        "summary": "all",
+        "n_points": len(rows),
+        "n_done": len(done),
+        "n_large": len(large),
+        "median_error": round(statistics.median(large), 5) if large else None,
+        "worst_error": max(large, default=None),
+        "n_small": len(small),
+        "worst_bytes": max(small, default=None),
+    }
 
 
 def budget() -> None:
@@ -124,9 +128,9 @@ def budget() -> None:
 
 
 def naive() -> None:
-    """Nano with RoPE: how activation bytes grow with the context where scores are kept and where they are not."""
+    """Nano without positions: how activation bytes grow with the context where scores are kept and where they are not."""
     for name, attention in (("naive", "naive"), ("fused", "full")):
-        at = point("nano", "rope", attention=attention)
+        at = point("nano", "nope", attention=attention)
         standing = Predictor(at).memory(512).split
         held = sum(standing[kind] for kind in ("weights", "optimizer", "process"))
         found: list[tuple[int, float]] = []

@@ -1,0 +1,111 @@
+"""What a step costs by context: the closing screens of `ctxlab profile` and `ctxlab plan`, from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ctxlab.records.run import Run
+from ctxlab.records.schema import Measurement
+from ctxlab.report.grid import Grid
+from ctxlab.report.results import cell, why_missing
+from ctxlab.report.tables import show_heading, show_next
+from ctxlab.units import format_bytes, format_count, format_length
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "process")
+
+
+def show_plan(run: Run, console: Console) -> None:
+    """What `ctxlab plan` ends with: memory by context and its parts, what fits, what would change that, how far it errs."""
+    measurements = run.measurements()
+    resolved = run.record.provenance.resolved
+    show_heading(run, console)
+    console.print(plan_table(measurements))
+    peaks = [m for m in measurements if m.name == "peak_memory_bytes"]
+    for line in (*_ways(peaks), known_error_line(run)):
+        console.print(Text(line, style="dim"), soft_wrap=False)
+    longest = {str(m.axes["change"]): m for m in measurements if m.name == "longest_context"}
+    if longest:
+        console.print()
+        console.print(changes_table(longest, resolved["memory"]))
+    batch = next((m for m in measurements if m.name == "largest_batch"), None)
+    if batch is not None:
+        rows = f"{batch.value:,.0f} rows" if batch.value else "not one row"
+        console.print(Text(f"at {format_length(batch.context or 0)} tokens {rows} fit at once (trainer.micro_batch)"))
+    console.print()
+    console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
+    show_next(console, (f"ctxlab profile {_choices(run)}", "measure it"))
+
+
+def plan_table(measurements: Sequence[Measurement]) -> Grid:
+    """One row a context: the predicted peak, its parts, whether it fits, and the cache of so many tokens."""
+    parts = parts_by_context(measurements)
+    caches = {m.context: m for m in measurements if m.name == "cache_bytes"}
+    grid = Grid(["context", "memory", "fits", *_shown(parts), "cache"])
+    for m in measurements:
+        if m.name == "peak_memory_bytes" and m.context is not None:
+            fits = "yes" if m.facts.get("fits") else "no"
+            here = parts.get(m.context, {})
+            sizes = [format_bytes(here[part]) if part in here else "-" for part in _shown(parts)]
+            grid.add([format_length(m.context), cell(m), fits, *sizes, cell(caches.get(m.context))])
+    return grid
+
+
+def parts_by_context(measurements: Sequence[Measurement]) -> dict[int, dict[str, float]]:
+    """context -> part -> bytes."""
+    found: dict[int, dict[str, float]] = {}
+    for m in measurements:
+        if m.name == "part_bytes" and m.context is not None and m.value is not None:
+            found.setdefault(m.context, {})[str(m.axes["part"])] = m.value
+    return found
+
+
+def _shown(parts: Mapping[int, Mapping[str, float]]) -> list[str]:
+    return [part for part in PARTS if any(part in here for here in parts.values())]
+
+
+def changes_table(longest: Mapping[str, Measurement], memory: int) -> Grid:
+    """What else could be set, and how long a context then fits."""
+    base = longest["none"].value or 0.0
+    grid = Grid(["longest context that fits", format_bytes(memory), "gain"])
+    for change, m in longest.items():
+        reached = format_length(int(m.value)) if m.value else "none"
+        gain = "" if change == "none" or not base or not m.value else f"{m.value / base:.2f}x"
+        grid.add(["as it is" if change == "none" else change, reached, gain], style="bold" if change == "none" else "")
+    return grid
+
+
+def known_error_line(run: Run) -> str:
+    """How far such predictions were from measurements."""
+    where = run.record.provenance
+    error: dict[str, Any] | None = where.resolved.get("known_error")
+    if error is None:
+        return f"known error on {where.device}: unmeasured"
+    return (
+        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%}; of steps under 256 MB "
+        f"at most {format_bytes(error['worst_bytes'])} ({error['n_points']} measured points)"
+    )
+
+
+def _ways(peaks: Sequence[Measurement]) -> list[str]:
+    """How the peaks were found, a line a way."""
+    found: dict[str, list[int]] = {}
+    for m in peaks:
+        found.setdefault(str(m.facts.get("way")), []).append(m.context or 0)
+    texts = [f"{way} ({', '.join(map(format_length, at))})" for way, at in found.items()]
+    return [
+        "predicted over the idle process, batch 1; parts at the worst moment",
+        "; ".join(texts if len(found) > 1 else found),
+    ]
+
+
+def _choices(run: Run) -> str:
+    config = run.record.config
+    words = [f"model={config['model']['name']}"]
+    words += [f"position={config['position']['name']}"] if config["position"] != "none" else []
+    contexts = [m.context for m in run.measurements() if m.name == "peak_memory_bytes" and m.context]
+    return " ".join([*words, f"profile.contexts=[{','.join(map(format_length, contexts[:5]))}]"])

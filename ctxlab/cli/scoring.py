@@ -32,7 +32,7 @@ from ctxlab.evaluation.perplexity import (
 from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.model.base import Model
-from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
+from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
@@ -191,8 +191,10 @@ def measure_cost(
         return
     limited = replace(point, memory_limit=None if config.memory == "none" else config.memory)
     with progress_bar(console) as start:
-        advance = start("measuring memory and time of a step", 2 * len(contexts))
+        advance = start("measuring memory and time of a step", (3 if config.generation else 2) * len(contexts))
         rows = measure_step(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
+        if config.generation:
+            rows += measure_generation(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
     sink.measure(along(rows, axes))
 
 

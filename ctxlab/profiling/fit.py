@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ctxlab.evaluation.intervals import student_t_quantile
+from ctxlab.profiling.predict import Predictor
+from ctxlab.records.schema import Measurement
+
+STANDING = ("weights", "optimizer", "process")  # parts of a step's memory that are there at any context
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,38 @@ def power_law(points: Sequence[tuple[float, float]]) -> PowerLaw:
     residuals = sum((y - mean_y - slope * (x - mean_x)) ** 2 for x, y in zip(xs, ys))
     half = student_t_quantile(0.975, n - 2) * math.sqrt(residuals / (n - 2) / spread) if n > 2 else math.inf
     return PowerLaw(math.exp(mean_y - slope * mean_x), slope, slope - half, slope + half, n)
+
+
+def exponents(measured: Sequence[Measurement], predictor: Predictor) -> list[Measurement]:
+    """scaling_exponent of memory and of time, with 95% intervals, over the contexts that were measured.
+
+    Memory is what was measured less what stands whatever the context: weights, optimizer and process as they are traced.
+    """
+    rows = []
+    for name, of in (("peak_memory_bytes", "activation memory"), ("step_seconds", "time")):
+        points: list[tuple[float, float]] = []
+        for m in measured:
+            if m.name != name or m.value is None or m.context is None:
+                continue
+            standing = 0.0
+            if name == "peak_memory_bytes":
+                split = predictor.memory(m.context).split
+                standing = sum(split[kind] for kind in STANDING)
+            points.append((m.context, m.value - standing))
+        try:
+            fit = power_law(points)
+        except ValueError:
+            continue
+        facts = {"factor": fit.factor, "n_points": fit.n_points}
+        rows.append(
+            Measurement(
+                name="scaling_exponent",
+                value=fit.exponent,
+                unit="1",
+                low=fit.low,
+                high=fit.high,
+                axes={"of": of},
+                facts=facts,
+            )
+        )
+    return rows

@@ -20,7 +20,7 @@ from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling.measure import Point
-from ctxlab.profiling.predict import Predictor
+from ctxlab.profiling.predict import Prediction, Predictor
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig
 
@@ -79,7 +79,7 @@ def changes(point: Point) -> Iterator[tuple[str, Point]]:
         frugal, words = replace(frugal, precision="bf16"), [*words, "trainer.precision=bf16"]
     if (chunk_for(point.vocab_size) if point.loss_chunk is None else point.loss_chunk) > _CHUNK:
         yield f"trainer.loss_chunk={_CHUNK}", replace(point, loss_chunk=_CHUNK)
-    if parts.attention != "none" and parts.attention.name == "full":
+    if parts.position != "none" and parts.attention != "none" and parts.attention.name == "full":
         window = ATTENTIONS.config({"name": "sliding_window", "size": _WINDOW}).model_dump(mode="json")
         try:
             ATTENTIONS.get("sliding_window").check_position(POSITIONS.get(parts.position.name), parts.position.name)
@@ -110,9 +110,7 @@ def planned(
         flops = flops_per_token(parts.model, parts.attention, vocab_size=point.vocab_size, context=context) * context
         facts["flops"] = flops
         rows.append(_row("peak_memory_bytes", found.bytes, "B", context=context, facts=facts))
-        rows += [
-            _row("part_bytes", size, "B", context=context, axes={"part": kind}) for kind, size in found.split.items()
-        ]
+        rows += part_rows(found)
         cache = kv_cache_bytes(*parts, length=context, precision=point.precision)  # type: ignore[arg-type]
         rows.append(_row("cache_bytes", cache, "B", context=context, facts={"way": "closed form"}))
     advance("the longest context that fits")
@@ -123,6 +121,15 @@ def planned(
         advance(words)
         rows.append(_longest(Predictor(other, updates), memory, words))
     return rows
+
+
+def part_rows(found: Prediction) -> list[Measurement]:
+    """part_bytes of each kind, at the worst moment of the step as it is predicted."""
+    facts = {"way": found.way}
+    return [
+        _row("part_bytes", size, "B", context=found.context, axes={"part": kind}, facts=facts)
+        for kind, size in found.split.items()
+    ]
 
 
 def _longest(predictor: Predictor, memory: int, change: str) -> Measurement:

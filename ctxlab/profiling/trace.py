@@ -27,8 +27,8 @@ KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "temporar
 class Live(TorchDispatchMode):
     """Counts the bytes of all storages that operations make while it is on, until each is freed, by what they are for.
 
-    `moments` are the splits when most bytes were alive, one for each stretch between two calls of `mark`. Views share a storage and count once. What a kernel sets
-    aside for itself and returns before it ends is not seen.
+    `moments` are the splits when most bytes were alive, one for each stretch between two calls of `mark`. Views share a
+    storage and count once. What a kernel sets aside for itself and returns before it ends is not seen.
     """
 
     def __init__(self) -> None:

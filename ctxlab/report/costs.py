@@ -12,10 +12,12 @@ from rich.text import Text
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
-from ctxlab.report.results import cell, why_missing
+from ctxlab.report.results import cell
 from ctxlab.report.tables import show_heading, show_next
 from ctxlab.units import format_bytes, format_count, format_length
 
+STEP = ("peak_memory_bytes", "step_seconds", "tokens_per_second", "flops_per_second", "flops_utilization")
+GENERATION = ("prefill_seconds", "decode_seconds_per_token", "cache_bytes")
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "process")
 
 
@@ -39,6 +41,110 @@ def show_plan(run: Run, console: Console) -> None:
     console.print()
     console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
     show_next(console, (f"ctxlab profile {_choices(run)}", "measure it"))
+
+
+def show_profile(run: Run, console: Console) -> None:
+    """What `ctxlab profile` ends with: what a step costs, what its memory is there for, generation, the curves and exponents."""
+    measurements = run.measurements()
+    show_heading(run, console)
+    console.print(_by_context(measurements, STEP))
+    peak = next((m.facts["matmul_flops_per_second"] for m in measurements if m.name == "flops_utilization"), None)
+    lines = footnotes(measurements)
+    if peak is not None:
+        lines.append(
+            f"MFU: operations of a step over those of the best matmul here, {format_count(peak)}FLOP/s; recomputation not counted"
+        )
+    for line in lines:
+        console.print(Text(line, style="dim"))
+    parts = parts_by_context(measurements)
+    if parts:
+        console.print()
+        grid = Grid(["context", *_shown(parts)], heading="what the memory is there for")
+        for context, here in sorted(parts.items()):
+            grid.add([format_length(context), *(format_bytes(here.get(part, 0.0)) for part in _shown(parts))])
+        console.print(grid)
+        console.print(
+            Text("traced on tensors without memory, at the worst moment of the step; not measured", style="dim")
+        )
+    if any(m.name == "prefill_seconds" for m in measurements):
+        console.print()
+        console.print(_by_context(measurements, GENERATION, heading="generation"))
+        some = next((m for m in measurements if m.name == "prefill_seconds" and "decoded" in m.facts), None)
+        if some is not None:
+            console.print(
+                Text(
+                    f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one", style="dim"
+                )
+            )
+    _show_scaling(measurements, console)
+    console.print()
+    picture = " (scaling.png, scaling.svg)" if (run.path / "scaling.png").is_file() else ""
+    console.print(Text(f"run {run.id} in {run.path}{picture}"), soft_wrap=True)
+
+
+def _by_context(measurements: Sequence[Measurement], names: Sequence[str], *, heading: str = "") -> Grid:
+    """One row a context of some metrics, those that nobody has left out; why there is no number is said once a row."""
+    rows = by_context(measurements)
+    shown = [name for name in names if any(name in row for row in rows.values())]
+    grid = Grid(["context", *map(title, shown)], heading=heading)
+    for context, row in rows.items():
+        cells = [_cell(row.get(name)) for name in shown]
+        first = next((n for n, name in enumerate(shown) if name in row and row[name].value is None), len(shown))
+        cells = [
+            text if n <= first or (row.get(shown[n]) is not None and row[shown[n]].value is not None) else "-"
+            for n, text in enumerate(cells)
+        ]
+        grid.add([format_length(context), *cells])
+    return grid
+
+
+def _cell(m: Measurement | None) -> str:
+    if m is not None and m.name == "flops_utilization" and m.value is not None:
+        return f"{m.value:.0%}"
+    return cell(m)
+
+
+def _show_scaling(measurements: Sequence[Measurement], console: Console) -> None:
+    """Memory and time by context on log axes, beside each other where there is room, and their exponents."""
+    charts = [
+        chart
+        for chart in (memory_chart(measurements, trained=None, height=9), time_chart(measurements, height=9))
+        if chart is not None
+    ]
+    if charts:
+        console.print()
+        show_beside(charts, console)
+    for m in measurements:
+        if m.name == "scaling_exponent":
+            console.print(Text(exponent_line(m)))
+
+
+def exponent_line(m: Measurement) -> str:
+    """`activation memory grows as context^1.00 (95%: 0.99 to 1.02, 5 contexts)`."""
+    interval = "" if m.low is None else f"95%: {m.low:.2f} to {m.high:.2f}, "
+    return f"{m.axes['of']} grows as context^{m.value:.2f} ({interval}{m.facts['n_points']} contexts)"
+
+
+def save_scaling(runs: Sequence[Run], path: Path) -> Path | None:
+    """Memory and time of a step by context of some runs, on log axes, as PNG or SVG by the ending; None without a curve."""
+    names = labels(runs)
+    panels = []
+    for metric, axis, factor in (
+        ("peak_memory_bytes", "peak memory (MiB)", 2**20),
+        ("step_seconds", "seconds a step", 1),
+    ):
+        curves = {}
+        for name, run in zip(names, runs, strict=True):
+            points = [(context, value / factor) for context, value in curve(run.measurements(), metric)]
+            if len(points) > 1:
+                curves[name] = points
+        if curves:
+            panels.append((axis, curves))
+    if not panels:
+        return None
+    heading = f"{runs[0].record.name}: a training step by context" if len(runs) == 1 else "a training step by context"
+    save(scaling_figure(panels, heading=heading), path)
+    return path
 
 
 def plan_table(measurements: Sequence[Measurement]) -> Grid:

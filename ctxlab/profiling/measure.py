@@ -65,7 +65,7 @@ class Point:
 
 
 def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
-    """Measures `what` ("memory", "time", "generation" or "matmul") of one point; a dead child is a result with a status, not an exception."""
+    """Measures "memory", "time", "generation" or "matmul" of one point; a dead child is a result, not an exception."""
     child = _start(what)
     try:
         out, err = child.communicate(_specification(point, what), timeout=timeout)

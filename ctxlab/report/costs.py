@@ -12,8 +12,9 @@ from rich.text import Text
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
-from ctxlab.report.results import cell
-from ctxlab.report.tables import show_heading, show_next
+from ctxlab.report.plots import curve, memory_chart, save, scaling_figure, time_chart
+from ctxlab.report.results import by_context, cell, labels, title
+from ctxlab.report.tables import footnotes, show_beside, show_heading, show_next
 from ctxlab.units import format_bytes, format_count, format_length
 
 STEP = ("peak_memory_bytes", "step_seconds", "tokens_per_second", "flops_per_second", "flops_utilization")
@@ -51,9 +52,7 @@ def show_profile(run: Run, console: Console) -> None:
     peak = next((m.facts["matmul_flops_per_second"] for m in measurements if m.name == "flops_utilization"), None)
     lines = footnotes(measurements)
     if peak is not None:
-        lines.append(
-            f"MFU: operations of a step over those of the best matmul here, {format_count(peak)}FLOP/s; recomputation not counted"
-        )
+        lines.append(f"MFU: a step's operations against the best matmul here, {format_count(peak)}FLOP/s")
     for line in lines:
         console.print(Text(line, style="dim"))
     parts = parts_by_context(measurements)
@@ -71,11 +70,8 @@ def show_profile(run: Run, console: Console) -> None:
         console.print(_by_context(measurements, GENERATION, heading="generation"))
         some = next((m for m in measurements if m.name == "prefill_seconds" and "decoded" in m.facts), None)
         if some is not None:
-            console.print(
-                Text(
-                    f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one", style="dim"
-                )
-            )
+            text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one"
+            console.print(Text(text, style="dim"))
     _show_scaling(measurements, console)
     console.print()
     picture = " (scaling.png, scaling.svg)" if (run.path / "scaling.png").is_file() else ""
@@ -89,11 +85,8 @@ def _by_context(measurements: Sequence[Measurement], names: Sequence[str], *, he
     grid = Grid(["context", *map(title, shown)], heading=heading)
     for context, row in rows.items():
         cells = [_cell(row.get(name)) for name in shown]
-        first = next((n for n, name in enumerate(shown) if name in row and row[name].value is None), len(shown))
-        cells = [
-            text if n <= first or (row.get(shown[n]) is not None and row[shown[n]].value is not None) else "-"
-            for n, text in enumerate(cells)
-        ]
+        missing = [name in row and row[name].value is None for name in shown]
+        cells = ["-" if gone and any(missing[:n]) else text for n, (gone, text) in enumerate(zip(missing, cells))]
         grid.add([format_length(context), *cells])
     return grid
 

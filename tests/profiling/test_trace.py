@@ -58,7 +58,8 @@ def test_selective_leaves_out_the_outputs_of_norms_and_of_the_activation() -> No
     at = point("nano", 128)
     kept, remade = (trace_step(replace(at, recompute=policy))[1]["activations"] for policy in ("none", "selective"))
     sizes = read_parts(at.__dict__).model
-    assert kept - remade == 4 * 128 * sizes.n_layers * (2 * sizes.d_model + sizes.d_ff)
+    left_out = 4 * 128 * sizes.n_layers * (2 * sizes.d_model + sizes.d_ff)
+    assert kept - remade == pytest.approx(left_out, rel=1e-3)
 
 
 def test_adamw_keeps_two_numbers_a_weight_and_one_a_tensor() -> None:

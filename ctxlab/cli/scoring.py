@@ -13,6 +13,8 @@ from rich.console import Console
 
 from ctxlab.cli.console import progress_bar
 from ctxlab.data.corpora.base import Corpus
+from ctxlab.data.pairs.dataset import PairDataset, prepare_pairs
+from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tasks.base import Task, TextTask, haystack_corpus
@@ -21,6 +23,7 @@ from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.errors import RecordError
 from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
+from ctxlab.evaluation.objective import HeldOutConfig, evaluate_objective
 from ctxlab.evaluation.perplexity import (
     DocumentScores,
     PerplexityConfig,
@@ -31,26 +34,33 @@ from ctxlab.evaluation.perplexity import (
 )
 from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
+from ctxlab.evaluation.translation import TranslationConfig, evaluate_translation
 from ctxlab.model.base import Model
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
-from ctxlab.train.loop import chosen_policy
+from ctxlab.train.loop import Dataset, chosen_policy
 from ctxlab.train.memory import peak_memory_bytes, total_memory_bytes
+from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.causal import Causal
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.precision import Precision
 
 if TYPE_CHECKING:
     from ctxlab.config.schema import Evaluations
 
 
-def prepare_data(
-    data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console
-) -> TextDataset | TaskDataset:
-    """Text and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
+_CAUSAL = Causal.Config()
+
+
+def prepare_data(data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console) -> Dataset:
+    """Text or pairs and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
     folder = None if cache == "auto" else Path(cache).expanduser()
     with progress_bar(console) as start:
+        if isinstance(data, Parallel.Config):
+            return prepare_pairs(data, tokenizer, cache=folder, progress=start)
         if isinstance(data, Task.Config):
             return prepare_task(data, tokenizer, cache=folder, progress=start)
         return prepare(data, tokenizer, cache=folder, progress=start)
@@ -79,7 +89,7 @@ def training_corpora(run: Run, store: RunStore) -> tuple[Corpus.Config, ...]:
 
 def score(
     model: Model,
-    dataset: TextDataset | TaskDataset,
+    dataset: Dataset,
     evaluations: Evaluations,
     *,
     context: int,
@@ -92,6 +102,7 @@ def score(
     axes: Mapping[str, str] = MappingProxyType({}),
     keep: TokenNats | None = None,
     against: tuple[str, Sequence[DocumentSums]] | None = None,
+    objective_config: Objective.Config = _CAUSAL,
     learned: tuple[Corpus.Config, ...] = (),
 ) -> Sequence[DocumentSums]:
     """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart.
@@ -102,6 +113,25 @@ def score(
     """
     documents: dict[int, DocumentScores] = {}
     sums: Sequence[DocumentSums] = ()
+    if isinstance(dataset, PairDataset):
+        if isinstance(evaluations.translation, TranslationConfig):
+            with progress_bar(console) as start:
+                rows, items = evaluate_translation(
+                    model, dataset, evaluations.translation, device=device, precision=precision, progress=start
+                )
+            sink.measure(along(rows, axes))
+            run.write_items([item.model_copy(update={"axes": dict(axes)}) for item in items])
+        return sums
+    objective = OBJECTIVES.get(objective_config.name)(objective_config)
+    if isinstance(objective, Denoising):
+        if isinstance(evaluations.objective, HeldOutConfig) and isinstance(dataset, TextDataset):
+            with progress_bar(console) as start:
+                rows = evaluate_objective(
+                    model, dataset, objective, evaluations.objective,
+                    context=context, device=device, precision=precision, progress=start,
+                )  # fmt: skip
+            sink.measure(along(rows, axes))
+        return sums
     score_tasks(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,

@@ -30,6 +30,7 @@ from ctxlab.config.overrides import key_of
 from ctxlab.data.source import SOURCES
 from ctxlab.errors import ConfigError
 from ctxlab.registry import nearest
+from ctxlab.train.objectives.base import OBJECTIVES
 
 # The keys below `hydra` that a line or a file may set, exact or as the start of a dotted key.
 _ALLOWED = ("mode", "sweeper.params", "run.dir", "sweep.dir", "sweep.subdir")
@@ -109,18 +110,20 @@ class Composer:
         )
 
     def _implied(self, overrides: Sequence[Override]) -> list[str]:
-        """What a choice of data means for other groups, where neither the line nor an experiment has chosen them."""
+        """What a choice of data or objective means for other groups, where neither the line nor an experiment chose them."""
         said = {override.get_key_element(): override for override in overrides}
         groups = {default.group: default.option for default in catalog.defaults(self.command)}
         choices: dict[str, Any] = {}
         if "experiment" in said:
             choices = self._load([said["experiment"].input_line or ""]).hydra.runtime.choices
-        data = said["data"].value() if "data" in said else choices.get("data")
-        if not isinstance(data, str) or data not in SOURCES.names():
-            return []
+        found: dict[str, str] = {}
+        for group, registry in (("objective", OBJECTIVES), ("data", SOURCES)):
+            chosen = said[group].value() if group in said else choices.get(group)
+            if group in groups and isinstance(chosen, str) and chosen in registry.names():
+                found |= registry.get(chosen).implies
         return [
             f"{group}={option}"
-            for group, option in SOURCES.get(data).implies.items()
+            for group, option in found.items()
             if group in groups and group not in said and str(choices.get(group, groups[group])) == groups[group]
         ]
 

@@ -19,7 +19,7 @@ from ctxlab.registry import nearest
 FREE_TEXT_KEYS = frozenset({"prompt", "text", "note", "name", "data.field", "logger.project", "logger.entity"})
 FREE_TEXT_PREFIXES = ("paths.",)
 FREE_TEXT_ENDINGS = frozenset(
-    {"path", "file", "prompt_file", "prompts_file", "include_path", "haystack", "squad", "hotpotqa"}
+    {"path", "target_path", "file", "prompt_file", "prompts_file", "include_path", "haystack", "squad", "hotpotqa"}
 )
 
 # Keys whose value names runs: an id, a unique prefix, a path, `last`, or several of them in brackets.

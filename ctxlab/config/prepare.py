@@ -20,6 +20,7 @@ from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths
 from ctxlab.records.store import Run, RunStore
 from ctxlab.train.budget import plan_budget
 from ctxlab.train.checkpoint import find_checkpoint
+from ctxlab.train.objectives.base import OBJECTIVES
 
 # What `train init=RUN` takes over from the run, unless the line chooses another.
 INHERITED = ("model", "position", "attention", "tokenizer")
@@ -289,7 +290,11 @@ def _own_task(
         records = [_found(store, "run", (run,)).record for run in selectors.get("run", ("last",))]
     except (ConfigError, RecordError):
         return []  # said where all of them are looked up
-    implied = [SOURCES.get(record.config["data"]["name"]).implies for record in records]
+    implied = [
+        {**OBJECTIVES.get(record.config.get("objective", {"name": "causal"})["name"]).implies,
+         **SOURCES.get(record.config["data"]["name"]).implies}
+        for record in records
+    ]  # fmt: skip
     return [f"eval={implied[0]['eval']}"] if all("eval" in one for one in implied) else []
 
 

@@ -15,6 +15,7 @@ from ctxlab.config.schema import (
     ShowConfig,
     TrainConfig,
 )
+from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
@@ -24,6 +25,8 @@ from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
+from ctxlab.train.objectives.base import OBJECTIVES
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.units import format_length
 
 PARTS = ("position", "attention")  # that a model may be composed from, besides its sizes
@@ -72,6 +75,8 @@ def check(config: CommandConfig) -> None:
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
+    if isinstance(config, TrainConfig):
+        _objective(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _tasks(config)
     if isinstance(config, TrainConfig):
@@ -81,6 +86,33 @@ def check(config: CommandConfig) -> None:
             mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+
+
+def _objective(config: TrainConfig) -> None:
+    """An objective trains some architectures, on some kinds of data."""
+    objective, architecture = OBJECTIVES.get(config.objective.name), config.model.architecture
+    if architecture not in objective.architectures:
+        fitting = [name for name in OBJECTIVES.names() if architecture in OBJECTIVES.get(name).architectures]
+        raise IncompatibleError(
+            f"objective: {config.objective.name} trains model.architecture={' or '.join(objective.architectures)}, not "
+            f"{architecture}; use {' or '.join(f'objective={name}' for name in fitting)}"
+        )
+    if reason := objective.why_not(SOURCES.get(config.data.name)):
+        raise IncompatibleError(
+            f"objective: {config.objective.name} does not go with data={config.data.name}: {reason}"
+        )
+    denoising = issubclass(objective, Denoising)
+    asked = [part for part, settings in config.eval if settings != "none" and part != "objective"]
+    if denoising and asked:
+        raise IncompatibleError(
+            f"eval.{asked[0]}: objective={config.objective.name} trains no model of what comes next; use eval=objective"
+        )
+    if not denoising and config.eval.objective != "none":
+        raise IncompatibleError(f"eval.objective: {config.objective.name} is scored by perplexity; use eval=perplexity")
+    if denoising and config.data.packs:
+        raise IncompatibleError(f"data.packed: {config.objective.name} makes its rows of one document each; use false")
+    if isinstance(config.data, Parallel.Config) and config.trainer.context_schedule:
+        raise IncompatibleError("trainer.context_schedule: pairs are as long as they are; leave the schedule out")
 
 
 def _tasks(config: TrainConfig | EvalConfig) -> None:
@@ -97,6 +129,13 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         return
     kind = SOURCES.get(data.name)
     is_task, in_numbers = issubclass(kind, Task), issubclass(kind, TokenTask)
+    if issubclass(kind, Parallel):
+        asked = [part for part, settings in config.eval if settings != "none" and part != "translation"]
+        if asked:
+            raise IncompatibleError(f"eval.{asked[0]}: data=parallel has pairs and no text; use eval=translation")
+        return
+    if config.eval.translation != "none":
+        raise IncompatibleError(f"eval.translation: {data.name} has no pairs; use data=parallel data.path=FILE")
     if isinstance(config, TrainConfig):
         if in_numbers != (config.tokenizer.name == "ids"):
             right = "ids" if in_numbers else "unigram, bpe, byte or file"
@@ -125,9 +164,13 @@ def _scheme(config: TrainConfig | ProfileConfig | PlanConfig | ShowConfig) -> No
         return
     assert isinstance(config.model, ModelConfig)
     scheme = POSITIONS.get(config.position.name)
-    scheme.check(config.position, config.model)
+    architecture = ARCHITECTURES.get(config.model.architecture)
+    causal = architecture.causal and not architecture.reads_source  # all of it
+    scheme.check(config.position, config.model, causal=causal)
     if not isinstance(config, ShowConfig) and config.attention != "none":
-        ATTENTIONS.get(config.attention.name).check_position(scheme, config.position.name)
+        mechanism = ATTENTIONS.get(config.attention.name)
+        mechanism.check_position(scheme, config.position.name)
+        mechanism.check_direction(config.attention, causal=causal)
 
 
 def _budget(config: TrainConfig) -> None:
@@ -137,6 +180,9 @@ def _budget(config: TrainConfig) -> None:
             f"trainer.batch_tokens: {trainer.batch_tokens} tokens hold no window of context={config.context}; "
             f"set trainer.batch_tokens to {config.context} or more"
         )
+    if isinstance(config.data, Parallel.Config):
+        _schedule(config)
+        return
     rows = trainer.batch_tokens // config.context
     if trainer.devices > rows or rows % trainer.devices:
         sharing = [n for n in range(1, rows + 1) if rows % n == 0]
@@ -145,6 +191,11 @@ def _budget(config: TrainConfig) -> None:
             f"trainer.devices: {trainer.devices} processes cannot share the {rows} windows of a step evenly "
             f"(batch_tokens {trainer.batch_tokens} / context {config.context}); the nearest valid value is {nearest}"
         )
+    _schedule(config)
+
+
+def _schedule(config: TrainConfig) -> None:
+    trainer = config.trainer
     only_time = trainer.max_tokens == trainer.max_steps == "none"
     if only_time and config.optim.schedule == "cosine":
         raise IncompatibleError(

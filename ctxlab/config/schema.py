@@ -19,8 +19,10 @@ from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.harness import HarnessConfig
 from ctxlab.evaluation.ngram import NGramConfig
+from ctxlab.evaluation.objective import HeldOutConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
 from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
+from ctxlab.evaluation.translation import TranslationConfig
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.base import ARCHITECTURES, architecture_of
@@ -32,6 +34,8 @@ from ctxlab.profiling.plan import PlanSettings
 from ctxlab.records.schema import known_metric
 from ctxlab.records.sinks import LoggerConfig
 from ctxlab.registry import ComponentConfig, Registry, nearest
+from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.settings import TrainerConfig
 
@@ -46,6 +50,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "attention": ATTENTIONS,
     "data": SOURCES,
     "tokenizer": TOKENIZERS,
+    "objective": OBJECTIVES,
     "optim": OPTIMIZERS,
 }
 
@@ -104,6 +109,8 @@ class Evaluations(ComponentConfig):
     passkey: OrNone | PasskeyGrid = "none"
     ruler: OrNone | Ruler = "none"
     lm_eval: OrNone | HarnessConfig = "none"
+    translation: OrNone | TranslationConfig = "none"
+    objective: OrNone | HeldOutConfig = "none"
 
 
 class CommandConfig(ComponentConfig):
@@ -133,6 +140,7 @@ class TrainConfig(RecordedConfig):
     attention: OrNone | SerializeAsAny[Attention.Config]
     data: SerializeAsAny[Source.Config]
     tokenizer: SerializeAsAny[Tokenizer.Config]
+    objective: SerializeAsAny[Objective.Config] = Causal.Config()
     optim: SerializeAsAny[Optimizer.Config]
     trainer: TrainerConfig
     eval: Evaluations = Evaluations()

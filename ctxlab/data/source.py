@@ -1,4 +1,4 @@
-"""What training data may be: a corpus of text, or a task that makes its examples. `data=NAME` picks one of either."""
+"""What training data may be: a corpus of text, a task that makes its examples, or pairs of sentences. `data=NAME` picks one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ctxlab.registry import ComponentConfig, Registry
 
 
 class Source(ABC):
-    """Where training rows come from. Its two kinds are `Corpus` and `Task`."""
+    """Where training rows come from. Its kinds are `Corpus`, `Task` and `Parallel`."""
 
     source: ClassVar[str] = ""
     """Where it comes from, for `ctxlab list`."""
@@ -40,4 +40,4 @@ class Source(ABC):
         """Makes sure that what it reads is on this machine. Raises DataError in one line when it cannot be."""
 
 
-SOURCES: Registry[Source] = Registry("data", "ctxlab.data.corpora", "ctxlab.data.tasks")
+SOURCES: Registry[Source] = Registry("data", "ctxlab.data.corpora", "ctxlab.data.tasks", "ctxlab.data.pairs")

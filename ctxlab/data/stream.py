@@ -13,8 +13,9 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ctxlab.data.permutation import permute
-from ctxlab.data.windows import IGNORED, Rows, Windows
+from ctxlab.data.windows import IGNORED, Row, Rows, Windows
 from ctxlab.errors import DataError
 
 
@@ -46,7 +47,26 @@ class Batch:
     segments: list[list[int]] | None  # packed: the lengths of each row's documents
     n_targets_in_step: int  # scored targets of the whole optimizer step, over all ranks and micro-batches
     goes_on: Tensor | None = None  # (B,) bool, in order: whether a row follows the same row of the step before
+    source: Tensor | None = None  # (B,S) int64: what an encoder reads, where there is one
+    source_lengths: Tensor | None = None  # (B,)
     few_targets: bool = False  # less than half of the places are scored: the head is worth leaving out elsewhere
+
+
+class Stream(Protocol):
+    """Every micro-batch of one rank, by number from the start of the run."""
+
+    @property
+    def n_steps(self) -> int: ...
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches that a rank takes part in an optimizer step with."""
+        ...
+
+    def first_of(self, step: int) -> int:
+        """The number of a step's first micro-batch."""
+        ...
+
+    def __getitem__(self, number: int) -> Batch: ...
 
 
 class TrainStream(Dataset[Batch]):
@@ -130,6 +150,7 @@ class TrainStream(Dataset[Batch]):
         for number, row in enumerate(rows):
             tokens[number, : lengths[number]] = row.tokens
             targets[number, : lengths[number]] = row.targets
+        encoder, encoder_lengths = sources_of(rows, self.pad_id)
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(targets),
@@ -137,7 +158,9 @@ class TrainStream(Dataset[Batch]):
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
             None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
-            bool(2 * (targets != IGNORED).sum() < targets.size),
+            source=encoder,
+            source_lengths=encoder_lengths,
+            few_targets=bool(2 * (targets != IGNORED).sum() < targets.size),
         )
 
     def _shuffled(self, stage: Stage, first: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,6 +200,18 @@ class TrainStream(Dataset[Batch]):
         return stage.rows // self.world // stage.micro_rows
 
 
+def sources_of(rows: Sequence[Row], pad_id: int) -> tuple[Tensor | None, Tensor | None]:
+    """The rows' sources side by side (B,S), padded on the right, and their lengths (B,); nothing where they have none."""
+    sources = [row.source for row in rows if row.source is not None]
+    if not sources:
+        return None, None
+    lengths = [len(source) for source in sources]
+    found = np.full((len(sources), max(lengths)), pad_id, dtype=np.int64)
+    for number, source in enumerate(sources):
+        found[number, : lengths[number]] = source
+    return torch.from_numpy(found), torch.tensor(lengths)
+
+
 class _From(Sampler[int]):
     """Micro-batch numbers from one on to the end of the run."""
 
@@ -187,11 +222,12 @@ class _From(Sampler[int]):
         return itertools.islice(itertools.count(self.start), self.stop - self.start)
 
 
-def train_loader(stream: TrainStream, step: int, workers: int) -> DataLoader[Batch]:
+def train_loader(stream: Stream, step: int, workers: int) -> DataLoader[Batch]:
     """A loader that begins at an optimizer step, with worker processes or (0) without; the batches are the same."""
     numbers = _From(stream.first_of(step), stream.first_of(stream.n_steps))
+    dataset: Any = stream
     return DataLoader(
-        stream,
+        dataset,
         batch_size=None,
         sampler=numbers,
         num_workers=workers,

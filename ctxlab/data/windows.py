@@ -6,7 +6,8 @@ documents side by side as segments, which the model keeps apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from ctxlab.data.tokens import Split
 from ctxlab.errors import DataError
 
 IGNORED = -100  # a target that is not scored
+_REMEMBERED = 4096  # rows that are made on demand and kept
 
 
 class Row(NamedTuple):
@@ -25,6 +27,7 @@ class Row(NamedTuple):
     tokens: np.ndarray  # (n,)
     targets: np.ndarray  # (n,) int64, IGNORED where nothing is scored
     segments: tuple[int, ...]
+    source: np.ndarray | None = None  # (m,) what an encoder reads, where there is one
 
 
 class Rows(Protocol):
@@ -37,6 +40,19 @@ class Rows(Protocol):
         ...
 
     def row(self, index: int, epoch: int) -> Row: ...
+
+
+class MadeRows:
+    """Rows that are made when they are read. Those of a step are asked for twice, to count their targets and to be read:
+    they are kept."""
+
+    def __init__(self, n: int, make: Callable[[int, int], Row]) -> None:
+        self.n = n
+        self.row = functools.lru_cache(maxsize=_REMEMBERED)(make)
+
+    def n_targets(self, indices: np.ndarray, epochs: np.ndarray) -> int:
+        rows = (self.row(int(index), int(epoch)) for index, epoch in zip(indices, epochs))
+        return sum(int((row.targets != IGNORED).sum()) for row in rows)
 
 
 class Windows:

@@ -181,7 +181,7 @@ def score_measurements(
         ratio = [sum(sums) / sum(per), *(ratio_interval(sums, per) or (math.nan, math.nan))]
         found = []
         for name, unit, (value, low, high) in zip(
-            names, (f"{'bits' if normaliser == 'byte' else 'nats'}/{normaliser}", "1"), (ratio, map(_exp, ratio))
+            names, (f"{'bits' if normaliser == 'byte' else 'nats'}/{normaliser}", "1"), (ratio, map(exp, ratio))
         ):
             found.append(
                 Measurement(
@@ -233,7 +233,7 @@ def compared(
     return rows
 
 
-def _exp(nats: float) -> float:
+def exp(nats: float) -> float:
     """exp, infinite where it has no number: the record says so, the other lengths go on."""
     return math.exp(nats) if nats < _LARGEST_NATS else math.nan if math.isnan(nats) else math.inf
 

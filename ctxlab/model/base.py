@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import SizesConfig
-from ctxlab.model.loss import chunk_for, token_nats
+from ctxlab.model.loss import chunk_for, smoothed_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute, RecomputeSetting
@@ -39,8 +40,9 @@ class Cache(Protocol):
 class Model(nn.Module):
     """A language model: it reads tokens and says what follows each.
 
-    A batch is tokens (B,T), right-padded. What stands at a place depends on nothing behind it, so padding needs no mask:
-    `lengths` (B,) changes nothing and the values at padded places are to be ignored. `segments` packs documents side by
+    A batch is tokens (B,T), right-padded; the values at padded places are to be ignored. Where a model is `causal`, what
+    stands at a place depends on nothing behind it, so padding needs no mask and `lengths` (B,) changes nothing; elsewhere they
+    have to be given. `segments` packs documents side by
     side: the lengths of each row's documents, none of which knows of another (what a row has beyond them is padding).
     `cache` continues the sequences that it holds; in any number of chunks, the logits are those of one forward. `memory`
     goes on from the rows of the step before: it is read, and holds what this one leaves afterwards.
@@ -53,6 +55,10 @@ class Model(nn.Module):
     """Which of `position` and `attention` it is composed from besides its sizes; the others are `none` for it."""
     why_without: ClassVar[str] = ""
     """Why it does without the others: what it does instead."""
+    causal: ClassVar[bool] = True
+    """Whether what it says of a place depends on nothing behind it, so that it can be asked what follows."""
+    reads_source: ClassVar[bool] = False
+    """Whether it reads a source beside its tokens: `hidden` takes source and source_lengths, or what `encode` made of them."""
 
     embedding: nn.Embedding
     head: nn.Linear | None
@@ -68,6 +74,10 @@ class Model(nn.Module):
     @classmethod
     def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: RecomputeSetting) -> None:
         """Raises IncompatibleError where a model of these settings cannot be trained in this way."""
+        if compiled and recompute in ("selective", "auto"):
+            raise IncompatibleError(
+                "trainer.recompute: a compiled block (trainer.compile) is made again whole or not at all; use block or none"
+            )
 
     @classmethod
     def carrying(cls, config: Any, attention: Any) -> str:
@@ -126,8 +136,16 @@ class Model(nn.Module):
 
         The logits of `loss_chunk` tokens exist at once, never those of all.
         """
+        return self.losses(hidden, targets, 0.0)[0]
+
+    def losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        """What is minimised of each target, its nats under label smoothing, and its plain nats: (B,T) fp32 twice."""
+        return self._losses(hidden, self._head_weight, targets, smoothing)
+
+    def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
-        return token_nats(hidden.flatten(0, 1), self._head_weight, targets.flatten(), size).view(targets.shape)
+        found = smoothed_nats(hidden.flatten(0, 1), weight, targets.flatten(), size, smoothing)
+        return found[0].view(targets.shape), found[1].view(targets.shape)
 
     def n_parameters(self, embeddings: bool = True) -> int:
         """Trained numbers; without `embeddings`, those of tokens, of an untied head and of a table of positions left out."""
@@ -179,14 +197,16 @@ def read_parts(config: Mapping[str, Any]) -> Parts:
     )
 
 
-def build_model(parts: Parts, *, vocab_size: int, context: int) -> Model:
+def build_model(parts: Parts, *, vocab_size: int, context: int, source_vocab_size: int | None = None) -> Model:
     """The model of these settings, with fresh weights from torch's current random state.
 
+    source_vocab_size: of a model that reads a source, where it is not the vocabulary of what it writes.
     Raises IncompatibleError when the parts do not go together.
     """
     architecture: Any = ARCHITECTURES.get(parts.model.architecture)
     chosen = (getattr(parts, part) for part in architecture.parts)
-    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context)
+    more = {} if source_vocab_size is None else {"source_vocab_size": source_vocab_size}
+    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context, **more)
     return model
 
 

@@ -26,6 +26,7 @@ def beam_search(
     config: DecodingConfig,
     *,
     stop_ids: Collection[int] = (),
+    limits: Sequence[int] | None = None,
     encoded: Any = None,
 ) -> list[list[Hypothesis]]:
     """The num_beams best continuations of each prompt, the best first; score ln p / lp(length), lp(n) = ((5 + n) / 6)^a.
@@ -33,15 +34,17 @@ def beam_search(
     Length penalty: Wu et al. 2016 (GNMT), arXiv:1609.08144, eq. 14, a = length_penalty; the length counts the token that
     ends a hypothesis. At each step a prompt's live hypotheses are continued by every token; of the 2 K best continuations
     (K = num_beams), those among the first K that end are put aside, and the first K that go on live. A prompt is done when
-    K are aside and none that lives can come to a higher score than the best of them; at max_new_tokens, where fewer are
-    aside, what lives joins them as it is. With K = 1 that is greedy decoding: the first that ends is the only one followed.
+    K are aside and none that lives can come to a higher score than the best of them; at max_new_tokens (or its own of
+    `limits`), where fewer are aside, what lives joins them as it is. With K = 1 that is greedy decoding: the first that
+    ends is the only one followed.
     Prompts are searched side by side, each as if alone.
     Raises ConfigError on an empty prompt, UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
     """
     check_prompts(prompts)
     K = config.num_beams
     reader = Reader(model, config, encoded=encoded)
-    searches = [_Search(list(prompt), config, stop_ids) for prompt in prompts]
+    limits = [config.max_new_tokens] * len(prompts) if limits is None else limits
+    searches = [_Search(list(p), config, stop_ids, most) for p, most in zip(prompts, limits, strict=True)]
     active = list(searches)
     read = min(len(prompt) for prompt in prompts)
     new = torch.tensor([prompt[:read] for prompt in (search.prompt for search in searches)])
@@ -71,8 +74,8 @@ def beam_search(
 class _Search:
     """The hypotheses of one prompt."""
 
-    def __init__(self, prompt: list[int], config: DecodingConfig, stop_ids: Collection[int]) -> None:
-        self.prompt, self.config = prompt, config
+    def __init__(self, prompt: list[int], config: DecodingConfig, stop_ids: Collection[int], limit: int) -> None:
+        self.prompt, self.config, self.limit = prompt, config, limit
         self.stop_ids = frozenset(stop_ids)
         self.live: list[tuple[list[int], float]] = [([], 0.0)]  # tokens and ln p
         self.aside: list[Hypothesis] = []
@@ -105,7 +108,7 @@ class _Search:
                 parents.append(parent)
         length = len(self.live[0][0]) + 1
         self.live = live
-        if length == self.config.max_new_tokens or self._is_done(length):
+        if length == self.limit or self._is_done(length):
             if len(self.aside) < K:
                 for tokens, p in live:
                     self._put_aside(tokens, p, length)
@@ -125,7 +128,7 @@ class _Search:
             return False
         if K == 1:
             return True
-        most = max(self._penalty(length + 1), self._penalty(self.config.max_new_tokens))
+        most = max(self._penalty(length + 1), self._penalty(self.limit))
         reachable = max(p for _, p in self.live) / most
         return reachable <= max(h.score for h in self.aside)
 

@@ -73,6 +73,7 @@ class LayerCache:
         self.seen = 0  # tokens, those that are forgotten included
         self.carry: Any = None  # what the scheme's `prepare` continues: running sums
         self.sums: Tensor | None = None  # of a mechanism that keeps them in place of keys and values
+        self.source: tuple[Tensor, Tensor] | None = None  # keys and values of an encoded source, made once
 
     def append(self, k: Tensor, v: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
         """Forgets keys before position `first`, adds keys (B,Hkv,T,D) and values (B,Hkv,T,Dv), and returns all held."""
@@ -88,11 +89,13 @@ class LayerCache:
         self._values.keep(rows)
         self.carry = self.carry[rows] if isinstance(self.carry, Tensor) else self.carry
         self.sums = None if self.sums is None else self.sums[rows]
+        self.source = None if self.source is None else (self.source[0][rows], self.source[1][rows])
 
     @property
     def bytes(self) -> int:
-        sums = 0 if self.sums is None else self.sums.numel() * self.sums.element_size()
-        return self._keys.bytes + self._values.bytes + sums
+        whole = [] if self.sums is None else [self.sums]
+        whole += [] if self.source is None else self.source
+        return self._keys.bytes + self._values.bytes + sum(t.numel() * t.element_size() for t in whole)
 
 
 class KVCache:

@@ -8,36 +8,57 @@ from pydantic import Field, model_validator
 
 from ctxlab.registry import ComponentConfig
 
+_GATED = ("swiglu", "geglu_tanh")
 _FF_MULTIPLE = 128  # widths that are multiples of this keep matmul kernels at full speed
 
 
 class ModelConfig(ComponentConfig):
-    """Sizes and settings of a pre-norm Transformer. GPT-2, BLOOM and Llama are settings of it.
+    """Sizes and settings of a Transformer. GPT-2, BLOOM, Llama, BERT, T5 and the original are settings of it.
 
-    `n_kv_heads`, `head_dim` and `d_ff` may be given as `auto`; what is stored is always the number:
-    n_kv_heads = n_heads (every head has its own keys), head_dim = d_model / n_heads, and d_ff = 8/3 d_model for SwiGLU
-    (three matrices; Shazeer 2020, arXiv:2002.05202, section 3, keeps the parameters of two of 4 d_model), 4 d_model
-    otherwise, to the nearest multiple of 128.
+    What T5 leaves out, the scale 1 / sqrt(head_dim) of scores, and what it puts in, the same of d_model before a tied head,
+    are a matter of the weights: of the queries times sqrt(head_dim), of the last norm over sqrt(d_model).
+
+    `n_encoder_layers`, `n_kv_heads`, `head_dim` and `d_ff` may be given as `auto`; what is stored is always the number:
+    n_encoder_layers = n_layers, n_kv_heads = n_heads (every head has its own keys), head_dim = d_model / n_heads, and d_ff =
+    8/3 d_model with a gate (three matrices; Shazeer 2020, arXiv:2002.05202, section 3, keeps the parameters of two of
+    4 d_model), 4 d_model otherwise, to the nearest multiple of 128.
     Raises (as a validation error) when n_heads is no multiple of n_kv_heads, or d_model none of n_heads with head_dim auto.
     """
 
     name: str = Field("custom", description="the size's name, for people")
-    architecture: Literal["decoder"] = "decoder"
+    architecture: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     d_model: int = Field(gt=0, description="width of the residual stream")
-    n_layers: int = Field(gt=0)
+    n_layers: int = Field(gt=0, description="blocks; of an encoder-decoder, those of the decoder")
+    n_encoder_layers: int = Field(gt=0, description="blocks of an encoder-decoder's encoder; or auto")
     n_heads: int = Field(gt=0, description="query heads")
     n_kv_heads: int = Field(gt=0, description="key-value heads, each shared by n_heads / n_kv_heads queries; or auto")
     head_dim: int = Field(gt=0, description="width of a head, free of d_model; or auto")
     d_ff: int = Field(gt=0, description="width of the feed-forward layer; or auto")
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = "swiglu"
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_place: Literal["pre", "post"] = Field(
+        "pre", description="pre: before each part and at the end; post: after each addition, as in the original"
+    )
     norm_eps: float = Field(1e-5, gt=0)
     bias: bool = Field(False, description="biases in every linear layer, and in layernorm")
     embedding_norm: bool = Field(False, description="a norm after the embedding, as in BLOOM")
     tie_embeddings: bool = Field(True, description="the output head is the embedding's matrix")
+    share_embeddings: bool = Field(True, description="an encoder-decoder embeds source and target by one matrix")
+    head_layer: bool = Field(
+        False, description="a dense layer, the activation and a norm before the head, and a bias behind it, as in BERT"
+    )
     dropout: float = Field(
         0.0, ge=0, lt=1, description="of the embedding and of each block's outputs; attention weights are never dropped"
     )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward layer has a third matrix, whose output multiplies the second's."""
+        return self.activation in _GATED
+
+    def of_encoder(self) -> ModelConfig:
+        """The sizes of an encoder-decoder's encoder, as those of a stack by itself."""
+        return self.model_copy(update={"n_layers": self.n_encoder_layers})
 
     @model_validator(mode="before")
     @classmethod
@@ -47,6 +68,8 @@ class ModelConfig(ComponentConfig):
             return values
         values = dict(values)
         d_model, n_heads = _size(values.get("d_model")), _size(values.get("n_heads"))
+        if values.get("n_encoder_layers", "auto") == "auto":
+            values["n_encoder_layers"] = _size(values.get("n_layers")) or 1
         if values.get("n_kv_heads", "auto") == "auto":
             values["n_kv_heads"] = n_heads or 1
         if values.get("head_dim", "auto") == "auto":
@@ -56,7 +79,7 @@ class ModelConfig(ComponentConfig):
                 )
             values["head_dim"] = d_model // n_heads if d_model and n_heads else 1
         if values.get("d_ff", "auto") == "auto":
-            wanted = 4 * d_model if values.get("activation", "swiglu") != "swiglu" else 8 * d_model / 3
+            wanted = 8 * d_model / 3 if values.get("activation", "swiglu") in _GATED else 4 * d_model
             values["d_ff"] = max(1, round(wanted / _FF_MULTIPLE)) * _FF_MULTIPLE
         return values
 
@@ -64,6 +87,14 @@ class ModelConfig(ComponentConfig):
     def _heads_in_groups(self) -> ModelConfig:
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be divisible by n_kv_heads ({self.n_kv_heads})")
+        return self
+
+    @model_validator(mode="after")
+    def _one_activation_in_head(self) -> ModelConfig:
+        if self.head_layer and self.gated:
+            raise ValueError(
+                f"head_layer: {self.activation} has a gate, which a head's layer has not; use gelu or relu"
+            )
         return self
 
 

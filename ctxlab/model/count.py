@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import LSTMConfig, ModelConfig, SizesConfig
@@ -15,6 +15,8 @@ from ctxlab.model.remake import POLICIES, Recompute, RecomputeSetting
 Part = Any
 Precision = Literal["fp32", "bf16"]
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+# Tensors of the feed-forward width that backward needs.
+_HIDDEN = {"swiglu": 3, "geglu_tanh": 4, "gelu": 2, "gelu_tanh": 2, "relu": 1}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,15 @@ class Parameters:
         return self.total - self.embeddings
 
 
-def parameters(config: SizesConfig, position: Part, attention: Part, *, vocab_size: int, context: int) -> Parameters:
+def parameters(
+    config: SizesConfig,
+    position: Part,
+    attention: Part,
+    *,
+    vocab_size: int,
+    context: int,
+    source_vocab_size: int | None = None,
+) -> Parameters:
     """Exactly what building the model would allocate. `without_embeddings` is the N of Kaplan et al. 2020, arXiv:2001.08361.
 
     An LSTM's layer has 4 h (its input's width + h) weights and torch's two biases of 4 h.
@@ -40,30 +50,53 @@ def parameters(config: SizesConfig, position: Part, attention: Part, *, vocab_si
         return Parameters(total=_recurrent_matrices(config) + biases + embeddings, embeddings=embeddings)
     norm = config.d_model * (2 if config.norm == "layernorm" and config.bias else 1)
     outputs = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.d_model  # of q, k, v and out
-    outputs += config.d_ff * (2 if config.activation == "swiglu" else 1) + config.d_model
-    block = _block_matrices(config) + 2 * norm + (outputs if config.bias else 0)
+    up_and_down = config.d_ff * (2 if config.gated else 1) + config.d_model
+    total = 0
+    embeddings = vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    if config.architecture == "encoder_decoder" and not config.share_embeddings:
+        embeddings += (vocab_size if source_vocab_size is None else source_vocab_size) * config.d_model
     scheme = POSITIONS.get(position.name)
-    positional = scheme.n_parameters(position, config, context)
-    vocabulary = vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    embeddings = vocabulary + (positional if scheme.form == "embedding" else 0)
-    norms = norm * (2 if config.embedding_norm else 1)
-    block += config.n_heads if attention.sink else 0
-    return Parameters(total=config.n_layers * block + norms + vocabulary + positional, embeddings=embeddings)
+    for stack in _stacks(config):
+        block = _block_matrices(config, stack.crosses) + stack.norms * norm
+        block += (outputs * (2 if stack.crosses else 1) + up_and_down) if config.bias else 0
+        block += config.n_heads if attention.sink else 0
+        around = norm * (config.embedding_norm + (config.norm_place == "pre"))
+        positional = scheme.n_parameters(position, stack.config, context)
+        if scheme.form == "embedding":
+            embeddings += positional
+            positional = 0
+        total += stack.config.n_layers * block + around + positional
+    if config.head_layer:
+        total += config.d_model**2 + norm + vocab_size + (config.d_model if config.bias else 0)
+    return Parameters(total=total + embeddings, embeddings=embeddings)
 
 
-def flops_per_token(config: SizesConfig, attention: Part, *, vocab_size: int, context: int) -> float:
+def flops_per_token(
+    config: SizesConfig, attention: Part, *, vocab_size: int, context: int, source: int | None = None
+) -> float:
     """Floating-point operations of training on one token, forward and backward: 6 N + 12 L H D context for full attention.
 
     Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B, with N the weights that multiply: blocks and output head, the
     lookup of the input embedding, norms, biases and positional tables left out. The half of the scores that causality hides
     is counted, recomputation is not. Norms, activations and softmax are not counted either. An LSTM has 6 N at any context.
+
+    Of an encoder-decoder: of one target token, of `context` of them, with its share of a source of `source` tokens (None: as
+    many), whose encoder and whose keys and values in every cross-attention are computed once.
     """
     if isinstance(config, LSTMConfig):
         return 6.0 * (_recurrent_matrices(config) + vocab_size * config.d_model)
-    multiplied = config.n_layers * _block_matrices(config) + vocab_size * config.d_model
     mechanism = ATTENTIONS.get(attention.name)
-    mixing = sum(mechanism.flops(attention, config, context, layer) for layer in range(config.n_layers))
-    return 6.0 * multiplied + 3.0 * mixing
+    source = context if source is None else source
+    total = 6.0 * (vocab_size * config.d_model + (config.d_model**2 if config.head_layer else 0))
+    for stack in _stacks(config):
+        layers, length = range(stack.config.n_layers), source if stack.is_source else context
+        mixing = sum(mechanism.flops(attention, config, length, layer, causal=stack.causal) for layer in layers)
+        own = 6.0 * len(layers) * _block_matrices(config, stack.crosses) + 3.0 * mixing
+        total += own * length / context
+        if stack.crosses:
+            keys = 6.0 * len(layers) * 2 * config.n_kv_heads * config.head_dim * config.d_model
+            total += keys * (source / context - 1) + 12.0 * len(layers) * config.n_heads * config.head_dim * source
+    return total
 
 
 def kv_cache_bytes(
@@ -74,18 +107,25 @@ def kv_cache_bytes(
     length: int,
     rows: int = 1,
     precision: Precision = "fp32",
+    source: int | None = None,
 ) -> int:
     """Bytes of the keys and values of `length` tokens in `rows` sequences: L Hkv (2 D + the scheme's columns) e a token.
 
-    Sums that stand in their place are fp32 and count once, as do an LSTM's two states of each layer.
+    Sums that stand in their place are fp32 and count once, as do an LSTM's two states of each layer. An encoder-decoder
+    also holds L Hkv 2 D e for each of `source` tokens (None: `length` of them), without columns. An encoder holds nothing.
     """
     if isinstance(config, LSTMConfig):
         return 2 * config.n_layers * config.d_hidden * rows * _BYTES["fp32"]
+    if config.architecture == "encoder":
+        return 0
     columns = POSITIONS.get(position.name).key_columns(position, config)
     mechanism = ATTENTIONS.get(attention.name)
     held = sum(mechanism.cached_tokens(attention, length, layer) for layer in range(config.n_layers))
     sums = config.n_layers * mechanism.sum_bytes(config) * rows
-    return config.n_kv_heads * (2 * config.head_dim + columns) * held * rows * _BYTES[precision] + sums
+    numbers = config.n_kv_heads * (2 * config.head_dim + columns) * held
+    if config.architecture == "encoder_decoder":
+        numbers += config.n_layers * _cross_keys(config) * (length if source is None else source)
+    return numbers * rows * _BYTES[precision] + sums
 
 
 def activation_bytes(
@@ -99,6 +139,7 @@ def activation_bytes(
     precision: Precision = "fp32",
     recompute: Recompute = "none",
     loss_chunk: int | None = None,
+    source: int | None = None,
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
 
@@ -108,7 +149,7 @@ def activation_bytes(
     weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the operations of this model:
     attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
     attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
-    An LSTM: `_recurrent_activations`.
+    An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`.
     """
     tokens = rows * context
     chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
@@ -117,22 +158,30 @@ def activation_bytes(
     if isinstance(config, LSTMConfig):
         return tokens * _recurrent_activations(config, precision) + logits
     carried = ATTENTIONS.get(attention.name).carried_tokens(attention)
-    kept = kept_bytes_per_token(config, position, precision)
     stream = 4 * config.d_model  # one fp32 copy of the residual stream
-    blocks = config.n_layers * kept
-    if recompute == "block":
-        blocks = config.n_layers * stream + kept
-    elif recompute == "selective":
-        blocks -= config.n_layers * size * (2 * config.d_model + config.d_ff)
     ends = 2 * stream + 2 * size * config.d_model  # around the blocks: stream, last norm, gradient of the head's input
-    backward = (
-        3 * size * config.d_ff + 2 * stream
-    )  # gradients alive at once in the widest place, the feed-forward layer
-    casts = 0 if precision == "fp32" else size * config.n_layers * _block_matrices(config)
+    # Gradients alive at once in the widest place, the feed-forward layer.
+    backward = 3 * size * config.d_ff + 2 * stream
+    kept, widest, casts = 0, 0, 0
+    for stack in _stacks(config):
+        length = rows * (source if stack.is_source and source is not None else context)
+        block = length * kept_bytes_per_token(config, position, precision, crosses=stack.crosses)
+        if stack.crosses:
+            read = rows * (context if source is None else source)
+            block += read * _cross_keys(config) * size
+        again = recompute == "block"
+        if recompute == "selective":
+            norms = (3 if stack.crosses else 2) * config.d_model if config.norm_place == "pre" else 0
+            block -= length * size * (norms + config.d_ff)
+        kept += stack.config.n_layers * (length * stream if again else block) + length * ends
+        widest = max(widest, length * backward + (block if again else 0))
+        casts += 0 if precision == "fp32" else size * stack.config.n_layers * _block_matrices(config, stack.crosses)
+    if config.head_layer:
+        kept += tokens * (3 * size * config.d_model + 8)
     width = 2 * config.head_dim + POSITIONS.get(position.name).key_columns(position, config)
-    read = stream + size * (config.d_model + config.n_kv_heads * width) + 4
-    memory = 3 * stream * config.n_layers + read * (1 if recompute == "block" else config.n_layers)
-    return tokens * (blocks + ends + backward) + rows * carried * memory + logits + casts
+    keys = stream + size * (config.d_model + config.n_kv_heads * width) + 4
+    memory = 3 * stream * config.n_layers + keys * (1 if recompute == "block" else config.n_layers)
+    return kept + widest + rows * carried * memory + logits + casts
 
 
 def chosen_recompute(
@@ -166,27 +215,59 @@ def chosen_recompute(
     return next((policy for policy in POLICIES if needed[policy] <= memory), min(POLICIES, key=lambda p: needed[p]))
 
 
-def kept_bytes_per_token(config: ModelConfig, position: Position.Config, precision: Precision) -> int:
+def kept_bytes_per_token(
+    config: ModelConfig, position: Position.Config, precision: Precision, *, crosses: bool = False
+) -> int:
     """Bytes that one block keeps of a token between its forward and its backward pass.
 
-    Two norms: their fp32 inputs, a reciprocal (two statistics for LayerNorm) and their outputs; queries, keys, values and
-    output of attention with its log-sum-exp; the feed-forward layer's hidden tensors: gate, up and their product, or one and
-    its activation; the dropout masks.
+    Its norms: their fp32 inputs, a reciprocal (two statistics for LayerNorm) and what is read of their outputs; queries, keys,
+    values and output of attention with its log-sum-exp, of cross-attention without keys and values, which are the source's; the
+    feed-forward layer's hidden tensors: gate, up and their product, GELU's result before it too, or one and its activation, the
+    latter alone of ReLU; the dropout masks.
     """
     size = _BYTES[precision]
     columns = POSITIONS.get(position.name).key_columns(position, config)
     width = config.head_dim + columns
-    norms = 2 * ((4 + size) * config.d_model + (4 if config.norm == "rmsnorm" else 8))
+    parts = 3 if crosses else 2
+    norms = parts * ((4 + size) * config.d_model + (4 if config.norm == "rmsnorm" else 8))
     attention = size * width * 2 * (config.n_heads + config.n_kv_heads) + 4 * config.n_heads
-    feed_forward = size * config.d_ff * (3 if config.activation == "swiglu" else 2)
-    masks = 2 * size * config.d_model if config.dropout else 0
+    if crosses:
+        attention += size * config.head_dim * 2 * config.n_heads + 4 * config.n_heads
+    feed_forward = size * config.d_ff * _HIDDEN[config.activation]
+    masks = parts * size * config.d_model if config.dropout else 0
     return norms + attention + feed_forward + masks
 
 
-def _block_matrices(config: ModelConfig) -> int:
+class _Stack(NamedTuple):
+    """Blocks of one kind."""
+
+    config: ModelConfig
+    causal: bool
+    crosses: bool  # whether they attend to a source
+    is_source: bool
+
+    @property
+    def norms(self) -> int:
+        """Of a block."""
+        return 3 if self.crosses else 2
+
+
+def _stacks(config: ModelConfig) -> list[_Stack]:
+    """The decoder, the encoder, or both."""
+    if config.architecture == "encoder_decoder":
+        return [_Stack(config, True, True, False), _Stack(config.of_encoder(), False, False, True)]
+    return [_Stack(config, config.architecture == "decoder", False, False)]
+
+
+def _block_matrices(config: ModelConfig, crosses: bool = False) -> int:
     """Weights of a block's linear layers, biases left out."""
     projections = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim * config.d_model
-    return projections + config.d_model * config.d_ff * (3 if config.activation == "swiglu" else 2)
+    return projections * (2 if crosses else 1) + config.d_model * config.d_ff * (3 if config.gated else 2)
+
+
+def _cross_keys(config: ModelConfig) -> int:
+    """Numbers of a source token's key and value in one layer."""
+    return 2 * config.n_kv_heads * config.head_dim
 
 
 def _recurrent_matrices(config: LSTMConfig) -> int:

@@ -144,17 +144,19 @@ def decode(
     *,
     seeds: Sequence[int] | None = None,
     stop_ids: Collection[int] = (),
+    limits: Sequence[int] | None = None,
     is_over: Callable[[list[int]], bool] = lambda _: False,
     encoded: Any = None,
 ) -> list[list[int]]:
     """What follows each of several prompts, decoded side by side: each as `generate` has it alone with its seed (0 on).
 
-    A row also ends with the token after which `is_over` says so of its new tokens. Raises as `generate` does, of any row.
+    limits: the most new tokens of each, in place of max_new_tokens. A row also ends with the token after which `is_over`
+    says so of its new tokens. Raises as `generate` does, of any row.
     """
     config = DecodingConfig() if config is None else config
     found: list[list[int]] = [[] for _ in prompts]
     seeds = range(len(prompts)) if seeds is None else seeds
-    choices = _choices(model, prompts, config, seeds, stop_ids, encoded)
+    choices = _choices(model, prompts, config, seeds, stop_ids, encoded, limits)
     over = False
     try:
         while True:
@@ -172,6 +174,7 @@ def _choices(
     seeds: Sequence[int],
     stop_ids: Collection[int],
     encoded: Any,
+    limits: Sequence[int] | None = None,
 ) -> Generator[tuple[int, int], bool | None]:
     """(row, token) of everything that is chosen, step by step; a row that ends, or is told to, is not read on."""
     check_prompts(prompts)
@@ -179,7 +182,7 @@ def _choices(
     randoms = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts = [list(prompt) for prompt in prompts]  # with what has been chosen
     rows = list(range(len(prompts)))  # that are still read
-    left = [config.max_new_tokens for _ in prompts]
+    left = [config.max_new_tokens for _ in prompts] if limits is None else list(limits)
     read = min(len(text) for text in texts)
     new = torch.tensor([text[:read] for text in texts])
     while rows:

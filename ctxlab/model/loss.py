@@ -24,40 +24,63 @@ def token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> T
     backward only multiplies. If it turns out that tokens weigh differently, the logits are computed again.
     No double backward.
     """
+    return smoothed_nats(hidden, weight, targets, chunk, 0.0)[0]
+
+
+def smoothed_nats(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, nats) of every token: loss = (1 - e) nats + e mean_v(-ln p_v) with e = smoothing, nats as in `token_nats`.
+
+    Label smoothing: Szegedy et al. 2016, arXiv:1512.00567, section 7, over all V tokens, the target too. Only the loss has a
+    gradient; with e = 0 the two are one.
+    """
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with torch.autocast(hidden.device.type, enabled=False):
-        result: Tensor = _TokenNats.apply(hidden, weight, targets, chunk, keep)
-        return result
+        loss, nats = _TokenNats.apply(hidden, weight, targets, chunk, smoothing, keep)
+    return loss, nats if smoothing else loss.detach()
 
 
 class _TokenNats(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, keep: bool) -> Tensor:
-        nats, dhidden, dweight = _sweep(hidden, weight, targets, chunk, None, keep)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, smoothing: float, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        loss, nats, dhidden, dweight = _sweep(hidden, weight, targets, chunk, smoothing, None, keep)
         if keep:
             ctx.save_for_backward(hidden, weight, targets, dhidden, dweight)
-            ctx.chunk = chunk
-        return nats
+            ctx.chunk, ctx.smoothing = chunk, smoothing
+        ctx.mark_non_differentiable(nats)
+        return loss, nats
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden, weight, targets, dhidden, dweight = ctx.saved_tensors
         if grad.stride() == (0,):  # one number for all tokens: the gradient of a sum
-            return dhidden * grad[0].to(dhidden.dtype), (dweight * grad[0]).to(weight.dtype), None, None, None
-        with torch.autocast(hidden.device.type, enabled=False):
-            _, dhidden, dweight = _sweep(hidden, weight, targets, ctx.chunk, grad, True)
-        return dhidden, dweight.to(weight.dtype), None, None, None
+            dhidden, dweight = dhidden * grad[0].to(dhidden.dtype), dweight * grad[0]
+        else:
+            with torch.autocast(hidden.device.type, enabled=False):
+                _, _, dhidden, dweight = _sweep(hidden, weight, targets, ctx.chunk, ctx.smoothing, grad, True)
+        return dhidden, dweight.to(weight.dtype), None, None, None, None
 
 
 def _sweep(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, scales: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """nats of every token and, if `keep`, the gradients of sum_t scales_t nats_t (scales 1 when None)."""
-    N, dtype = hidden.shape[0], hidden.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int,
+    smoothing: float,
+    scales: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of every token, its nats where the loss is another number, and, if `keep`, the gradients of
+    sum_t scales_t loss_t (scales 1 when None)."""
+    N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     high = torch.promote_types(dtype, torch.float32)
     matrix = weight.detach().to(dtype)
     hidden = hidden.detach()
     nats = torch.empty(N, dtype=high, device=hidden.device)
+    loss = torch.empty_like(nats) if smoothing else nats.new_empty(0)
     dhidden = torch.empty_like(hidden) if keep else hidden.new_empty(0)
     dweight = torch.zeros(weight.shape if keep else (0,), dtype=high, device=weight.device)
     rooms = [torch.empty(min(chunk, N), weight.shape[0], dtype=d, device=hidden.device) for d in (dtype, high)]
@@ -74,10 +97,15 @@ def _sweep(
         torch.softmax(p.copy_(logits), -1, out=p)
         lse = top - p.amax(-1, keepdim=True).log()  # (n,1)
         nats[start : start + n] = (lse - logits.gather(1, column))[:, 0].masked_fill(~scored, 0.0)
+        if smoothing:
+            mean = logits.sum(-1, keepdim=True, dtype=high) / V
+            mixed = lse - (1 - smoothing) * logits.gather(1, column) - smoothing * mean
+            loss[start : start + n] = mixed[:, 0].masked_fill(~scored, 0.0)
         if not keep:
             continue
-        dlogits = logits.copy_(p.scatter_add_(1, column, p.new_full((1, 1), -1.0).expand(n, 1)))
+        p.scatter_add_(1, column, p.new_full((1, 1), smoothing - 1.0).expand(n, 1))
+        dlogits = logits.copy_(p.sub_(smoothing / V) if smoothing else p)
         row = (scored if scales is None else scales[start : start + n] * scored)[:, None].to(high)  # (n,1)
         torch.mul(dlogits @ matrix, row, out=dhidden[start : start + n])
         dweight += dlogits.T @ (h * row).to(dtype)
-    return nats, dhidden, dweight
+    return (loss, nats, dhidden, dweight) if smoothing else (nats, loss, dhidden, dweight)

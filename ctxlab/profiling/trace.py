@@ -113,7 +113,8 @@ def trace_step(point: Point) -> list[dict[str, int]]:
             tokens = torch.zeros(1, point.context + 1, dtype=torch.int64)
         with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
             with live.counting("activations"):
-                hidden = model.hidden(tokens[:, :-1], memory=memory)
+                source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
+                hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
             live.mark()
             with live.counting("logits"):
                 loss = model.nats(hidden, tokens[:, 1:]).mean()

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
+from ctxlab.report.denoising import denoising_rows, show_denoising
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
@@ -31,6 +32,7 @@ from ctxlab.report.results import (
 )
 from ctxlab.report.task_tables import show_compared_tasks, show_tasks, task_rows
 from ctxlab.report.terminal import Chart
+from ctxlab.report.translation import is_translation, show_translation
 from ctxlab.report.ways import show_context_use, side_by_side, way_text, ways
 from ctxlab.units import format_count, format_length, format_seconds
 
@@ -198,26 +200,34 @@ def show_training(run: Run, console: Console) -> None:
     measurements = run.measurements()
     trained = record.config["context"]
     show_heading(run, console)
-    if measurements:
+    if is_translation(measurements):
+        show_translation([m for m in measurements if m.context is None], run.items(), console)
+    elif measurements:
         show_lengths(measurements, trained, console)
     figure = save_loss_by_length([run], run.path / "loss_by_length.png")
     console.print()
     console.print(Text(f"run {record.id} in {run.path}{f' ({figure.name})' if figure else ''}"), soft_wrap=True)
+    where = _elsewhere(run)
+    prompt = f'{where}ctxlab generate {record.id} "{_prompt(record.config)}"'
+    look = f"{where}ctxlab runs show {record.id}", "look at it"
+    if record.config.get("data", {}).get("name") == "parallel":
+        more = f"{where}ctxlab eval {record.id} eval.translation.num_beams=8"
+        show_next(console, (prompt, "translate"), (more, "score it again"), look)
+        return
+    if denoising_rows(measurements):
+        show_next(console, (f"{where}ctxlab eval {record.id}", "score it again"), look)
+        return
     position = value_at(record.config, "position")
     other = "alibi" if position != "alibi" else "rope"
     schemes = "" if position == "none" else f" position={position},{other}"
     sweep = f"model={record.config['model']['name']}{schemes} context={trained},{2 * trained}"
-    where = _elsewhere(run)
-    show_next(
-        console,
-        (f'{where}ctxlab generate {record.id} "{_prompt(record.config)}"', "go on from a prompt"),
-        (f"{where}ctxlab train -m {sweep}", "a sweep around it"),
-        (f"{where}ctxlab runs show {record.id}", "look at it"),
-    )
+    show_next(console, (prompt, "go on from a prompt"), (f"{where}ctxlab train -m {sweep}", "a sweep around it"), look)
 
 
 def _prompt(config: dict[str, Any]) -> str:
-    """Something to go on from, in what the run speaks."""
+    """Something to go on from, in what the run speaks, or to translate."""
+    if config.get("data", {}).get("name") == "parallel":
+        return "Je ne parle pas français."
     return "1 2 3 4" if config.get("tokenizer", {}).get("name") == "ids" else "To be, or not to be"
 
 
@@ -241,7 +251,9 @@ def show_lengths(measurements: Sequence[Measurement], trained: int | None, conso
     if task_rows(measurements):
         show_tasks(measurements, console)
     show_harness(measurements, console)
-    measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
+    if denoising_rows(measurements):
+        show_denoising(denoising_rows(measurements), console)
+    measurements = [m for m in measurements if not {"task", "harness", "objective"} & m.axes.keys()]
     if not measurements:
         return
     console.print(lengths_table(measurements, trained))
@@ -290,7 +302,11 @@ def show_beside(charts: Sequence[Chart], console: Console) -> None:
 def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
     """What `ctxlab eval` ends with: the table of one run, or one table of all side by side."""
     measurements = run.measurements()
-    if len(parents) == 1:
+    if is_translation(measurements):
+        items = run.items()
+        first = [item for item in items if item.axes.get("run") in (None, parents[0].id)]
+        show_translation([m for m in measurements if m.context is None], first, console)
+    elif len(parents) == 1:
         console.print(Text(f"{parents[0].id}, evaluated again", style="bold"))
         trained = parents[0].record.config["context"]
         show_lengths(measurements, trained, console)
@@ -309,7 +325,9 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
             console,
         )
         show_harness(measurements, console)
-        measurements = [m for m in measurements if not {"task", "harness"} & m.axes.keys()]
+        if denoising_rows(measurements):
+            show_denoising(denoising_rows(measurements), console)
+        measurements = [m for m in measurements if not {"task", "harness", "objective"} & m.axes.keys()]
         for grid in side_by_side(measurements, parents) if measurements else ():
             console.print(grid)
         show_footnotes(measurements, console)

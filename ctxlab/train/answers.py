@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,11 +12,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ctxlab.data.prepare import TextDataset
+from ctxlab.data.stream import sources_of
 from ctxlab.data.tasks.base import TokenTask
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
 from ctxlab.model.base import Model
 from ctxlab.model.generation import DecodingConfig, decode
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.precision import Precision, autocast
 
 _LOGITS = 1 << 14  # labelled places whose logits exist at once
@@ -41,7 +45,7 @@ def answer_labels(
     part: tuple[int, int] = (0, 1),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Labels:
-    """The likeliest token at every labelled place, given the example's own tokens before it.
+    """The likeliest token at every labelled place, given the example's own tokens: those before it, or all of an encoder's.
 
     A model that is right at every label of an answer is one whose greedy generation is that answer.
     `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
@@ -62,8 +66,12 @@ def answer_labels(
             labelled = torch.from_numpy(targets != IGNORED).to(device)  # (B,T)
             wanted = torch.from_numpy(targets).to(device)[labelled]  # (n,)
             lengths = torch.tensor([len(rows[i].tokens) for i in chosen], device=device)
+            source, source_lengths = sources_of([rows[i] for i in chosen], pad_id)
+            read: Any = {}
+            if source is not None and source_lengths is not None:
+                read = {"source": source.to(device), "source_lengths": source_lengths.to(device)}
             with autocast(precision, device):
-                hidden = model.hidden(torch.from_numpy(tokens).to(device), lengths=lengths)[labelled]  # (n, d)
+                hidden = model.hidden(torch.from_numpy(tokens).to(device), lengths=lengths, **read)[labelled]  # (n, d)
                 logits = [model.logits(some).float() for some in hidden.split(_LOGITS)]
             right = torch.cat([some.argmax(-1) for some in logits]) == wanted
             parts = zip(logits, wanted.split(_LOGITS))
@@ -143,3 +151,34 @@ class TaskValidation:
         count, right, nats = found
         accuracy = (right == count).mean() if self.whole else right.sum() / count.sum()
         return {"nats_per_token": float(nats.sum() / count.sum()), "accuracy": float(accuracy)}
+
+
+class ObjectiveValidation:
+    """Scores a fixed set of rows of the validation split under a denoising objective, shared by the ranks."""
+
+    def __init__(
+        self, objective: Denoising, dataset: TextDataset, context: int, *, max_tokens: int, precision: Precision
+    ) -> None:
+        longest = int(np.diff(dataset.splits["validation"].starts).max(initial=0)) - 1
+        self.rows, _ = objective.held_out(dataset, "validation", min(context, longest), max(1, max_tokens // context))
+        self.pad_id = dataset.tokenizer.pad_id
+        self.precision = precision
+
+    def __call__(self, trainer: lightning.Trainer, model: Model, device: torch.device) -> dict[str, float]:
+        """nats per token that is to be said, perplexity and accuracy; every rank returns the same numbers."""
+        model.eval()
+        found: Any = np.stack(
+            answer_labels(
+                model, self.rows, pad_id=self.pad_id, device=device, precision=self.precision, batch_tokens=16_384,
+                part=(trainer.global_rank, trainer.world_size),
+            )
+        ).sum(1)  # fmt: skip
+        model.train()
+        if trainer.world_size > 1:
+            found = trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="sum").cpu().numpy()
+        count, right, nats = found.tolist()
+        return {
+            "nats_per_token": nats / count,
+            "perplexity": math.exp(min(nats / count, 700.0)),
+            "accuracy": right / count,
+        }

@@ -29,6 +29,7 @@ from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.beam import beam_search
 from ctxlab.model.generation import DecodingConfig, decode, generate
 from ctxlab.records.store import Run, RunStore
+from ctxlab.train.pairs import encode
 
 WEIGHTS, TRAINING, FACTS = "weights.safetensors", "training.pt", "checkpoint.json"
 
@@ -185,15 +186,17 @@ class LoadedRun:
         return int(self.config["context"])
 
     def stream(self, prompt: str, decoding: DecodingConfig | None = None, *, seed: int = 0) -> Iterator[str]:
-        """Generated text piece by piece, without the prompt. An empty prompt is the beginning of a document.
+        """Generated text piece by piece: what follows the prompt, or its translation by an encoder-decoder.
 
-        A beam search has it all at once, in the end.
+        An empty prompt is the beginning of a document. A beam search has it all at once, in the end.
         """
         decoding = DecodingConfig() if decoding is None else decoding
         if decoding.num_beams > 1:
             yield self.texts([prompt], decoding)[0]
             return
-        ids = generate(self.model, self._begun(prompt), decoding, seed=seed, stop_ids=(self.tokenizer.eos_id,))
+        begun, encoded = self._begun([prompt])
+        stop_ids = (self.tokenizer.eos_id,)
+        ids = generate(self.model, begun[0], decoding, seed=seed, stop_ids=stop_ids, encoded=encoded)
         yield from Until(self.tokenizer.stream(ids), decoding.stops)
 
     def generate(self, prompt: str, *, seed: int = 0, **decoding: Any) -> str:
@@ -212,30 +215,43 @@ class LoadedRun:
         """The continuation of each prompt, `batch` of them side by side: prompt i as `generate` has it with seed + i."""
         decoding = DecodingConfig() if decoding is None else decoding
         stop_ids, stops = (self.tokenizer.eos_id,), decoding.stops
-        ids = [self._begun(prompt) for prompt in prompts]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # those side by side have like lengths
+        lengths = [self.tokenizer.count(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lengths.__getitem__)  # those side by side have like lengths
         reach = max((len(stop.encode()) for stop in stops), default=0)  # tokens: each has a byte at least
 
         def is_over(new: list[int]) -> bool:
             return bool(stops) and any(stop in self.tokenizer.decode(new[-reach:]) for stop in stops)
 
-        found = [""] * len(ids)
+        found = [""] * len(prompts)
         for first in range(0, len(order), batch):
             chosen = order[first : first + batch]
-            begun = [ids[i] for i in chosen]
+            begun, encoded = self._begun([prompts[i] for i in chosen])
             if decoding.num_beams > 1:
-                searched = beam_search(self.model, begun, decoding, stop_ids=stop_ids)
+                searched = beam_search(self.model, begun, decoding, stop_ids=stop_ids, encoded=encoded)
                 said = [hypotheses[0].tokens for hypotheses in searched]
             else:
                 seeds = [seed + i for i in chosen]
-                said = decode(self.model, begun, decoding, seeds=seeds, stop_ids=stop_ids, is_over=is_over)
+                said = decode(
+                    self.model, begun, decoding, seeds=seeds, stop_ids=stop_ids, is_over=is_over, encoded=encoded
+                )
             for i, new in zip(chosen, said, strict=True):
                 found[i] = "".join(Until([self.tokenizer.decode(new)], stops))
             advance(len(chosen))
         return found
 
-    def _begun(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode(prompt) or [self.tokenizer.bos_id]
+    @property
+    def translates(self) -> bool:
+        """Whether a prompt is a source, of which a text of its own is made, and not a beginning."""
+        return self.model.reads_source
+
+    def _begun(self, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
+        """What is gone on from, and what an encoder has made of the prompts where they are sources."""
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        if not self.translates:
+            return [one or [self.tokenizer.bos_id] for one in ids], None
+        with torch.inference_mode():
+            encoded = encode(self.model, [[*one, self.tokenizer.eos_id] for one in ids], self.tokenizer.pad_id)
+        return [[self.tokenizer.bos_id]] * len(prompts), encoded
 
     @torch.inference_mode()
     def nats(self, text: str, *, chunk: int = 2048) -> float:

@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +20,10 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from ctxlab.data.pairs.dataset import PairDataset
+from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.prepare import TextDataset
-from ctxlab.data.stream import Batch, TrainStream, train_loader
+from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention.base import Attention
@@ -30,7 +34,8 @@ from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
-from ctxlab.train.answers import TaskValidation
+from ctxlab.registry import nearest
+from ctxlab.train.answers import ObjectiveValidation, TaskValidation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.finite import RequireFinite
@@ -41,10 +46,17 @@ from ctxlab.train.callbacks.save import ValidateAndSave
 from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
+from ctxlab.train.objectives.base import OBJECTIVES, Objective
+from ctxlab.train.objectives.causal import Causal
+from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
+from ctxlab.train.pairs import PairValidation
 from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 from ctxlab.train.scoring import Validation
 from ctxlab.train.settings import TrainerConfig
+
+Dataset = TextDataset | TaskDataset | PairDataset
+"""What a run is trained on."""
 
 VALIDATIONS_IN_A_RUN = 5
 CHECKPOINTS_IN_A_RUN = 10
@@ -64,6 +76,7 @@ class TrainSettings:
     context: int
     packed: bool
     workers: int
+    objective: Objective.Config = field(default_factory=Causal.Config)
 
 
 @dataclass
@@ -83,7 +96,7 @@ class Outcome:
 
 def fit(
     settings: TrainSettings,
-    dataset: TextDataset | TaskDataset,
+    dataset: Dataset,
     *,
     folder: Path,
     sink: Sink,
@@ -114,30 +127,22 @@ def fit(
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
         load_into(model, initial, "init")
+    freeze(model, config.freeze)
     if config.compile:
         require_compiler(device)
         model.compile_blocks()
 
-    rows = state["micro_rows"] if state else {}
-    budget = plan_budget(
-        config,
-        settings.context,
-        world=config.devices,
-        fitting_rows=lambda context: (
-            rows.get(context) or fitting_rows(settings, vocab_size, precision, device, context)
-        ),
-    )
     launched = _lightning(device, config, precision)
-    stream = TrainStream(
-        functools.partial(dataset.rows, seed=settings.seed, packed=settings.packed),
-        seed=settings.seed,
-        stages=budget.stages,
+    budget, stream = plan(
+        settings,
+        dataset,
+        before=state["micro_rows"] if state else {},
+        fitting=lambda context: fitting_rows(settings, vocab_size, precision, device, context),
         rank=launched.global_rank,
-        world=config.devices,
-        pad_id=dataset.tokenizer.pad_id,
         in_order=model.carries,
     )
-    module = LanguageModel(model, OPTIMIZERS.get(settings.optim.name)(settings.optim), stream, budget)
+    optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
+    module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
     if saved:
         module.step, module.seconds = saved.step, saved.seconds
 
@@ -148,7 +153,7 @@ def fit(
         sink=sink,
         clock=clock,
         interrupt=interrupt,
-        validate=_validation(dataset, settings.context, max_tokens=config.validate_tokens, precision=precision),
+        validate=_validation(settings, dataset, precision),
         validate_every=_every(config.validate_every, budget, VALIDATIONS_IN_A_RUN),
         save_every=_every(config.checkpoint_every, budget, CHECKPOINTS_IN_A_RUN),
         attempt=attempt,
@@ -182,18 +187,47 @@ def fit(
     )
 
 
-def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: int) -> Recompute:
-    """What `trainer.recompute` is where there are `memory` bytes: `auto` takes the cheapest policy with which one row fits."""
-    return chosen_recompute(
-        settings.trainer.recompute,
-        settings.model,
-        settings.position,
-        settings.attention,
-        vocab_size=vocab_size,
-        context=settings.context,
-        precision=precision,
-        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
-        memory=ACTIVATION_SHARE * memory,
+def plan(
+    settings: TrainSettings,
+    dataset: Dataset,
+    *,
+    before: Mapping[int, int],
+    fitting: Callable[[int], int],
+    rank: int,
+    in_order: bool,
+) -> tuple[Budget, Stream]:
+    """The stages of a run and what its rank reads in them. `before`: the rows at once of each context that a run goes on
+    with; `fitting`: how many rows of a context fit."""
+    config = settings.trainer
+    if isinstance(dataset, PairDataset):
+        # A step has batch_tokens tokens whatever its pairs' lengths: one row of that many, cut in micro-batches.
+        step = config.batch_tokens
+        single = config.model_copy(update={"micro_batch": 1})
+        budget = plan_budget(single, step, world=1, fitting_rows=lambda _: 1)
+        share = step // config.devices
+        fits = fitting(settings.context) * settings.context // 2  # source and target, and the padding of both
+        if config.micro_batch != "auto":
+            fits = config.micro_batch * settings.context
+        order = PairOrder(dataset.splits["train"], batch_tokens=step, seed=settings.seed, longest=settings.context)
+        return budget, PairStream(
+            order, n_steps=budget.n_steps, n_micro=-(-share // max(fits, 1)), rank=rank, world=config.devices,
+            pad_id=dataset.tokenizer.pad_id,
+        )  # fmt: skip
+    budget = plan_budget(
+        config,
+        settings.context,
+        world=config.devices,
+        fitting_rows=lambda context: before.get(context) or fitting(context),
+    )
+    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
+    return budget, TrainStream(
+        functools.partial(objective.rows, dataset, seed=settings.seed, packed=settings.packed),
+        seed=settings.seed,
+        stages=budget.stages,
+        rank=rank,
+        world=config.devices,
+        pad_id=dataset.tokenizer.pad_id,
+        in_order=in_order,
     )
 
 
@@ -215,6 +249,21 @@ def fitting_rows(
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
 
 
+def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: int) -> Recompute:
+    """What `trainer.recompute` is where there are `memory` bytes: `auto` takes the cheapest policy with which one row fits."""
+    return chosen_recompute(
+        settings.trainer.recompute,
+        settings.model,
+        settings.position,
+        settings.attention,
+        vocab_size=vocab_size,
+        context=settings.context,
+        precision=precision,
+        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
+        memory=ACTIVATION_SHARE * memory,
+    )
+
+
 def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
     """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -227,6 +276,23 @@ def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
             f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
         )
     model.load_state_dict(weights)
+
+
+def freeze(model: Model, patterns: Sequence[str]) -> None:
+    """Takes parameters out of training: those with one of these names, below one of them, or matched by a pattern.
+
+    Raises ConfigError for a name that there is none of, and where nothing is left to train.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        if not found:
+            parts = {name.rpartition(".")[0] for name in names} | {name.partition(".")[0] for name in names}
+            raise ConfigError(f"trainer.freeze: no parameter is called '{pattern}'{nearest(pattern, parts)}")
+        for name in found:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("trainer.freeze: nothing is left to train")
 
 
 def require_compiler(device: torch.device) -> None:
@@ -331,11 +397,17 @@ def _dead_rank(ranks: list[subprocess.Popen[bytes]]) -> str | None:
 
 
 def _validation(
-    dataset: TextDataset | TaskDataset, context: int, *, max_tokens: int, precision: Precision
-) -> Validation | TaskValidation:
+    settings: TrainSettings, dataset: Dataset, precision: Precision
+) -> Callable[[lightning.Trainer, Model, torch.device], dict[str, float]]:
+    context, most = settings.context, settings.trainer.validate_tokens
+    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
+    if isinstance(dataset, PairDataset):
+        return PairValidation(dataset, longest=context, max_tokens=most, precision=precision)
     if isinstance(dataset, TaskDataset):
-        return TaskValidation(dataset, context, max_tokens=max_tokens, precision=precision)
-    return Validation(dataset, context, max_tokens=max_tokens, precision=precision)
+        return TaskValidation(dataset, context, max_tokens=most, precision=precision)
+    if isinstance(objective, Denoising):
+        return ObjectiveValidation(objective, dataset, context, max_tokens=most, precision=precision)
+    return Validation(dataset, context, max_tokens=most, precision=precision)
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -8,7 +8,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from ctxlab.data.stream import Batch, TrainStream
+from ctxlab.data.stream import Batch, Stream
 from ctxlab.data.windows import IGNORED
 from ctxlab.model.base import Model
 from ctxlab.model.recurrence import SegmentMemory
@@ -17,7 +17,7 @@ from ctxlab.train.optim.base import Optimizer, rate_factor
 
 
 class LanguageModel(lightning.LightningModule):
-    """Trains a model on next-token prediction.
+    """Trains a model to predict tokens: the next of a text, or those of a target from its source.
 
     One optimizer step sees the whole global batch: with N the scored targets of that batch over all ranks and
     micro-batches, the loss is (sum of nats) / N exactly, whatever the micro-batch and however ragged the rows
@@ -25,25 +25,30 @@ class LanguageModel(lightning.LightningModule):
     curriculum, and because the step count must belong to the run and not to this process.
 
     State that callbacks read after each micro-batch: `step` (optimizer steps done), `stepped` (whether this micro-batch
-    completed one), `step_nats` (mean nats per target of that step), `gradient_norm` (before clipping), `rate`.
+    completed one), `step_loss` and `step_nats` (of that step, a target: what is minimised, and nats, which are never
+    smoothed), `gradient_norm` (before clipping), `rate`.
     """
 
-    def __init__(self, model: Model, optimizer: Optimizer, stream: TrainStream, budget: Budget) -> None:
+    def __init__(
+        self, model: Model, optimizer: Optimizer, stream: Stream, budget: Budget, *, smoothing: float = 0.0
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.optimizer = optimizer
         self.stream = stream
+        self.smoothing = smoothing
         self.budget = budget
         self.step = 0
         self.seconds = 0.0  # of training, over all attempts; a callback keeps it
         self.stepped = False
+        self.step_loss = 0.0
         self.step_nats = 0.0
         self.gradient_norm = 0.0
         self.rate = 0.0
         self.memories: list[SegmentMemory] = []  # of a recurrent model, one for each micro-batch of a step
         self._micro = 0
-        self._nats: Tensor | None = None
+        self._sums: Tensor | None = None  # loss and nats of the micro-batches so far
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer.build(self.model)
@@ -55,17 +60,20 @@ class LanguageModel(lightning.LightningModule):
             wrapped.require_backward_grad_sync = self._micro + 1 == self.stream.micro_batches(self.step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        source: Any = {} if batch.source is None else {"source": batch.source, "source_lengths": batch.source_lengths}
         hidden = self.model.hidden(
-            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch)
+            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch), **source
         )  # (B, T, d_model)
         targets = batch.targets
         if batch.few_targets:
             scored = targets != IGNORED
             hidden, targets = hidden[scored].unsqueeze(0), targets[scored].unsqueeze(0)  # (1, n, d_model), (1, n)
-        nats = self.model.nats(hidden, targets).sum() / batch.n_targets_in_step
+        losses, nats = self.model.losses(hidden, targets, self.smoothing)
+        loss = losses.sum() / batch.n_targets_in_step
         # DDP averages gradients over ranks where the sum is meant.
-        self.manual_backward(nats * self.trainer.world_size)
-        self._nats = nats.detach() if self._nats is None else self._nats + nats.detach()
+        self.manual_backward(loss * self.trainer.world_size)
+        sums = torch.stack([loss.detach(), nats.sum() / batch.n_targets_in_step])  # (2,)
+        self._sums = sums if self._sums is None else self._sums + sums
         self._micro += 1
         self.stepped = self._micro == self.stream.micro_batches(self.step)
         if self.stepped:
@@ -94,13 +102,13 @@ class LanguageModel(lightning.LightningModule):
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        assert self._nats is not None
-        total = self._nats
+        assert self._sums is not None
+        total = self._sums
         if self.trainer.world_size > 1:
             total = self.trainer.strategy.reduce(total, reduce_op="sum")
         # One synchronisation a step (matters on CUDA); nothing else reads a tensor.
-        self.step_nats, self.gradient_norm = torch.stack([total.float(), norm.float()]).tolist()
+        self.step_loss, self.step_nats, self.gradient_norm = torch.cat([total.float(), norm.float()[None]]).tolist()
         self.rate = optimizer.param_groups[0]["lr"]
         self.step += 1
         self._micro = 0
-        self._nats = None
+        self._sums = None

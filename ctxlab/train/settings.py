@@ -42,6 +42,9 @@ class TrainerConfig(ComponentConfig):
     micro_batch: OrAuto | int = Field(
         "auto", description="rows in memory at once; auto fits total memory by closed form"
     )
+    freeze: tuple[str, ...] = Field(
+        (), description="parameters that stay as they are, by name or pattern: embedding, blocks.0, '*.attention.*'"
+    )
     context_schedule: tuple[ContextStage, ...] = Field((), description="length curriculum before the final context")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

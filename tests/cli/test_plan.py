@@ -22,7 +22,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_plan_is_a_record_and_a_screen(here: Path) -> None:
     done = ctxlab(*SMALL, "plan.memory=1GiB", "trainer.precision=fp32", "trainer.accelerator=cpu")
     assert done.code == 0, done.err
-    (run,) = RunStore(here / "runs").all()
+    (run,) = RunStore(here / "runs").runs()
     assert (run.record.command, run.record.status) == ("plan", "done")
     measured = {(m.name, m.context): m for m in run.measurements() if not {"part", "change"} & m.axes.keys()}
     assert measured["peak_memory_bytes", 64].protocol.startswith("predicted")
@@ -48,7 +48,7 @@ def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
         2,
         ["plan.memory: there is no GPU here whose memory auto could take; give it, e.g. 24GiB"],
     )
-    assert [run.record.command for run in RunStore(here / "runs").all()] == ["plan"]
+    assert [run.record.command for run in RunStore(here / "runs").runs()] == ["plan"]
 
 
 def test_no_context_is_refused(here: Path) -> None:

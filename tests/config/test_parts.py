@@ -106,7 +106,7 @@ def test_a_decoder_that_starts_from_an_lstm_has_its_own_parts(runs: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("model.architecture=lstm",), "model.architecture: lstm has no n_heads, n_kv_heads, head_dim, d_ff, .*; "
+        (("model.architecture=lstm",), "model.architecture: lstm has no n_encoder_layers, n_heads, n_kv_heads, .*; "
          "an architecture is chosen with its sizes, by model=NAME"),
         (("model=lstm", "model.architecture=decoder"), "model.architecture: decoder has no d_hidden, carry_state; "),
         (("model.architecture=lstn",), r"model.architecture: no architecture is called 'lstn'; did you mean 'lstm'\?"),

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctxlab.model.position.base import Position
-from ctxlab.model.transformer import Transformer
 
 
 class Place(NamedTuple):
@@ -102,16 +101,20 @@ def alibi(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def t5(at: Place, q: Tensor, k: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    """The causal bucket of every distance, by the formula of the paper's code, in Python floats."""
+    """The bucket of every distance, by the formula of the paper's code, in Python floats: of 32, or 16 to each side."""
+    buckets = 32 if at.scheme.causal else 16
 
     def bucket(n: int) -> int:
-        if n < 16:
+        if n < 0 and not at.scheme.causal:
+            return buckets + bucket(-n)
+        exact = buckets // 2
+        if n < exact:
             return max(n, 0)
-        return min(31, 16 + math.floor(16 * math.log(n / 16) / math.log(128 / 16)))
+        return min(buckets - 1, exact + math.floor(exact * math.log(n / exact) / math.log(128 / exact)))
 
-    span = int(i.max() - j.min()) + 1
-    rows = at.scheme.weight[[bucket(n) for n in range(span)]]  # (distance, H)
-    bias = rows[(i[:, None] - j[None, :]).clamp(min=0)].permute(2, 0, 1)  # (H,T,S)
+    lowest, highest = int(i.min() - j.max()), int(i.max() - j.min())
+    rows = at.scheme.weight[[bucket(n) for n in range(lowest, highest + 1)]]  # (distance, H)
+    bias = rows[i[:, None] - j[None, :] - lowest].permute(2, 0, 1)  # (H,T,S)
     return plain(at, q, k, i, j) + bias
 
 
@@ -232,12 +235,41 @@ EMBEDDINGS: dict[str, Callable[[Position, Tensor, Tensor], Tensor]] = {
 }
 
 
-def logits(model: Transformer, tokens: Tensor) -> Tensor:
-    """The whole decoder (SwiGLU, RMSNorm, no biases) with dense causal attention, on the weights of `model`."""
-    scheme, config = model.position, model.config
+def logits(
+    model: Any,
+    tokens: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    source: Tensor | None = None,
+    source_lengths: Tensor | None = None,
+) -> Tensor:
+    """A whole model (SwiGLU, RMSNorm before each part, no biases) with dense attention, on the weights of `model`."""
+    encoded = None
+    if source is not None:
+        encoded = _stack(model.encoder, model.embedding.weight[source], model.config, False, source_lengths)
+    x = _stack(model, model.embedding.weight[tokens], model.config, model.causal, lengths, encoded, source_lengths)
+    return x @ model.embedding.weight.T
+
+
+def _padding(lengths: Tensor | None, n_keys: int) -> Tensor:
+    """Whether a key is padding, (B,1,1,S)."""
+    ends = torch.tensor([n_keys]) if lengths is None else lengths
+    return (torch.arange(n_keys) >= ends[:, None])[:, None, None]
+
+
+def _stack(
+    model: Any,
+    x: Tensor,
+    config: Any,
+    causal: bool,
+    lengths: Tensor | None = None,
+    encoded: Tensor | None = None,
+    encoded_lengths: Tensor | None = None,
+) -> Tensor:
+    scheme = model.position
     name = scheme.config.name
-    positions = torch.arange(tokens.shape[1])
-    mask = positions[:, None] < positions[None, :]
+    positions = torch.arange(x.shape[1])
+    mask = positions[:, None] < positions[None, :] if causal else _padding(lengths, x.shape[1])
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
         return x / torch.sqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weight
@@ -246,19 +278,29 @@ def logits(model: Transformer, tokens: Tensor) -> Tensor:
         x = x.view(*x.shape[:2], n, config.head_dim).transpose(1, 2)
         return x.repeat_interleave(config.n_heads // n, dim=1)
 
-    x = model.embedding.weight[tokens]
+    def projected(part: Any, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            heads(queries @ part.query.weight.T, config.n_heads),
+            heads(keys @ part.key.weight.T, config.n_kv_heads),
+            heads(keys @ part.value.weight.T, config.n_kv_heads),
+        )
+
+    def mixed(part: Any, score: Tensor, v: Tensor) -> Tensor:
+        return (score.softmax(-1) @ v).transpose(1, 2).flatten(2) @ part.out.weight.T
+
     if name in EMBEDDINGS:
         x = EMBEDDINGS[name](scheme, x, positions)
     for layer, block in enumerate(model.blocks):
         h = norm(x, block.attention_norm.weight)
-        q = heads(h @ block.attention.query.weight.T, config.n_heads)
-        k = heads(h @ block.attention.key.weight.T, config.n_kv_heads)
-        v = heads(h @ block.attention.value.weight.T, config.n_kv_heads)
-        at = Place(scheme, layer, h)
-        score = SCORES[name](at, q, k, positions, positions).masked_fill(mask, -math.inf)
-        mixed = (score.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        x = x + mixed @ block.attention.out.weight.T
+        q, k, v = projected(block.attention, h, h)
+        score = SCORES[name](Place(scheme, layer, h), q, k, positions, positions)
+        x = x + mixed(block.attention, score.masked_fill(mask, -math.inf), v)
+        if encoded is not None:
+            q, k, v = projected(block.cross_attention, norm(x, block.cross_attention_norm.weight), encoded)
+            score = q @ k.mT / math.sqrt(config.head_dim)
+            score = score.masked_fill(_padding(encoded_lengths, encoded.shape[1]), -math.inf)
+            x = x + mixed(block.cross_attention, score, v)
         h = norm(x, block.feed_forward_norm.weight)
         gate, up = h @ block.feed_forward.gate.weight.T, h @ block.feed_forward.up.weight.T
         x = x + (F.silu(gate) * up) @ block.feed_forward.down.weight.T
-    return norm(x, model.norm.weight) @ model.embedding.weight.T
+    return norm(x, model.norm.weight)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ctxlab.model.attention.base import ATTENTIONS, Attention
+from ctxlab.model.base import ARCHITECTURES
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.transformer import Transformer
@@ -33,7 +34,9 @@ def build(
     if isinstance(position, str):
         position = POSITIONS.get(position).Config(name=position)
     mechanism = ATTENTIONS.get(attention).Config(name=attention) if isinstance(attention, str) else attention
-    model = Transformer(small(**settings), position, mechanism, vocab_size=vocab_size, context=context)
+    config = small(**settings)
+    architecture: Any = ARCHITECTURES.get(config.architecture)
+    model: Transformer = architecture(config, position, mechanism, vocab_size=vocab_size, context=context)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and not name.endswith("offset"):  # an offset a layer and head is no matrix

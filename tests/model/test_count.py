@@ -11,26 +11,33 @@ import torch
 import yaml
 from torch import Tensor
 
+from ctxlab.errors import IncompatibleError
 from ctxlab.model import count
 from ctxlab.model.attention.full import Full
+from ctxlab.model.attention.sliding_window import SlidingWindow
+from ctxlab.model.base import ARCHITECTURES
 from ctxlab.model.cache import KVCache
 from ctxlab.model.config import LSTMConfig, ModelConfig
+from ctxlab.model.encoder_decoder import EncoderDecoder
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
 from tests.model.builders import build, small, tokens
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-SIZES = ["nano", "tiny", "mini", "small", "medium", "large", "1b"]
+SIZES = ["nano", "tiny", "mini", "small", "medium", "large", "1b", "vaswani_base", "chapter_example"]
 RECURRENT = {"lstm": "tiny", "lstm_nano": "nano"}  # and the decoder whose parameters it has
 
 
 def read(name: str, **changes: Any) -> ModelConfig:
-    return ModelConfig(**yaml.safe_load((CONF / f"{name}.yaml").read_text()) | changes)
+    settings = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    settings.pop("defaults", None)
+    return ModelConfig(**settings | changes)
 
 
 def on_meta(config: ModelConfig, position: str, vocab_size: int, context: int) -> Transformer:
+    kind: Any = ARCHITECTURES.get(config.architecture)
     with torch.device("meta"):
-        return Transformer(
+        return kind(
             config, POSITIONS.get(position).Config(name=position), Full.Config(), vocab_size=vocab_size, context=context
         )
 
@@ -89,6 +96,75 @@ def test_small_becomes_gpt2_by_settings() -> None:
     assert (counted.total, counted.embeddings) == (124_439_808, (50_257 + 1024) * 768)
 
 
+def test_the_original_has_65_million() -> None:
+    """Table 3 of the paper gives 65M; its about 37,000 tokens by 512, counted out, are 63.1M (65M would be 40,700 tokens).
+
+    Written out: attention with its biases, feed-forward and norms of 6 + 6 layers of 512, the matrix once.
+    """
+    config = read("vaswani_base")
+    attention = 4 * (512 * 512 + 512)
+    feed_forward = 512 * 2048 + 2048 + 2048 * 512 + 512
+    encoder, decoder = attention + feed_forward + 2 * 1024, 2 * attention + feed_forward + 3 * 1024
+    expected = 6 * encoder + 6 * decoder + 37_000 * 512
+    assert expected == 63_082_496
+    assert on_meta(config, "sinusoidal", 37_000, 512).n_parameters() == expected
+    counted = count.parameters(
+        config, POSITIONS.get("sinusoidal").Config(name="sinusoidal"), Full.Config(), vocab_size=37_000, context=512
+    )
+    assert counted.total == expected
+    assert expected == pytest.approx(65e6, rel=0.03)
+    assert f"{expected:,} parameters" in (CONF / "vaswani_base.yaml").read_text()
+
+
+POST = {"norm": "layernorm", "norm_place": "post"}
+BOTH_WAYS = ["learned", "nope", "p_rope", "partial_rope", "pope", "rope", "sinusoidal", "t5"]
+
+
+@pytest.mark.parametrize("position", BOTH_WAYS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"architecture": "encoder"},
+        {"architecture": "encoder", "head_layer": True, "activation": "gelu", "bias": True, **POST},
+        {"architecture": "encoder_decoder", "n_encoder_layers": 3},
+        {"architecture": "encoder_decoder", "share_embeddings": False, "activation": "geglu_tanh", "tie_embeddings": False},
+        {"architecture": "encoder_decoder", "activation": "relu", "bias": True, "embedding_norm": True, **POST},
+    ],
+)  # fmt: skip
+def test_parameters_of_encoders_are_those_built(position: str, settings: dict[str, Any]) -> None:
+    attention = Full.Config(sink="bias" in settings)
+    model = build(position, attention=attention, **settings)
+    config = POSITIONS.get(position).Config(name=position)
+    counted = count.parameters(model.config, config, attention, vocab_size=model.vocab_size, context=model.context)
+    assert counted.total == model.n_parameters()
+    assert counted.without_embeddings == model.n_parameters(embeddings=False)
+
+
+def test_a_vocabulary_of_the_source() -> None:
+    config = small(architecture="encoder_decoder", share_embeddings=False)
+    rope = POSITIONS.get("rope").Config(name="rope")
+    model = EncoderDecoder(config, rope, Full.Config(), vocab_size=50, context=8, source_vocab_size=70)
+    counted = count.parameters(config, rope, Full.Config(), vocab_size=50, context=8, source_vocab_size=70)
+    assert (counted.total, counted.embeddings) == (model.n_parameters(), 120 * 32)
+    with pytest.raises(IncompatibleError, match=r"^model.share_embeddings: the source has 70 tokens and the target 50"):
+        EncoderDecoder(
+            small(architecture="encoder_decoder"), rope, Full.Config(), vocab_size=50, context=8, source_vocab_size=70
+        )
+
+
+@pytest.mark.parametrize("position", ["rope", "t5", "pope"])
+def test_cache_bytes_of_an_encoder_decoder(position: str) -> None:
+    """63 tokens behind a source of 20: the source's keys and values count from the first token on."""
+    model: Any = build(position, architecture="encoder_decoder", n_encoder_layers=1)
+    cache = model.new_cache()
+    with torch.no_grad():
+        encoded = model.encode(tokens(3, 20))
+        for start in range(0, 63, 7):
+            model(tokens(3, 63)[:, start : start + 7], encoded=encoded, cache=cache)
+    expected = count.kv_cache_bytes(model.config, model.position.config, Full.Config(), length=63, rows=3, source=20)
+    assert cache.bytes == expected
+
+
 @pytest.mark.parametrize("position", POSITIONS.names())
 @pytest.mark.parametrize(
     "settings",
@@ -129,6 +205,31 @@ def test_flops_by_hand() -> None:
     assert count.flops_per_token(config, Full.Config(), vocab_size=5, context=7) == 3 * forward
 
 
+def test_flops_of_an_encoder_decoder_by_hand() -> None:
+    """2 + 1 layers of the same blocks as above, 14 source tokens for 7 target tokens: product by product, over 7 tokens."""
+    config = ModelConfig(
+        architecture="encoder_decoder", d_model=4, n_layers=1, n_encoder_layers=2, n_heads=2, n_kv_heads=1, head_dim=2, d_ff=3
+    )  # fmt: skip
+    q, k, v, out = 4 * 4, 4 * 2, 4 * 2, 4 * 4
+    feed_forward, head = 3 * 4 * 3, 4 * 5
+    encoder = 2 * 14 * (2 * (q + k + v + out + feed_forward) + 2 * 2 * (2 * 2 * 14))
+    decoder = 7 * (2 * (q + k + v + out + feed_forward) + 2 * 2 * (2 * 2 * 7))
+    cross = 7 * 2 * (q + out) + 14 * 2 * (k + v) + 7 * 2 * 2 * (2 * 2 * 14)
+    forward = encoder + decoder + cross + 7 * 2 * head
+    found = count.flops_per_token(config, Full.Config(), vocab_size=5, context=7, source=14)
+    assert found * 7 == pytest.approx(3 * forward, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_flops_of_a_window_that_looks_both_ways(size: int) -> None:
+    config, context = small(architecture="encoder"), 24
+    window = SlidingWindow.Config(size=size)
+    mechanism = SlidingWindow(window, config, 0)
+    most = int(mechanism.visible(context, context, causal=False).sum(1).max())
+    found = SlidingWindow.flops(window, config, context, 0, causal=False)
+    assert found == 4 * config.n_heads * config.head_dim * most
+
+
 class Kept:
     """Bytes that autograd keeps, each storage once, weights and their casts left out."""
 
@@ -147,26 +248,39 @@ class Kept:
 
 
 def kept_per_layer_and_token(position: str, precision: count.Precision, **settings: Any) -> float:
-    """From models of 1 and 3 layers, so that what stands around the blocks falls out."""
+    """From models of 1 and 3 layers, so that what stands around the blocks falls out; of a decoder's layers, an encoder's too."""
     sizes = []
     for n_layers in (1, 3):
         model = build(position, n_layers=n_layers, d_model=64, d_ff=96, **settings).train()
+        source: Any = {"source": tokens(2, 128, seed=2)} if model.reads_source else {}
         kept = Kept(model)
         hooks = torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            model.hidden(tokens(2, 128))
+            model.hidden(tokens(2, 128), **source)
         sizes.append(sum(kept.storages.values()))
     return (sizes[1] - sizes[0]) / 2 / (2 * 128)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"activation": "gelu", "norm": "layernorm", "bias": True, "dropout": 0.1, "n_kv_heads": 4}]
+    "settings",
+    [
+        {},
+        {"activation": "gelu", "norm": "layernorm", "bias": True, "dropout": 0.1, "n_kv_heads": 4},
+        {"norm_place": "post", "norm": "layernorm", "bias": True, "activation": "relu"},
+        {"architecture": "encoder", "activation": "geglu_tanh"},
+        {"architecture": "encoder_decoder", "n_encoder_layers": 2},
+    ],
 )
 @pytest.mark.parametrize("position", ["nope", "rope"])
 def test_kept_bytes_are_what_autograd_keeps(
     position: str, settings: dict[str, Any], precision: count.Precision
 ) -> None:
     config = small(d_model=64, d_ff=96, **settings)
-    expected = count.kept_bytes_per_token(config, POSITIONS.get(position).Config(name=position), precision)
+    crosses = config.architecture == "encoder_decoder"
+    expected = count.kept_bytes_per_token(
+        config, POSITIONS.get(position).Config(name=position), precision, crosses=crosses
+    )
+    if crosses:  # with a source as long
+        expected += 2 * config.n_kv_heads * config.head_dim * (4 if precision == "fp32" else 2)
     assert kept_per_layer_and_token(position, precision, context=128, **settings) == expected

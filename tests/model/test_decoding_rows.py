@@ -164,6 +164,18 @@ def test_search_is_as_described_and_side_by_side_is_alone(K: int, a: float) -> N
         assert [h.score for h in hypotheses] == pytest.approx([score for _, score in expected], rel=1e-9)
 
 
+def test_prompts_have_limits_of_their_own() -> None:
+    model, limits = build("rope"), [3, 1, 6]
+    config = DecodingConfig(temperature=0, max_new_tokens=9)
+    whole = decode(model, PROMPTS[:3], config)
+    assert decode(model, PROMPTS[:3], config, limits=limits) == [ids[:n] for ids, n in zip(whole, limits, strict=True)]
+    beams = DecodingConfig(num_beams=3)
+    found = beam_search(model, PROMPTS[:3], beams, limits=limits)
+    for prompt, limit, hypotheses in zip(PROMPTS[:3], limits, found, strict=True):
+        alone = search(model, [prompt], num_beams=3, max_new_tokens=limit)[0]
+        assert [h.tokens for h in hypotheses] == [h.tokens for h in alone]
+
+
 def test_more_beams_never_find_a_worse_best_than_full_width_and_scores_fall() -> None:
     model = build("rope", vocab_size=12)
     found = search(model, [[3, 1]], (0,), max_new_tokens=5, num_beams=5)[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ctxlab.model.loss import chunk_for, token_nats
+from ctxlab.model.loss import chunk_for, smoothed_nats, token_nats
 
 
 def case(dtype: torch.dtype = torch.float32, n: int = 37, d: int = 16, v: int = 53) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,6 +39,23 @@ def test_gradient_when_tokens_weigh_differently() -> None:
     expected = torch.autograd.grad((plain * weights).sum(), (hidden, weight))
     found = torch.autograd.grad((token_nats(hidden, weight, targets, 8) * weights).sum(), (hidden, weight))
     for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.5])
+@pytest.mark.parametrize("chunk", [8, 100])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_label_smoothing_is_that_of_torch(smoothing: float, chunk: int, weighed: bool) -> None:
+    hidden, weight, targets = case(torch.float64)
+    weights = torch.rand(37, dtype=torch.float64) if weighed else torch.tensor(1 / 29, dtype=torch.float64)
+    logits = hidden @ weight.T
+    expected = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    loss, nats = smoothed_nats(hidden, weight, targets, chunk, smoothing)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(nats, F.cross_entropy(logits, targets, reduction="none"), atol=1e-12, rtol=1e-12)
+    assert not nats.requires_grad
+    found = torch.autograd.grad((loss * weights).sum(), (hidden, weight))
+    for a, b in zip(found, torch.autograd.grad((expected * weights).sum(), (hidden, weight))):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 
 

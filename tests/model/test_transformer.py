@@ -238,3 +238,25 @@ def test_learned_positions_end() -> None:
     model(tokens(1, 16), cache=cache)
     with pytest.raises(UndefinedBeyondTraining, match=message):
         model(tokens(1, 1), cache=cache)
+
+
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_initialization_of_an_encoder_decoder(place: str) -> None:
+    """Three parts of each of 4 decoder blocks write to its stream, two of each of 8 to the encoder's; post-norm is Xavier's."""
+    fresh = build(
+        "rope", architecture="encoder_decoder", n_layers=4, n_encoder_layers=8, d_model=128, n_heads=4, n_kv_heads=4,
+        d_ff=512, norm_place=place, activation="relu",
+    )  # fmt: skip
+    fresh.initialize()
+    decoder, encoder = fresh.blocks[1], fresh.encoder.blocks[1]  # type: ignore[union-attr]
+    post = place == "post"
+    for matrix, std in (
+        (fresh.embedding, 128**-0.5 if post else 0.02),
+        (decoder.cross_attention.query, 256**-0.5 * 2**0.5 if post else 0.02),
+        (decoder.cross_attention.out, 256**-0.5 * 2**0.5 if post else 0.02 / 12**0.5),
+        (decoder.feed_forward.down, 640**-0.5 * 2**0.5 if post else 0.02 / 12**0.5),
+        (encoder.feed_forward.down, 640**-0.5 * 2**0.5 if post else 0.02 / 16**0.5),
+    ):
+        n = matrix.weight.numel()
+        assert abs(matrix.weight.std().item() / std - 1) < 4 / (2 * n) ** 0.5
+    assert (fresh.norm is None) == post

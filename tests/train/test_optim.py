@@ -35,6 +35,16 @@ def test_cosine_at_start_middle_and_end() -> None:
     assert rate_factor(config, 100, 0.25) == pytest.approx(0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2)
 
 
+def test_noam_is_the_formula_of_the_paper() -> None:
+    d_model, warmup = 512, 4000
+    config = OPTIMIZERS.config({"name": "adamw", "schedule": "noam", "warmup_steps": warmup,
+                                "learning_rate": (d_model * warmup) ** -0.5})  # fmt: skip
+    for step in (1, 2, 100, 3999, 4000, 4001, 100_000):
+        expected = d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        assert config.learning_rate * rate_factor(config, step - 1, 0.3) == pytest.approx(expected, rel=1e-12)
+    assert config.learning_rate == pytest.approx(6.99e-4, rel=1e-3)  # the peak
+
+
 def test_wsd_is_flat_and_then_linear() -> None:
     config = curve("wsd", warmup_steps=0, final_ratio=0.0, decay_fraction=0.2)
     assert [rate_factor(config, 9, p) for p in (0.0, 0.5, 0.8)] == pytest.approx([1.0, 1.0, 1.0])

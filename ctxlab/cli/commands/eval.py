@@ -20,6 +20,7 @@ from ctxlab.records.store import Run
 from ctxlab.report.query import as_json
 from ctxlab.report.tables import show_evaluation
 from ctxlab.train.checkpoint import open_run
+from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.train.optim.base import OPTIMIZERS
 from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 from ctxlab.train.settings import TrainerConfig
@@ -90,6 +91,7 @@ def _evaluate(
         loaded.model, dataset, evaluations,
         context=loaded.context, device=device, precision=precision, seed=config.seed,
         run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep, against=against,
+        objective_config=OBJECTIVES.config(recorded.get("objective", {"name": "causal"})),
         learned=training_corpora(parent, invocation.store),
     )  # fmt: skip
     parts = read_parts(recorded if attention is None else {**recorded, "attention": attention})

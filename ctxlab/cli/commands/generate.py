@@ -18,7 +18,7 @@ _BATCHES = 8  # lines of a file that are sorted by length together
 
 
 def run(config: GenerateConfig, invocation: Invocation) -> int:
-    """Prints the prompt and what follows it, piece by piece."""
+    """Prints the prompt and what follows it, or its translation, piece by piece."""
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
@@ -29,18 +29,19 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
         return 0
     prompt = config.prompt if config.prompt_file == "none" else _read("prompt_file", config.prompt_file)
     pieces = loaded.stream(prompt, config.decoding, seed=config.seed)
+    begun = "" if loaded.translates else prompt
     shown = False
     try:
         with autocast(precision, device):
             for piece in pieces:
-                out.write(piece if shown else prompt + piece)  # the prompt too only where it can be gone on from
+                out.write(piece if shown else begun + piece)  # the prompt too only where it can be gone on from
                 out.flush()
                 shown = True
     except UndefinedBeyondTraining as end:
-        out.write("\n" if shown else prompt + "\n")
+        out.write("\n" if shown else begun + "\n")
         invocation.stderr_console.print(f"stopped: {end}", soft_wrap=True, markup=False)
         return 0
-    out.write("\n" if shown else prompt + "\n")
+    out.write("\n" if shown else begun + "\n")
     return 0
 
 

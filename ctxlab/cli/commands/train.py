@@ -20,13 +20,11 @@ from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
 from ctxlab.train.checkpoint import find_checkpoint, load_weights
-from ctxlab.train.loop import Outcome, TrainSettings, fit
+from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
     from ctxlab.config.schema import TrainConfig
-    from ctxlab.data.prepare import TextDataset
-    from ctxlab.data.tasks.dataset import TaskDataset
 
 
 def run(config: TrainConfig, run: Run, invocation: Invocation) -> int:
@@ -74,6 +72,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
             model=config.model,
             position=config.position,
             attention=config.attention,
+            objective=config.objective,
             optim=config.optim,
             trainer=config.trainer,
             seed=config.seed,
@@ -97,7 +96,8 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     score(
         outcome.model, dataset, config.eval,
         context=config.context, device=outcome.device, precision=outcome.precision, seed=config.seed,
-        run=run, sink=opened.sink, console=console, learned=training_corpora(run, invocation.store),
+        run=run, sink=opened.sink, console=console, objective_config=config.objective,
+        learned=training_corpora(run, invocation.store),
     )  # fmt: skip
     point = step_point(
         config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device
@@ -120,7 +120,7 @@ def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokeniz
     return config.tokenizer
 
 
-def _require_same_text(run: Run, dataset: TextDataset | TaskDataset) -> None:
+def _require_same_text(run: Run, dataset: Dataset) -> None:
     """A run that goes on reads the text that it began with, or it is another run."""
     before, now = run.record.provenance.data.get("text_sha256"), dataset.facts["text_sha256"]
     if before is not None and before != now:
@@ -133,7 +133,7 @@ def _initial_weights(config: TrainConfig, invocation: Invocation) -> dict[str, t
     return load_weights(find_checkpoint(invocation.store.open(config.init).checkpoints))
 
 
-def _record_outcome(config: TrainConfig, run: Run, dataset: TextDataset | TaskDataset, outcome: Outcome) -> None:
+def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Outcome) -> None:
     run.update(
         parameters={
             "all": outcome.model.n_parameters(),

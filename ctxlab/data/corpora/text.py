@@ -39,7 +39,7 @@ class Text(Corpus):
     def fetch(self, cache: Path, progress: Progress) -> None:
         for file in self._files:
             try:
-                with _opened(file) as stream:
+                with opened(file) as stream:
                     start = stream.read(8192)
             except (OSError, EOFError, zlib.error) as error:
                 raise DataError(
@@ -115,14 +115,15 @@ def _ending(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix
 
 
-def _opened(file: Path) -> IO[bytes]:
+def opened(file: Path) -> IO[bytes]:
+    """A file's bytes, unpacked where it is .gz."""
     return gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")  # type: ignore[return-value]
 
 
 def _lines(file: Path) -> Iterator[str]:
     """The lines of a file, with their ends as they are in it."""
     try:
-        with _opened(file) as stream:
+        with opened(file) as stream:
             yield from io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n")
     except UnicodeDecodeError as error:
         raise DataError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,7 @@ from ctxlab.data.tasks.haystack import CorpusHaystack
 from ctxlab.data.tasks.taken import TakenSomewhere, taken_values
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.ids import Ids
-from ctxlab.data.windows import IGNORED, Row
-
-_REMEMBERED = 4096  # rows of a step, whose targets are counted before they are read
+from ctxlab.data.windows import IGNORED, MadeRows, Row
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,14 @@ class TaskDataset:
     text: TextDataset | None = None
     learned: tuple[Corpus.Config, ...] = ()
 
-    def rows(self, context: int, *, seed: int, packed: bool = False) -> TaskRows:
+    def rows(self, context: int, *, seed: int, packed: bool = False) -> MadeRows:
         """Training rows of one context. Raises DoesNotFit where no example is that short."""
 
         def make(index: int, epoch: int) -> Row:
             return self.row("train", context, (seed, index, epoch), epoch)
 
         make(0, 0)
-        return TaskRows(self.task.config.examples, make)
+        return MadeRows(self.task.config.examples, make)
 
     def row(self, part: Part, length: int, key: tuple[int, ...], epoch: int | None) -> Row:
         """One example as inputs and targets; outside of training nothing but the answer is scored."""
@@ -106,18 +104,6 @@ class TaskDataset:
         assert self.text is not None
         own = () if self.text.corpus is None else (self.text.corpus,)
         return TakenSomewhere([taken_values(corpus, cache=self.text.cache) for corpus in self.learned or own])
-
-
-class TaskRows:
-    """`Rows` of a task. The rows of a step are asked for twice, to count their targets and to be read: they are kept."""
-
-    def __init__(self, n: int, make: Callable[[int, int], Row]) -> None:
-        self.n = n
-        self.row = functools.lru_cache(maxsize=_REMEMBERED)(make)
-
-    def n_targets(self, indices: np.ndarray, epochs: np.ndarray) -> int:
-        rows = (self.row(int(index), int(epoch)) for index, epoch in zip(indices, epochs))
-        return sum(int((row.targets != IGNORED).sum()) for row in rows)
 
 
 def prepare_task(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from ctxlab.errors import DataError
 from ctxlab.registry import ComponentConfig, Registry
@@ -32,13 +33,22 @@ class Tokenizer(ABC):
 
     class Config(ComponentConfig):
         name: str
+        sentinels: int = Field(
+            0, ge=0, le=10_000, description="ids behind all others that no text has: what stands for a span left out"
+        )
 
-    def __init__(self, config: Config, pieces: Sequence[bytes], *, pad: int, bos: int, eos: int) -> None:
+    def __init__(
+        self, config: Config, pieces: Sequence[bytes], *, pad: int, bos: int, eos: int, mask: int | None = None
+    ) -> None:
         """`pieces`: the bytes of text that each id stands for, none for special ids."""
         self.config = config
-        self.pieces = tuple(pieces)
-        self.pad_id, self.bos_id, self.eos_id = pad, bos, eos
-        self.token_bytes = np.array([len(piece) for piece in pieces], dtype=np.int64)  # (vocab_size,)
+        self.pieces = (*pieces, *[b""] * config.sentinels)
+        self.pad_id, self.bos_id, self.eos_id, self.mask_id = pad, bos, eos, mask
+        self.token_bytes = np.array([len(piece) for piece in self.pieces], dtype=np.int64)  # (vocab_size,)
+
+    def sentinel_id(self, number: int) -> int:
+        """The id that stands for span `number`, from 0: they fall from the last id there is (Raffel et al. 2020)."""
+        return self.vocab_size - 1 - number
 
     @classmethod
     @abstractmethod
@@ -91,6 +101,8 @@ class Tokenizer(ABC):
     def sha256(self) -> str:
         """Of everything that decides how it encodes."""
         digest = hashlib.sha256(self.config.name.encode())
+        if self.config.sentinels:
+            digest.update(f"\0sentinels\0{self.config.sentinels}".encode())
         for name, content in sorted(self.files().items()):
             digest.update(name.encode() + b"\0" + content)
         return digest.hexdigest()

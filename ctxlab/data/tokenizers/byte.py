@@ -21,7 +21,7 @@ class Byte(Tokenizer):
 
     def __init__(self, config: Config) -> None:
         pieces = [b""] * _SPECIAL + [bytes([b]) for b in range(256)]
-        super().__init__(config, pieces, pad=0, bos=1, eos=2)
+        super().__init__(config, pieces, pad=0, bos=1, eos=2, mask=3)
 
     @classmethod
     def make(cls, config: Any, sample: Iterable[str]) -> Byte:

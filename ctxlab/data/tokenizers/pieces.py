@@ -39,7 +39,11 @@ class Pieces(Tokenizer):
         pieces = [_bytes_of(self._processor, i) for i in range(count)]
         self._space = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         bos, eos, pad = self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id()
-        super().__init__(config, pieces, pad=eos if pad < 0 else pad, bos=eos if bos < 0 else bos, eos=eos)
+        mask = self._processor.piece_to_id("<mask>")
+        super().__init__(
+            config, pieces, pad=eos if pad < 0 else pad, bos=eos if bos < 0 else bos, eos=eos,
+            mask=mask if self._processor.is_control(mask) else None,
+        )  # fmt: skip
 
     def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(list(lines), num_threads=1)

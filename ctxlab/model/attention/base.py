@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.bias import Bias
 from ctxlab.model.config import ModelConfig
 from ctxlab.registry import ComponentConfig, Registry
@@ -38,6 +39,15 @@ class Attention(nn.Module):
     def check_position(cls, position: type[Position], name: str) -> None:
         """Raises IncompatibleError where the scheme called `name` has no meaning under this mechanism."""
 
+    @classmethod
+    def check_direction(cls, config: Config, *, causal: bool) -> None:
+        """Raises IncompatibleError where the mechanism has no meaning for a model that looks ahead."""
+        if not causal and cls.carried_tokens(config):
+            raise IncompatibleError(
+                f"attention.name: {config.name} attention carries a memory from what was read before, which an encoder, which "
+                "reads whole rows, has none of; use full or sliding_window"
+            )
+
     def __init__(self, config: Config, model: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config = config
@@ -56,8 +66,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """out_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the keys j that query i may see.
 
-        q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv), T <= S: query t stands at position S - T + t. `lengths` (B,) marks keys
-        from lengths[b] on as padding. Returns out (B,H,T,Dv) and the log-sum-exp of the scores (B,H,T), fp32.
+        q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv): query t stands at position S - T + t; causal, T <= S. `lengths` (B,),
+        each at least 1, marks keys from lengths[b] on as padding. Returns out (B,H,T,Dv) and the log-sum-exp of the scores
+        (B,H,T), fp32.
 
         With a sink (Agarwal et al. 2025, gpt-oss, arXiv:2508.10925; Miller 2023 with a fixed one) the softmax has one more key,
         of score `sink` in every row and without a value: out is multiplied by exp(lse) / (exp(lse) + exp(sink)).
@@ -101,7 +112,7 @@ class Attention(nn.Module):
         return 0
 
     @classmethod
-    def flops(cls, config: Config, model: ModelConfig, context: int, layer: int) -> float:
+    def flops(cls, config: Config, model: ModelConfig, context: int, layer: int, *, causal: bool = True) -> float:
         """Floating-point operations of scores and weighted sums, forward, a token of one layer."""
         raise NotImplementedError
 

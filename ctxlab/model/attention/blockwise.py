@@ -47,8 +47,8 @@ def blockwise_attention(
     The sum over the keys is taken tile by tile with a running maximum (Milakov and Gimelshein 2018, arXiv:1805.02867;
     Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4); the backward recomputes each tile's weights from the lse.
 
-    q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H, T <= S. Query row t sits at position
-    S - T + t; causal, it sees the keys up to that position. lengths (B,): keys from lengths[b] on are padding that
+    q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv) of one dtype, Hkv dividing H. Query row t sits at position S - T + t;
+    causal, T <= S, it sees the keys up to that position. lengths (B,): keys from lengths[b] on are padding that
     nobody sees; positions stay as they are. visible hides further pairs. A query that sees no key gets out 0 and
     lse -inf. Tiles that nobody sees are not visited.
     Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64); both carry gradients.
@@ -57,7 +57,7 @@ def blockwise_attention(
     there (see flex.py). Raises ValueError on shapes that do not fit.
     """
     q, k, v = autocast(q, k, v)
-    check(q, k, v)
+    check(q, k, v, causal)
     if lengths is not None and lengths.shape != q.shape[:1]:
         raise ValueError(f"attention: lengths {tuple(lengths.shape)} is not one number for each of {q.shape[0]} rows")
     if q.device.type == "cuda":
@@ -81,24 +81,24 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in operands)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises ValueError where q (B,H,T,D), k (B,Hkv,S,D) and v (B,Hkv,S,Dv) do not fit."""
+def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
+    """Raises ValueError where q (B,H,T,D), k (B,Hkv,S,D) and v (B,Hkv,S,Dv) do not fit; causal, T <= S."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: shapes do not fit: {shapes}; needed: (B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,Dv)")
-    if q.shape[2] > k.shape[2]:
+    if causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"attention: more queries than keys ({q.shape[2]} > {k.shape[2]})")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v differ in dtype ({q.dtype}, {k.dtype}, {v.dtype})")
 
 
 class _Part(NamedTuple):
-    """Some of the batch and some heads whose keys end at the same place; all its tiles share their operands."""
+    """Some of the batch and some heads; all its tiles share their operands."""
 
     batch: slice
     kv: slice
     heads: slice
-    n_keys: int
+    n_keys: int  # of the row with the most
 
 
 class _Plan(NamedTuple):
@@ -117,9 +117,9 @@ class _Plan(NamedTuple):
         span = self.span
         fit = max(TILE_SCORES // (self.G * min(span.rows, span.T) * min(self.n_cols, span.S)), 1)
         n_kv = -(-self.Hkv // -(-self.Hkv // fit))  # in equal shares, as few as fit
-        n_rows = max(fit // self.Hkv, 1) if self.counts is None else 1
+        n_rows = max(fit // self.Hkv, 1)
         for row in range(0, self.B, n_rows):
-            n_keys = span.S if self.counts is None else min(self.counts[row], span.S)
+            n_keys = span.S if self.counts is None else min(max(self.counts[row : row + n_rows]), span.S)
             for kv in range(0, self.Hkv if n_keys else 0, n_kv):
                 stop = min(kv + n_kv, self.Hkv)
                 yield _Part(slice(row, row + n_rows), slice(kv, stop), slice(kv * self.G, stop * self.G), n_keys)
@@ -297,11 +297,12 @@ def _begin(bias: BiasTiles | ScoreTiles, tiles: list[Tile]) -> list[Tile]:
 
 
 class _Hidden:
-    """Hides pairs of a tile from each other: what lies in the future, unless the bias does, and what is not visible."""
+    """Hides pairs of a tile from each other: what lies in the future, unless the bias does, padding where some row of the
+    tile has more keys, and what is not visible."""
 
     def __init__(self, plan: _Plan, bias: BiasTiles | ScoreTiles) -> None:
         self.future = no_bias(plan.span) if plan.span.causal and not bias.hides_future else None
-        self.visible = plan.visible
+        self.visible, self.counts = plan.visible, plan.counts
 
     def __call__(self, scores: Tensor, tile: Tile) -> None:
         if self.future is not None and tile.nearest < 0:
@@ -309,6 +310,11 @@ class _Hidden:
         hidden = None if self.visible is None else self.visible.hidden(tile, scores.device)
         if hidden is not None:
             scores.masked_fill_(hidden, -torch.inf)
+        counts = () if self.counts is None else self.counts[tile.batch]
+        if counts and min(counts) < tile.keys.stop:
+            keys = torch.arange(tile.keys.start, tile.keys.stop, device=scores.device)
+            ends = torch.tensor(counts, device=scores.device)
+            scores.masked_fill_(keys >= ends[:, None, None, None], -torch.inf)
 
 
 def _fill(

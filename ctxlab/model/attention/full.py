@@ -43,7 +43,9 @@ class Full(Attention):
         )
 
     @classmethod
-    def flops(cls, config: Attention.Config, model: ModelConfig, context: int, layer: int) -> float:
+    def flops(
+        cls, config: Attention.Config, model: ModelConfig, context: int, layer: int, *, causal: bool = True
+    ) -> float:
         """4 H D context: two products of a query with `context` keys, the causal half not taken off (PaLM's convention)."""
         return 4.0 * model.n_heads * model.head_dim * context
 
@@ -59,7 +61,8 @@ def attend_to_all(
     lengths: Tensor | None,
     lse_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to every key, or every earlier one: fused where there is nothing to add or hide, else blockwise."""
-    if bias is None and (causal or lengths is None):
-        return fused_attention(q, k, v, scale=scale, causal=causal, lse_gradient=lse_gradient)
+    """Attention to every key, or every earlier one: fused where there is nothing to add, else blockwise."""
+    if bias is None:
+        lengths = None if causal else lengths
+        return fused_attention(q, k, v, scale=scale, causal=causal, lengths=lengths, lse_gradient=lse_gradient)
     return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths)

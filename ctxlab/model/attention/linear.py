@@ -57,7 +57,7 @@ class Linear(Attention):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         q, k, v = autocast(q, k, v)
-        check(q, k, v)
+        check(q, k, v, causal)
         assert bias is None, "check_position comes first"
         with torch.autocast(q.device.type, enabled=False):
             fq, fk, wide = _features(q, k, v)
@@ -91,9 +91,10 @@ class Linear(Attention):
         return 4 * model.n_kv_heads * model.head_dim * (model.head_dim + 1)
 
     @classmethod
-    def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
-        """4 H D (D + chunk): a token into the sums and a query out of them, and the pairs within a chunk."""
-        return 4.0 * model.n_heads * model.head_dim * (model.head_dim + min(_CHUNK, context))
+    def flops(cls, config: Any, model: ModelConfig, context: int, layer: int, *, causal: bool = True) -> float:
+        """4 H D (D + chunk): a token into the sums and a query out of them, and, causal, the pairs within a chunk."""
+        pairs = min(_CHUNK, context) if causal else 0
+        return 4.0 * model.n_heads * model.head_dim * (model.head_dim + pairs)
 
 
 def _features(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

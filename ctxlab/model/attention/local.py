@@ -79,10 +79,12 @@ class Local(Attention):
         return length if is_global(config, layer) else length - cls.neighbourhood(config).low(length - 1)
 
     @classmethod
-    def flops(cls, config: Any, model: ModelConfig, context: int, layer: int) -> float:
+    def flops(cls, config: Any, model: ModelConfig, context: int, layer: int, *, causal: bool = True) -> float:
         """4 H D times the keys that the best-placed query of a long sequence sees, those of a carried memory among them."""
         reach = context + cls.carried_tokens(config)
-        seen = context if is_global(config, layer) else min(reach, cls.neighbourhood(config).most)
+        rule = cls.neighbourhood(config)
+        most = rule.most if causal else rule.high(context) - rule.low(context)
+        seen = context if is_global(config, layer) else min(reach, most)
         return 4.0 * model.n_heads * model.head_dim * seen
 
 

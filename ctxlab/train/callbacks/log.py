@@ -43,7 +43,7 @@ class LogMetrics(lightning.Callback):
                 "tokens": tokens,
                 "seconds": module.seconds,
                 "attempt": self.attempt,
-                "loss": module.step_nats,
+                "loss": module.step_loss,
                 "nats_per_token": module.step_nats,
                 "learning_rate": module.rate,
                 "gradient_norm": module.gradient_norm,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 
+from ctxlab.model.base import Model
 from ctxlab.model.recurrence import joined, state_of
 from ctxlab.records.sinks import Sink
-from ctxlab.train.answers import TaskValidation
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.interrupt import StopOnSignal
 from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, point, prune, save_checkpoint
 from ctxlab.train.module import LanguageModel
-from ctxlab.train.scoring import Validation
 
 
 class ValidateAndSave(lightning.Callback):
@@ -35,7 +35,7 @@ class ValidateAndSave(lightning.Callback):
         sink: Sink,
         clock: Clock,
         interrupt: StopOnSignal,
-        validate: Validation | TaskValidation,
+        validate: Callable[[lightning.Trainer, Model, torch.device], dict[str, float]],
         validate_every: int | None,
         save_every: int | None,
         attempt: int,

@@ -23,7 +23,7 @@ class Optimizer(ABC):
         learning_rate: float = Field(gt=0)
         weight_decay: float = Field(0.1, ge=0, description="on matrices only; vectors and embeddings are never decayed")
         clip: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 turns clipping off")
-        schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+        schedule: Literal["cosine", "wsd", "noam", "constant"] = "cosine"
         warmup_steps: int = Field(20, ge=0)
         final_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
         decay_fraction: float = Field(0.3, gt=0, le=1, description="last part of a wsd run, in which the rate falls")
@@ -44,7 +44,12 @@ def rate_factor(config: Optimizer.Config, step: int, progress: float) -> float:
     Warm-up is linear over `warmup_steps`. With p = `progress` in [0, 1), the share of the budget already spent, and
     r = `final_ratio`: cosine is r + (1 - r)(1 + cos(pi p)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5);
     wsd stays at 1 and falls linearly to r over the last `decay_fraction` of the run (Hu et al. 2024, arXiv:2404.06395).
+    noam, with s = step + 1 and w = `warmup_steps`, is min(s / w, sqrt(w / s)): with a peak of (d_model w)^-0.5 that is
+    d_model^-0.5 min(s^-0.5, s w^-1.5) (Vaswani et al. 2017, eq. 3).
     """
+    if config.schedule == "noam":
+        warmup = max(1, config.warmup_steps)
+        return min((step + 1) / warmup, math.sqrt(warmup / (step + 1)))
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
     low = config.final_ratio
     if config.schedule == "cosine":

@@ -74,12 +74,18 @@ class Muon(Optimizer):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         hidden = [p for n, p in named if is_hidden_matrix(n, p, embeddings)]
         rest = [(n, p) for n, p in named if not is_hidden_matrix(n, p, embeddings)]
-        muon = Orthogonal(
-            [{"params": hidden, "peak_lr": config.learning_rate}],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            stacks=stacked(model),
-        )
+        parts: list[torch.optim.Optimizer] = []
+        if hidden:
+            parts.append(
+                Orthogonal(
+                    [{"params": hidden, "peak_lr": config.learning_rate}],
+                    lr=config.learning_rate,
+                    weight_decay=config.weight_decay,
+                    momentum=config.momentum,
+                    stacks=stacked(model),
+                )
+            )
         groups = adamw_groups(rest, lr=config.adamw_learning_rate, decay=0.0, embeddings=embeddings)
-        return Together(muon, torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))
+        if groups:
+            parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))
+        return Together(*parts)

@@ -1,0 +1,46 @@
+"""The contract of an objective: which models it trains, and what of a text they read and answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from ctxlab.data.prepare import TextDataset
+from ctxlab.data.source import Source
+from ctxlab.data.tasks.dataset import TaskDataset
+from ctxlab.data.windows import Rows
+from ctxlab.registry import ComponentConfig, Registry
+
+
+class Objective(ABC):
+    """Makes training rows of what there is to train on. The loss is the same for all: of the targets that a row has."""
+
+    paper: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]
+    """The models that it trains."""
+    implies: ClassVar[Mapping[str, str]] = {}
+    """group -> the option that a line means by choosing this objective, unless it says otherwise."""
+
+    class Config(ComponentConfig):
+        name: str
+        label_smoothing: float = Field(
+            0.0, ge=0, lt=1, description="share of each target that is spread over all tokens; perplexity never has it"
+        )
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, data: type[Source]) -> str:
+        """What speaks against this kind of data; nothing where it can be trained on."""
+
+    def rows(self, dataset: TextDataset | TaskDataset, context: int, *, seed: int, packed: bool) -> Rows:
+        """Training rows of one context. Of objectives that read windows or examples."""
+        raise NotImplementedError
+
+
+OBJECTIVES: Registry[Objective] = Registry("objective", "ctxlab.train.objectives")

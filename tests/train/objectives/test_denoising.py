@@ -1,0 +1,170 @@
+"""Masked language modelling and span corruption, against counts and lengths computed another way."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from math import comb
+
+import numpy as np
+import pytest
+
+from ctxlab.data.prepare import TextDataset
+from ctxlab.data.tasks.base import generator
+from ctxlab.data.tokenizers.byte import Byte
+from ctxlab.data.windows import IGNORED
+from ctxlab.errors import DataError
+from ctxlab.train.objectives.masked import Masked
+from ctxlab.train.objectives.span_corruption import SpanCorruption, parts
+from tests.evaluation.builders import split_of
+
+BYTES = Byte(Byte.Config())
+MARKED = Byte(Byte.Config(sentinels=100))
+
+
+def text(n: int, seed: int = 0) -> np.ndarray:
+    """bos, then n - 1 letters and spaces."""
+    random = np.random.default_rng(seed)
+    letters = random.choice([ord(c) + 4 for c in "abcde "], n - 1)
+    return np.concatenate([[BYTES.bos_id], letters]).astype(np.int64)
+
+
+@pytest.mark.parametrize(("n", "wanted"), [(128, 19), (10, 2), (4, 1), (3, 1), (512, 77), (30, 4)])
+def test_a_row_has_as_many_masked_tokens_as_bert_chooses(n: int, wanted: int) -> None:
+    """max(1, int(round(0.15 n))) of create_pretraining_data.py; 4.5 rounds to 4 there, as in Python."""
+    tokens = text(n)
+    for seed in range(20):
+        row = Masked(Masked.Config()).row(tokens, generator(seed), BYTES)
+        chosen = np.flatnonzero(row.targets != IGNORED)
+        assert len(chosen) == wanted
+        assert 0 not in chosen, "a special token is never chosen"
+        assert np.array_equal(row.targets[chosen], tokens[chosen])
+        untouched = np.setdiff1d(np.arange(n), chosen)
+        assert np.array_equal(row.tokens[untouched], tokens[untouched])
+
+
+def test_of_the_chosen_four_in_five_are_hidden_and_one_in_ten_is_random() -> None:
+    hidden = same = other = 0
+    places = np.zeros(200)
+    for seed in range(400):
+        tokens = text(200, seed)
+        row = Masked(Masked.Config()).row(tokens, generator("x", seed), BYTES)
+        chosen = np.flatnonzero(row.targets != IGNORED)
+        places[chosen] += 1
+        now = row.tokens[chosen]
+        hidden += int((now == BYTES.mask_id).sum())
+        same += int((now == tokens[chosen]).sum())
+        other += int(((now != BYTES.mask_id) & (now != tokens[chosen])).sum())
+    total = hidden + same + other
+    assert total == 400 * 30
+    spread = 4 * (0.25 * total) ** 0.5  # four standard errors, at most
+    assert abs(hidden - (0.8 + 0.1 / 260) * total) < spread
+    assert abs(same - (0.1 + 0.1 / 260) * total) < spread
+    assert abs(other - 0.1 * (258 / 260) * total) < spread
+    assert places[0] == 0
+    assert abs(places[1:] - 400 * 30 / 199).max() < 5 * (400 * 0.15) ** 0.5  # every place alike
+
+
+def test_whole_words_are_hidden_together() -> None:
+    said = "one three  five, seven\nnine eleven a b c d e f g h"
+    tokens = np.array([BYTES.bos_id, *BYTES.encode(said)], dtype=np.int64)
+    words = [
+        (m.start() + 1, m.end() + 1) for m in re.finditer(r"\S+|\s", said)
+    ]  # of bytes, a space is a word by itself
+    objective = Masked(Masked.Config(whole_words=True, share=0.3))
+    seen = set()
+    for seed in range(60):
+        row = objective.row(tokens, generator(seed), BYTES)
+        chosen = set(np.flatnonzero(row.targets != IGNORED).tolist())
+        assert 0 < len(chosen) <= round(0.3 * len(tokens))
+        for first, stop in words:
+            inside = chosen & set(range(first, stop))
+            assert inside in (set(), set(range(first, stop))), (first, stop, chosen)
+            seen.add((first, bool(inside)))
+    assert (1, True) in seen
+    assert (5, True) in seen
+
+
+@pytest.mark.parametrize(("context", "raw", "said"), [(512, 568, 114), (128, 141, 29)])
+def test_lengths_are_those_of_t5(context: int, raw: int, said: int) -> None:
+    """568 tokens make inputs of 512 and targets of 114 (random_spans_helper of T5's preprocessors)."""
+    objective = SpanCorruption(SpanCorruption.Config())
+    assert objective.window(context, MARKED) == raw
+    row = objective.row(text(raw), generator(0), MARKED)
+    assert row.source is not None
+    assert (len(row.source), len(row.targets), len(row.tokens)) == (context, said, said)
+
+
+@pytest.mark.parametrize("n", [4, 7, 50, 141, 568])
+def test_source_and_target_put_together_are_the_text(n: int) -> None:
+    objective = SpanCorruption(SpanCorruption.Config())
+    noise = min(max(round(0.15 * n), 1), n - 1)
+    spans = max(1, round(noise / 3))
+    for seed in range(10):
+        tokens = text(n, seed)
+        row = objective.row(tokens, generator("s", seed), MARKED)
+        assert row.source is not None
+        source, target = row.source.tolist(), row.targets.tolist()
+        assert row.tokens.tolist() == [MARKED.bos_id, *target[:-1]]
+        assert source.pop() == target.pop() == MARKED.eos_id
+        sentinels = [MARKED.vocab_size - 1 - k for k in range(spans)]
+        assert [t for t in source if t >= 260] == [t for t in target if t >= 260] == sentinels
+        left_out: dict[int, list[int]] = {}
+        for token in target:
+            if token >= 260:
+                left_out[token] = []
+            else:
+                left_out[sentinels[len(left_out) - 1]].append(token)
+        whole = [t for token in source for t in (left_out[token] if token >= 260 else [token])]
+        assert whole == tokens.tolist()
+        assert sum(map(len, left_out.values())) == noise
+        assert all(left_out.values())
+        assert source[0] == tokens[0], "the first token is never noise"
+        assert source[-1] >= 260, "the text ends in noise"
+
+
+def test_every_way_to_cut_is_as_likely() -> None:
+    random = np.random.default_rng(0)
+    draws, n, k = 12_000, 7, 3
+    counts = Counter(tuple(parts(n, k, random)) for _ in range(draws))
+    assert len(counts) == comb(n - 1, k - 1)
+    expected = draws / len(counts)
+    assert all(sum(found) == n and min(found) >= 1 for found in counts)
+    assert max(abs(count - expected) for count in counts.values()) < 5 * expected**0.5
+
+
+def test_too_few_sentinels_and_too_short_a_context() -> None:
+    objective = SpanCorruption(SpanCorruption.Config())
+    with pytest.raises(
+        DataError, match=r"tokenizer.sentinels: 0 are too few for the 28 spans of 568 tokens; use .*=100"
+    ):
+        objective.window(512, BYTES)
+    with pytest.raises(DataError, match=r"context: 1 tokens are too few"):
+        objective.window(1, MARKED)
+
+
+def test_rows_change_with_the_epoch_and_held_out_ones_never_do() -> None:
+    documents = [text(400, seed).tolist() for seed in range(6)]
+    data = TextDataset({name: split_of(documents, name) for name in ("train", "validation", "test")}, BYTES, {})
+    objective = Masked(Masked.Config())
+    rows, again, other = (objective.rows(data, 64, seed=seed, packed=False) for seed in (1, 1, 2))
+    index, epoch = np.arange(6), np.zeros(6, dtype=int)
+    assert rows.n_targets(index, epoch) == 6 * 10
+    for at in range(6):
+        one = rows.row(at, 0)
+        assert np.array_equal(one.targets, again.row(at, 0).targets)
+        assert not np.array_equal(one.targets, other.row(at, 0).targets)
+        assert not np.array_equal(one.targets, rows.row(at, 1).targets)
+    first, names = objective.held_out(data, "test", 64, 12)
+    second, _ = objective.held_out(data, "test", 64, 12)
+    assert len(first) == 12
+    assert len(set(names)) == 6
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, second, strict=True))
+
+
+def test_sentinels_are_ids_that_no_text_has_and_part_of_the_tokenizers_identity() -> None:
+    assert (BYTES.vocab_size, MARKED.vocab_size) == (260, 360)
+    assert [MARKED.sentinel_id(k) for k in (0, 1, 99)] == [359, 358, 260]
+    assert MARKED.decode([359, *MARKED.encode("a"), 260]) == "a"
+    assert MARKED.encode("any text") == BYTES.encode("any text")
+    assert MARKED.sha256 != BYTES.sha256

@@ -29,7 +29,7 @@ def show_plan(run: Run, console: Console) -> None:
     show_heading(run, console)
     console.print(plan_table(measurements))
     peaks = [m for m in measurements if m.name == "peak_memory_bytes"]
-    for line in (*_ways(peaks), known_error_line(run)):
+    for line in (*_ways(peaks), *known_error_lines(run)):
         console.print(Text(line, style="dim"), soft_wrap=False)
     longest = {str(m.axes["change"]): m for m in measurements if m.name == "longest_context"}
     if longest:
@@ -178,16 +178,16 @@ def changes_table(longest: Mapping[str, Measurement], memory: int) -> Grid:
     return grid
 
 
-def known_error_line(run: Run) -> str:
+def known_error_lines(run: Run) -> list[str]:
     """How far such predictions were from measurements."""
     where = run.record.provenance
     error: dict[str, Any] | None = where.resolved.get("known_error")
     if error is None:
-        return f"known error on {where.device}: unmeasured"
-    return (
-        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%}; of steps under 256 MB "
-        f"at most {format_bytes(error['worst_bytes'])} ({error['n_points']} measured points)"
-    )
+        return [f"known error on {where.device}: unmeasured"]
+    return [
+        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%} over {error['n_points']} points;",
+        f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}",
+    ]
 
 
 def _ways(peaks: Sequence[Measurement]) -> list[str]:
@@ -197,7 +197,7 @@ def _ways(peaks: Sequence[Measurement]) -> list[str]:
         found.setdefault(str(m.facts.get("way")), []).append(m.context or 0)
     texts = [f"{way} ({', '.join(map(format_length, at))})" for way, at in found.items()]
     return [
-        "predicted over the idle process, batch 1; parts at the worst moment",
+        "predicted over the idle process, batch 1, parts at the worst moment; no time",
         "; ".join(texts if len(found) > 1 else found),
     ]
 

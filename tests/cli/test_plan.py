@@ -32,7 +32,6 @@ def test_a_plan_is_a_record_and_a_screen(here: Path) -> None:
     lines = done.out.splitlines()
     assert any(line.split()[:1] == ["128"] and "yes" in line for line in lines)
     assert any(line.startswith("known error on cpu") for line in lines)
-    assert all(len(line) <= 80 or "run plan" in line or "ctxlab profile" in line for line in lines)
 
 
 def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(

@@ -32,6 +32,12 @@ COMMANDS = (
     Command("eval", "RUN [key=value]", "evaluate one or more runs again, side by side", composed=True),
     Command("generate", 'RUN "PROMPT" [key=value]', "stream text from a trained run", composed=True),
     Command("profile", "[group=option] [key=value]", "memory and time of a training step by context", composed=True),
+    Command(
+        "plan",
+        "[plan.memory=16GiB] [key=value]",
+        "predict a step's memory, the longest context that fits",
+        composed=True,
+    ),
     Command("show", "[position=NAME] [key=value]", "draw a positional scheme by distance, head by head", composed=True),
     Command("runs", "[FILTER...]", "list, show, compare, tag and remove run records"),
     Command("experiment", "list|run|status|report NAME", "studies: a question, the lines that answer it, its findings"),

@@ -22,7 +22,7 @@ def check(config: Any, progress: Progress) -> None:
     from ctxlab.records.sinks import check_mirror
     from ctxlab.train.precision import resolve_device
 
-    if hasattr(config, "trainer"):
+    if hasattr(config, "trainer") and not hasattr(config, "plan"):  # a device that is planned for need not be here
         resolve_device(config.trainer.accelerator)
     if hasattr(config, "logger"):
         check_mirror(config.logger)

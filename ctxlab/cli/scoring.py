@@ -36,13 +36,13 @@ from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.evaluation.translation import TranslationConfig, evaluate_translation
 from ctxlab.model.base import Model
-from ctxlab.profiling.measure import MeasureConfig, Point, measure_step
+from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
-from ctxlab.train.loop import Dataset
-from ctxlab.train.memory import peak_memory_bytes
+from ctxlab.train.loop import Dataset, chosen_policy
+from ctxlab.train.memory import peak_memory_bytes, total_memory_bytes
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
 from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.objectives.windows import Denoising
@@ -221,8 +221,10 @@ def measure_cost(
         return
     limited = replace(point, memory_limit=None if config.memory == "none" else config.memory)
     with progress_bar(console) as start:
-        advance = start("measuring memory and time of a step", 2 * len(contexts))
+        advance = start("measuring memory and time of a step", (3 if config.generation else 2) * len(contexts))
         rows = measure_step(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
+        if config.generation:
+            rows += measure_generation(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
     sink.measure(along(rows, axes))
 
 
@@ -243,8 +245,10 @@ def cost_contexts(config: MeasureConfig, context: int, evaluations: Evaluations 
     return auto_lengths(context)
 
 
-def step_point(config: Any, *, vocab_size: int, precision: Precision, device: torch.device) -> Point:
-    """The training step that a config describes."""
+def step_point(
+    config: Any, *, vocab_size: int, precision: Precision, device: torch.device, memory: int | None = None
+) -> Point:
+    """The training step that a config describes; `memory` is what the device has, where it need not be asked."""
     return Point(
         model=config.model.model_dump(mode="json"),
         position=_plain(config.position),
@@ -254,7 +258,7 @@ def step_point(config: Any, *, vocab_size: int, precision: Precision, device: to
         context=config.context,
         precision=precision,
         device=device.type,
-        recompute=config.trainer.recompute,
+        recompute=chosen_policy(config, vocab_size, precision, memory or total_memory_bytes(device)),
         loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
 

@@ -19,7 +19,7 @@ from ctxlab.errors import ConfigError
 if TYPE_CHECKING:
     from ctxlab.config.prepare import Cell, Prepared
 
-RECORDED = ("train", "eval", "profile")  # commands that write records
+RECORDED = ("train", "eval", "profile", "plan")  # commands that write records
 
 
 def start(command: str, argv: list[str]) -> int:
@@ -113,7 +113,7 @@ def stem(command: str, config: Any) -> str:
     if command == "eval":
         return f"eval-{Path(config.run[0]).name.rpartition('-')[0]}"
     parts = config.model.name if config.position == "none" else f"{config.model.name}-{config.position.name}"
-    return f"profile-{parts}" if command == "profile" else f"{parts}-{config.context}"
+    return f"{command}-{parts}" if command in ("profile", "plan") else f"{parts}-{config.context}"
 
 
 def record_fields(cell: Cell, prepared: Prepared) -> dict[str, Any]:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from ctxlab.config.overrides import key_of
-from ctxlab.config.schema import CommandConfig, EvalConfig, GenerateConfig, ProfileConfig, ShowConfig, TrainConfig
+from ctxlab.config.schema import (
+    CommandConfig,
+    EvalConfig,
+    GenerateConfig,
+    PlanConfig,
+    ProfileConfig,
+    ShowConfig,
+    TrainConfig,
+)
 from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
@@ -48,20 +56,22 @@ def check(config: CommandConfig) -> None:
     """
     if isinstance(config, TrainConfig | EvalConfig | ProfileConfig) and config.profile.contexts == ():
         raise ConfigError("profile.contexts: expected at least one context, or none, got []")
+    if isinstance(config, PlanConfig) and config.plan.contexts == ():
+        raise ConfigError("plan.contexts: expected at least one context, or auto, got []")
     if isinstance(config, GenerateConfig):
         given = [
             name for name in ("prompt", "prompt_file", "prompts_file") if getattr(config, name) not in ("", "none")
         ]
         if len(given) > 1:
             raise ConfigError(f"{given[1]}: is given beside {given[0]}; give one of them")
-    if isinstance(config, TrainConfig | ProfileConfig):
+    if isinstance(config, TrainConfig | ProfileConfig | PlanConfig):
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,
             packed=isinstance(config, TrainConfig) and config.data.packs,
             compiled=config.trainer.compile,
             recompute=config.trainer.recompute,
         )
-    if isinstance(config, TrainConfig | ProfileConfig | ShowConfig):
+    if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _lengths(config)
@@ -147,7 +157,7 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         )
 
 
-def _scheme(config: TrainConfig | ProfileConfig | ShowConfig) -> None:
+def _scheme(config: TrainConfig | ProfileConfig | PlanConfig | ShowConfig) -> None:
     if not isinstance(config.position, Position.Config):
         if isinstance(config, ShowConfig):
             raise ConfigError(f"model: {config.model.name} has no positional scheme that could be drawn")

@@ -30,6 +30,7 @@ from ctxlab.model.config import SizesConfig
 from ctxlab.model.generation import DecodingConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.profiling.measure import MeasureConfig
+from ctxlab.profiling.plan import PlanSettings
 from ctxlab.records.schema import known_metric
 from ctxlab.records.sinks import LoggerConfig
 from ctxlab.registry import ComponentConfig, Registry, nearest
@@ -193,6 +194,19 @@ class ProfileConfig(RecordedConfig):
     profile: MeasureConfig = MeasureConfig()
 
 
+class PlanConfig(RecordedConfig):
+    """`ctxlab plan`: memory of a training step, predicted, and what fits."""
+
+    context: Length
+    vocab_size: int = Field(2048, ge=2)
+    model: SizesConfig
+    position: OrNone | SerializeAsAny[Position.Config]
+    attention: OrNone | SerializeAsAny[Attention.Config]
+    optim: SerializeAsAny[Optimizer.Config]
+    trainer: TrainerConfig
+    plan: PlanSettings = PlanSettings()
+
+
 class ShowConfig(CommandConfig):
     """`ctxlab show`: a positional scheme, drawn by distance."""
 
@@ -209,6 +223,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "eval": EvalConfig,
     "generate": GenerateConfig,
     "profile": ProfileConfig,
+    "plan": PlanConfig,
     "show": ShowConfig,
 }
 

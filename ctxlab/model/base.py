@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import SizesConfig
 from ctxlab.model.loss import chunk_for, smoothed_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import Recompute, RecomputeSetting
 from ctxlab.registry import Registry
 
 Segments = Sequence[Sequence[int]]
@@ -66,12 +68,16 @@ class Model(nn.Module):
         self.config: Any = config
         self.vocab_size = vocab_size
         self.context = context
-        self.recompute = False  # whether backward computes each block's activations again instead of keeping them
+        self.recompute: Recompute = "none"  # what backward computes again instead of keeping it
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
 
     @classmethod
-    def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: bool) -> None:
+    def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: RecomputeSetting) -> None:
         """Raises IncompatibleError where a model of these settings cannot be trained in this way."""
+        if compiled and recompute in ("selective", "auto"):
+            raise IncompatibleError(
+                "trainer.recompute: a compiled block (trainer.compile) is made again whole or not at all; use block or none"
+            )
 
     @classmethod
     def carrying(cls, config: Any, attention: Any) -> str:

@@ -10,6 +10,8 @@ one part share one cast.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,7 @@ from ctxlab.model.cache import LayerCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.elementwise import rms_norm, swiglu
 from ctxlab.model.position.base import Position
+from ctxlab.model.remake import remade
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,18 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        match self.activation:
-            case "swiglu":
-                hidden = swiglu(self.gate(x), self.up(x))
-            case "geglu_tanh":
-                hidden = F.gelu(self.gate(x), approximate="tanh") * self.up(x)
-            case activation:
-                hidden = activated(self.up(x), activation)
-        return self.down(hidden)
+    def forward(self, x: Tensor, remakes: bool = False) -> Tensor:
+        """`remakes`: what the last matrix reads is not kept for the backward pass but made again from what is."""
+        gate = self.gate(x) if hasattr(self, "gate") else None
+        up = self.up(x)
+        hidden = self._hidden(gate, up)
+        with remade(hidden, lambda: self._hidden(gate, up)) if remakes else nullcontext():
+            return self.down(hidden)
+
+    def _hidden(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is None:
+            return activated(up, self.activation)
+        return swiglu(gate, up) if self.activation == "swiglu" else F.gelu(gate, approximate="tanh") * up
 
 
 def activated(x: Tensor, activation: str) -> Tensor:
@@ -231,19 +237,30 @@ class Block(nn.Module):
         self.dropout = dropout(config)
 
     def forward(
-        self, x: Tensor, position: Position, frame: Frame, cache: LayerCache | None, past: Tensor | None = None
+        self,
+        x: Tensor,
+        position: Position,
+        frame: Frame,
+        cache: LayerCache | None,
+        past: Tensor | None = None,
+        remakes: bool = False,
     ) -> Tensor:
-        """x (B,T,d) on to the next block; past (B,n,d): what this block's inputs were at the n tokens before."""
+        """x (B,T,d) on to the next block; past (B,n,d): what this block's inputs were at the n tokens before.
+
+        `remakes`: backward makes outputs of norms and of the activation function again, which are then not kept.
+        """
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
-        read = self._read(self.attention_norm, seen, frame)
-        attended = self.attention(read, position, frame, cache, 0 if past is None else past.shape[1])
+        with self._reading(self.attention_norm, seen, frame, remakes) as read:
+            attended = self.attention(read, position, frame, cache, 0 if past is None else past.shape[1])
         x = self._add(self.attention_norm, x, attended)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert frame.encoded is not None
-            read = self._read(self.cross_attention_norm, x, frame)
-            x = self._add(self.cross_attention_norm, x, self.cross_attention(read, frame.encoded, cache))
-        read = self._read(self.feed_forward_norm, x, frame)
-        return self._add(self.feed_forward_norm, x, self.feed_forward(read))
+            with self._reading(self.cross_attention_norm, x, frame, remakes) as read:
+                crossed = self.cross_attention(read, frame.encoded, cache)
+            x = self._add(self.cross_attention_norm, x, crossed)
+        with self._reading(self.feed_forward_norm, x, frame, remakes) as read:
+            mapped = self.feed_forward(read, remakes)
+        return self._add(self.feed_forward_norm, x, mapped)
 
     @property
     def last_matrices(self) -> list[nn.Linear]:
@@ -251,8 +268,16 @@ class Block(nn.Module):
         crossing = [] if self.cross_attention is None else [self.cross_attention.out]
         return [self.attention.out, *crossing, self.feed_forward.down]
 
-    def _read(self, norm: Norm, x: Tensor, frame: Frame) -> Tensor:
-        return x.to(frame.dtype) if self.post_norm else norm(x, frame.dtype)
+    @contextmanager
+    def _reading(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> Iterator[Tensor]:
+        """What a part reads of the residual stream, while it reads it."""
+
+        def read() -> Tensor:
+            return x.to(frame.dtype) if self.post_norm else norm(x, frame.dtype)
+
+        once = read()
+        with remade(once, read) if remakes and not self.post_norm else nullcontext():
+            yield once
 
     def _add(self, norm: Norm, x: Tensor, new: Tensor) -> Tensor:
         x = x + self.dropout(new)

@@ -9,6 +9,7 @@ from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import LSTMConfig, ModelConfig, SizesConfig
 from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS, Position
+from ctxlab.model.remake import POLICIES, Recompute, RecomputeSetting
 
 # A positional scheme's or a mechanism's settings, `none` for a model that has none.
 Part = Any
@@ -136,17 +137,18 @@ def activation_bytes(
     context: int,
     rows: int = 1,
     precision: Precision = "fp32",
-    recompute: bool = False,
+    recompute: Recompute = "none",
     loss_chunk: int | None = None,
     source: int | None = None,
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
 
-    What the blocks keep for the backward pass (all of it, or with `recompute` each block's input and one whole block), what
-    stands around them, and the largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is
-    bf16, the copies of the weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the
-    operations of this model: attention that keeps no scores, and an activation function that keeps its inputs only. A row of
-    a model with recurrent attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
+    What the blocks keep for the backward pass (all of it; without the outputs of norms and of the activation function where
+    `recompute` is selective; each block's input and one whole block where it is block), what stands around them, and the
+    largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is bf16, the copies of the
+    weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the operations of this model:
+    attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
+    attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
     An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`.
     """
     tokens = rows * context
@@ -167,15 +169,50 @@ def activation_bytes(
         if stack.crosses:
             read = rows * (context if source is None else source)
             block += read * _cross_keys(config) * size
-        kept += stack.config.n_layers * (length * stream if recompute else block) + length * ends
-        widest = max(widest, length * backward + (block if recompute else 0))
+        again = recompute == "block"
+        if recompute == "selective":
+            norms = (3 if stack.crosses else 2) * config.d_model if config.norm_place == "pre" else 0
+            block -= length * size * (norms + config.d_ff)
+        kept += stack.config.n_layers * (length * stream if again else block) + length * ends
+        widest = max(widest, length * backward + (block if again else 0))
         casts += 0 if precision == "fp32" else size * stack.config.n_layers * _block_matrices(config, stack.crosses)
     if config.head_layer:
         kept += tokens * (3 * size * config.d_model + 8)
     width = 2 * config.head_dim + POSITIONS.get(position.name).key_columns(position, config)
     keys = stream + size * (config.d_model + config.n_kv_heads * width) + 4
-    memory = 3 * stream * config.n_layers + keys * (1 if recompute else config.n_layers)
+    memory = 3 * stream * config.n_layers + keys * (1 if recompute == "block" else config.n_layers)
     return kept + widest + rows * carried * memory + logits + casts
+
+
+def chosen_recompute(
+    setting: RecomputeSetting,
+    config: SizesConfig,
+    position: Part,
+    attention: Part,
+    *,
+    vocab_size: int,
+    context: int,
+    precision: Precision,
+    loss_chunk: int | None,
+    memory: float,
+) -> Recompute:
+    """What `auto` becomes: the cheapest policy with which one row's activations fit `memory` bytes, else the most frugal."""
+    if setting != "auto":
+        return setting
+    needed = {
+        policy: activation_bytes(
+            config,
+            position,
+            attention,
+            vocab_size=vocab_size,
+            context=context,
+            precision=precision,
+            recompute=policy,
+            loss_chunk=loss_chunk,
+        )
+        for policy in POLICIES
+    }
+    return next((policy for policy in POLICIES if needed[policy] <= memory), min(POLICIES, key=lambda p: needed[p]))
 
 
 def kept_bytes_per_token(

@@ -15,6 +15,7 @@ from ctxlab.errors import IncompatibleError
 from ctxlab.model.base import ARCHITECTURES, Model, Segments, pieces_of
 from ctxlab.model.config import LSTMConfig
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import RecomputeSetting
 
 State = tuple[Tensor, Tensor]
 
@@ -91,13 +92,13 @@ class LSTM(Model):
                 nn.init.normal_(matrix.weight, std=matrix.weight.shape[1] ** -0.5)
 
     @classmethod
-    def check_training(cls, config: LSTMConfig, *, packed: bool, compiled: bool, recompute: bool) -> None:
+    def check_training(cls, config: LSTMConfig, *, packed: bool, compiled: bool, recompute: RecomputeSetting) -> None:
         if packed and config.carry_state:
             raise IncompatibleError("data.packed: model.carry_state carries a state along whole rows; use false")
         if compiled:
             raise IncompatibleError("trainer.compile: torch does not compile its LSTM (model=lstm); use false")
-        if recompute:
-            raise IncompatibleError("trainer.recompute: an LSTM's layers are not run again (model=lstm); use false")
+        if recompute not in ("none", "auto"):
+            raise IncompatibleError("trainer.recompute: an LSTM's layers are not run again (model=lstm); use none")
 
     @classmethod
     def carrying(cls, config: LSTMConfig, attention: Literal["none"]) -> str:

@@ -21,6 +21,7 @@ from ctxlab.model.cache import KVCache, StreamingCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import Recompute
 
 
 class Stack(nn.Module):
@@ -65,7 +66,7 @@ class Stack(nn.Module):
         cache: KVCache | None = None,
         past: Sequence[Tensor] | None = None,
         inputs: list[Tensor] | None = None,
-        recompute: bool = False,
+        recompute: Recompute = "none",
     ) -> Tensor:
         """Every block in its turn, (B,T,d). past: what the blocks' inputs were before; `inputs` takes what they are now."""
         x = self.position.embed(embedding(tokens), frame.positions)  # (B,T,d)
@@ -76,10 +77,11 @@ class Stack(nn.Module):
             if inputs is not None:
                 inputs.append(x.detach())
             before = None if past is None else past[layer]
-            if recompute and torch.is_grad_enabled():
+            if recompute == "block" and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.position, frame, None, before, use_reentrant=False)
             else:
-                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before)
+                remakes = recompute == "selective" and torch.is_grad_enabled()
+                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before, remakes)
         return x.to(frame.dtype) if self.norm is None else self.norm(x, frame.dtype)
 
     def _initialize_blocks(self, config: ModelConfig) -> None:

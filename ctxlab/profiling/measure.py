@@ -20,7 +20,10 @@ from pydantic import Field
 from ctxlab.errors import RunError
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
+from ctxlab.model.base import read_parts
+from ctxlab.model.count import flops_per_token
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.remake import Recompute
 from ctxlab.profiling import READY
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig, Registry
@@ -29,6 +32,7 @@ from ctxlab.units import format_seconds
 
 EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 PROTOCOL = "one training step, batch 1"
+GENERATION = "generation, batch 1"
 
 
 class MeasureConfig(ComponentConfig):
@@ -38,6 +42,7 @@ class MeasureConfig(ComponentConfig):
         "auto", description="auto: the lengths of the evaluation table"
     )
     memory: OrNone | Bytes = Field("none", description="limit of one point's process; above it it is out_of_memory")
+    generation: bool = Field(False, description="measure reading and decoding too, and the cache")
     timeout: Seconds = Field(300.0, description="limit of one point; above it the point is timed_out")
 
 
@@ -53,14 +58,14 @@ class Point:
     context: int
     precision: str
     device: str
-    recompute: bool = False
+    recompute: Recompute = "none"
     loss_chunk: int | None = None
     memory_limit: int | None = None
     enough_seconds: float = 3.0
 
 
 def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
-    """Measures `what` ("memory" or "time") of one point; a dead child is a result with a status, not an exception."""
+    """Measures "memory", "time", "generation" or "matmul" of one point; a dead child is a result, not an exception."""
     child = _start(what)
     try:
         out, err = child.communicate(_specification(point, what), timeout=timeout)
@@ -182,8 +187,54 @@ def measure_step(
     return rows
 
 
+def measure_generation(
+    point: Point,
+    contexts: Iterable[int],
+    *,
+    timeout: float,
+    advance: Callable[[str], None] = lambda _: None,
+) -> list[Measurement]:
+    """prefill_seconds, decode_seconds_per_token and cache_bytes of each context, whose last tokens are decoded one by one."""
+    rows: list[Measurement] = []
+    for context in contexts:
+        advance(f"generation at {context}")
+        result = run_point(replace(point, context=context, memory_limit=None), "generation", timeout)
+        names: tuple[tuple[str, str], ...] = (("prefill_seconds", "s"), ("cache_bytes", "B"))
+        if result.get("decode_seconds_per_token", 0.0) is not None:
+            names = (*names, ("decode_seconds_per_token", "s/token"))
+        rows += _rows(result, context, names, ("prompt", "decoded"), GENERATION)
+    return rows
+
+
+def arithmetic(point: Point, measured: Sequence[Measurement], peak: float | None) -> list[Measurement]:
+    """flops_per_second of every measured step, and flops_utilization where a matmul's `peak` rate is known.
+
+    Operations are counted by `flops_per_token`, recomputation and the optimizer left out (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B), so that the second is their model FLOPs utilization.
+    """
+    parts = read_parts(point.__dict__)
+    rows: list[Measurement] = []
+    for m in measured:
+        if m.name != "step_seconds" or m.value is None or m.context is None:
+            continue
+        needed = (
+            flops_per_token(parts.model, parts.attention, vocab_size=point.vocab_size, context=m.context) * m.context
+        )
+        here: dict[str, Any] = {"context": m.context, "protocol": PROTOCOL}
+        rate = needed / m.value
+        rows.append(Measurement(name="flops_per_second", value=rate, unit="FLOP/s", facts={"flops": needed}, **here))
+        if peak:
+            facts = {"matmul_flops_per_second": peak}
+            rows.append(Measurement(name="flops_utilization", value=rate / peak, unit="1", facts=facts, **here))
+    return rows
+
+
 def _rows(
-    result: dict[str, Any], context: int, names: tuple[tuple[str, str], ...], facts: tuple[str, ...]
+    result: dict[str, Any],
+    context: int,
+    names: tuple[tuple[str, str], ...],
+    facts: tuple[str, ...],
+    protocol: str = PROTOCOL,
 ) -> list[Measurement]:
     done = result["status"] == "done"
     return [
@@ -192,7 +243,7 @@ def _rows(
             value=result[name] if done else None,
             unit=unit,
             context=context,
-            protocol=PROTOCOL,
+            protocol=protocol,
             status=result["status"],
             reason=result.get("reason", ""),
             facts={fact: result[fact] for fact in facts if fact in result},

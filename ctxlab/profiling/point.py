@@ -26,7 +26,7 @@ import torch
 import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that is no model's
 
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
-from ctxlab.model.base import build_model, read_parts
+from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
@@ -35,6 +35,8 @@ from ctxlab.train.precision import Precision, autocast
 from ctxlab.units import format_bytes
 
 MIN_SECONDS, MIN_STEPS = 0.5, 3
+DECODED = 16  # tokens that are decoded one by one
+SIZES = (512, 1024, 2048)  # of the matrices whose product is timed
 LONG = 10  # times `enough_seconds` is too much even for a median of three steps
 _WARM = 256  # width of the warm-up: wide enough for every thread to take part
 _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C library, of cuBLAS
@@ -43,9 +45,12 @@ _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C l
 def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Builds the model and runs real steps (forward, backward, clipping, optimizer).
 
-    `what` asks for memory, for time, or for time in turns: then `say` tells the parent that it is its turn.
+    `what` asks for memory, for time, or for time in turns: then `say` tells the parent that it is its turn; for generation,
+    or for the rate of a matmul, in place of steps.
     """
     device = torch.device(spec["device"])
+    if spec["what"] == "matmul":
+        return matmul_rate(spec["precision"], device, spec["enough_seconds"])
     for name, file in spec["plugins"]:
         import_file(name, Path(file))
     parts = read_parts(spec)
@@ -60,6 +65,8 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
         model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
         optimizer = optim.build(model)
         tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
+        if spec["what"] == "generation":
+            return generation(model, tokens[:, :context], spec["precision"], device)
 
         # A recurrent model's steps all see a memory but the first of a document: measured is one that does.
         memory = model.new_memory(1) if model.carries else None
@@ -105,6 +112,59 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
             if sum(seconds) > (spec["enough_seconds"] if len(seconds) >= MIN_STEPS else LONG * spec["enough_seconds"]):
                 break
         return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds), "n_steps": len(seconds)}
+
+
+def generation(model: Model, tokens: torch.Tensor, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """Seconds to read all but the last DECODED of `tokens` (1,T), and of each of these, one by one behind what is cached.
+
+    Each step ends with the logits of one place, as it does where a next token is chosen. Reading is timed thrice.
+    """
+    model.eval()
+    n_decoded = min(DECODED, tokens.shape[1] - 1)
+    prompt = tokens.shape[1] - n_decoded
+
+    def timed(new: torch.Tensor, cache: Any) -> float:
+        start = time.perf_counter()
+        with autocast(precision, device):
+            model.logits(model.hidden(new, cache=cache)[:, -1])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        prefill = []
+        for _ in range(MIN_STEPS):
+            cache = model.new_cache()
+            prefill.append(timed(tokens[:, :prompt], cache))
+        steps = [timed(tokens[:, at : at + 1], cache) for at in range(prompt, tokens.shape[1])]
+    return {
+        "prefill_seconds": statistics.median(prefill),
+        "decode_seconds_per_token": statistics.median(steps) if steps else None,
+        "cache_bytes": cache.bytes,
+        "prompt": prompt,
+        "decoded": n_decoded,
+    }
+
+
+def matmul_rate(precision: Precision, device: torch.device, seconds: float) -> dict[str, Any]:
+    """The best rate of a square matmul over SIZES, 2 n^3 operations each: what a model's arithmetic is compared with."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    best, at = 0.0, 0
+    for size in SIZES:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        spent, rounds = 0.0, 0
+        while rounds < MIN_STEPS or spent < seconds / len(SIZES):
+            start = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = time.perf_counter() - start
+            spent, rounds = spent + took, rounds + 1
+            if rounds > 1 and 2 * size**3 / took > best:  # the first of a size sets things up
+                best, at = 2 * size**3 / took, size
+            if spent > seconds:
+                break
+    return {"flops_per_second": best, "size": at}
 
 
 def warm_up(optim: Optimizer, precision: Precision, device: torch.device) -> None:

@@ -19,8 +19,8 @@ from ctxlab.records.schema import METRICS, WAY_AXES, Measurement
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 # What a step costs has its own heading; the rest of what depends on the context is how well text is modelled.
 _COSTS = (
-    "peak_memory_bytes", "cache_bytes", "step_seconds", "decode_seconds_per_token", "tokens_per_second",
-    "flops_per_second",
+    "peak_memory_bytes", "part_bytes", "cache_bytes", "step_seconds", "prefill_seconds", "decode_seconds_per_token",
+    "tokens_per_second", "flops_per_second", "flops_utilization", "scaling_exponent", "longest_context", "largest_batch",
 )  # fmt: skip
 _CONFIG_NOISE = ("paths", "sweep", "logger", "resume", "tags", "note", "name")  # how a run is kept, not what it is
 # Seconds that W&B may take at either end of an online run. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say otherwise.
@@ -215,6 +215,9 @@ def _name(m: Measurement) -> str:
         kind = "streaming" if "sinks" in m.axes else "sliding" if "stride" in m.axes else "eval"
         details = [str(m.axes[axis]) for axis in ("stride", "sinks") if axis in m.axes] + ["bos"] * ("bos" in m.axes)
         return f"{kind}/{m.context}/{'/'.join(details)}/{whose}{m.name}"
+    for axis in ("part", "of", "change"):  # of what a step costs
+        if axis in m.axes:
+            return f"scaling/{m.name}/{whose}{str(m.axes[axis]).replace(' ', ',')}"
     if "from" in m.axes:
         return f"position/{whose}{m.name}"
     if "top" in m.axes:

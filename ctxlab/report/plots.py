@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.report.results import labels, way_of
 from ctxlab.report.terminal import MOST, Chart
-from ctxlab.units import format_bytes, format_count, format_length
+from ctxlab.units import format_bytes, format_count, format_length, format_seconds
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 Band = tuple[int, float, float]  # context, low, high
@@ -65,6 +65,15 @@ def memory_chart(measurements: Sequence[Measurement], *, trained: int | None, he
     return _by_context("memory of a training step by context", curves, trained, height=height, is_bytes=True)
 
 
+def time_chart(measurements: Sequence[Measurement], *, height: int = 12) -> Chart | None:
+    """Seconds of a training step by context in the terminal, on a log axis; None where there is no curve."""
+    points = curve(measurements, "step_seconds")
+    curves = {"time": points} if len(points) > 1 else {}
+    return _by_context(
+        "time of a training step by context", curves, None, height=height, y_name=format_seconds, log_y=True
+    )
+
+
 def training_chart(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Loss by tokens seen in the terminal, as it was logged; None before the second row."""
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -90,7 +99,14 @@ def _has_point(row: Mapping[str, Any]) -> bool:
 
 
 def _by_context(
-    heading: str, curves: Curves, trained: int | None, *, height: int, is_bytes: bool = False
+    heading: str,
+    curves: Curves,
+    trained: int | None,
+    *,
+    height: int,
+    is_bytes: bool = False,
+    log_y: bool = False,
+    y_name: Callable[[float], str] = lambda y: f"{y:g}",
 ) -> Chart | None:
     contexts = sorted({context for points in curves.values() for context, _ in points})
     if not contexts:
@@ -100,8 +116,8 @@ def _by_context(
         curves,
         x_ticks=contexts,
         x_name=lambda x: format_length(int(x)),
-        y_name=format_bytes if is_bytes else lambda y: f"{y:g}",
-        log_y=is_bytes,
+        y_name=format_bytes if is_bytes else y_name,
+        log_y=is_bytes or log_y,
         binary_y=is_bytes,
         at=trained if trained in contexts else None,
         height=height,
@@ -212,6 +228,39 @@ def loss_figure(
         )
         layers.append(at_end.mark_text(align="left", dx=8, fontSize=13).encode(text="text:N"))
     return styled(altair.layer(*layers).properties(width=_WIDTH, height=_HEIGHT, title=_title(heading)))
+
+
+def scaling_figure(panels: Sequence[tuple[str, Curves]], *, heading: str) -> Any:
+    """Panels side by side, (title of the vertical axis, curves by context), all axes logarithmic, one legend."""
+    import altair
+
+    names = list(dict.fromkeys(name for _, curves in panels for name in curves))
+    colours = altair.Scale(domain=names, range=_cycled(PALETTE, len(names)))
+    shapes = altair.Scale(domain=names, range=_cycled(_SHAPES, len(names)))
+    legend = altair.Legend(title=None, orient="bottom") if len(names) > 1 else None
+    drawn = []
+    for axis, curves in panels:
+        contexts = sorted({context for points in curves.values() for context, _ in points})
+        values = [value for points in curves.values() for _, value in points]
+        rows = [{"curve": n, "context": c, "value": v} for n, points in curves.items() for c, v in points]
+        x = altair.X(
+            "context:Q",
+            scale=altair.Scale(type="log", base=2, domain=[contexts[0] * 0.9, contexts[-1] * 1.1], nice=False),
+            axis=altair.Axis(values=contexts, title="context (tokens)", format="d", grid=False),
+        )
+        y = altair.Y(
+            "value:Q",
+            scale=altair.Scale(type="log", domain=[min(values) / 1.2, max(values) * 1.2], nice=False),
+            axis=altair.Axis(title=axis, gridOpacity=0.5, format="~g", tickCount=5),
+        )
+        lines = altair.Chart(altair.Data(values=rows)).encode(
+            x=x, y=y, color=altair.Color("curve:N", scale=colours, legend=legend)
+        )
+        points = lines.mark_point(filled=True, size=55, opacity=1).encode(
+            shape=altair.Shape("curve:N", scale=shapes, legend=legend)
+        )
+        drawn.append(altair.layer(lines.mark_line(strokeWidth=2), points).properties(width=380, height=280))
+    return styled(altair.hconcat(*drawn).properties(title=_title(heading)))
 
 
 def _title(heading: str) -> Any:

@@ -19,7 +19,8 @@ ByContext = dict[int, dict[str, Measurement]]
 # How metrics are called in a table's head, where their names would be too long.
 TITLES = {
     "nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "peak_memory_bytes": "memory",
-    "cache_bytes": "cache", "step_seconds": "step", "tokens_per_second": "tokens/s",
+    "cache_bytes": "cache", "prefill_seconds": "prefill", "flops_utilization": "MFU", "part_bytes": "part",
+    "step_seconds": "step", "tokens_per_second": "tokens/s",
     "decode_seconds_per_token": "s/token", "flops_per_second": "FLOP/s", "learning_rate": "rate",
     "gradient_norm": "gradient norm", "nats_per_word": "nats/word",
 }  # fmt: skip
@@ -47,6 +48,8 @@ def number(value: float, unit: str, *, name: str = "") -> str:
         return format_seconds(value)
     if unit in ("tokens/s", "FLOP/s"):
         return format_count(value)
+    if unit == "rows":
+        return f"{value:,.0f}"
     if unit == "tokens":
         return format_length(int(value))
     if name.endswith("perplexity"):
@@ -94,7 +97,7 @@ def by_context(measurements: Sequence[Measurement], way: Mapping[str, Any] = Map
     """context -> name -> measurement, contexts in order, of windows that follow one another, or of another way of scoring."""
     found: ByContext = {}
     for m in measurements:
-        if m.context is not None and way_of(m.axes) == way and "depth" not in m.axes:
+        if m.context is not None and way_of(m.axes) == way and not {"depth", "part"} & m.axes.keys():
             found.setdefault(m.context, {})[m.name] = m
     return dict(sorted(found.items()))
 

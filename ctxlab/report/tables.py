@@ -31,6 +31,7 @@ from ctxlab.report.results import (
     why_missing,
 )
 from ctxlab.report.task_tables import show_compared_tasks, show_tasks, task_rows
+from ctxlab.report.terminal import Chart
 from ctxlab.report.translation import is_translation, show_translation
 from ctxlab.report.ways import show_context_use, side_by_side, way_text, ways
 from ctxlab.units import format_count, format_length, format_seconds
@@ -280,9 +281,13 @@ def show_curves(measurements: Sequence[Measurement], trained: int | None, consol
         )
         if chart is not None
     ]
-    if not charts:
-        return
-    console.print()
+    if charts:
+        console.print()
+        show_beside(charts, console)
+
+
+def show_beside(charts: Sequence[Chart], console: Console) -> None:
+    """Two charts beside each other where there is room, else one below the other."""
     if len(charts) == 2 and console.width >= _SIDE_BY_SIDE:
         beside = Table.grid(expand=True, padding=(0, 2, 0, 0))
         beside.add_column(ratio=1)
@@ -292,14 +297,6 @@ def show_curves(measurements: Sequence[Measurement], trained: int | None, consol
     else:
         for chart in charts:
             console.print(chart)
-
-
-def show_profile(run: Run, console: Console) -> None:
-    """What `ctxlab profile` ends with."""
-    show_heading(run, console)
-    show_lengths(run.measurements(), None, console)
-    console.print()
-    console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
 
 
 def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:

@@ -32,9 +32,10 @@ from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model
 from ctxlab.model.config import SizesConfig
-from ctxlab.model.count import activation_bytes, flops_per_token
+from ctxlab.model.count import activation_bytes, chosen_recompute, flops_per_token
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
+from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.registry import nearest
 from ctxlab.train.answers import ObjectiveValidation, TaskValidation
@@ -123,7 +124,7 @@ def fit(
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
     model = build_model(parts, vocab_size=vocab_size, context=settings.context)
-    model.recompute = config.recompute
+    model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:
         load_into(model, load_weights(saved), "resume")
@@ -182,6 +183,7 @@ def fit(
         rank=launched.global_rank,
         resolved={
             "micro_rows": {str(stage.context): stage.micro_rows for stage in budget.stages},
+            "recompute": model.recompute,
             "n_steps": budget.n_steps if budget.bounded else module.step,
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
@@ -263,10 +265,25 @@ def fitting_rows(
         rows=1,
         vocab_size=vocab_size,
         precision=precision,
-        recompute=settings.trainer.recompute,
+        recompute=chosen_policy(settings, vocab_size, precision, total_memory_bytes(device)),
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
     )
     return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
+
+
+def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: int) -> Recompute:
+    """What `trainer.recompute` is where there are `memory` bytes: `auto` takes the cheapest policy with which one row fits."""
+    return chosen_recompute(
+        settings.trainer.recompute,
+        settings.model,
+        settings.position,
+        settings.attention,
+        vocab_size=vocab_size,
+        context=settings.context,
+        precision=precision,
+        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
+        memory=ACTIVATION_SHARE * memory,
+    )
 
 
 def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:

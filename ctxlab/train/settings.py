@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
+from ctxlab.model.remake import RecomputeSetting
 from ctxlab.registry import ComponentConfig
 
 UNCHANGED_BY: dict[str, Any] = {"identity": False}  # a field that changes no number: left out of a cell's identity
+
+
+def _from_flag(value: Any) -> Any:
+    """Records from before there were policies have true for block and false for none."""
+    return {True: "block", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class ContextStage(ComponentConfig):
@@ -44,7 +50,9 @@ class TrainerConfig(ComponentConfig):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = Field(1, ge=1)
     strategy: Literal["auto", "ddp"] = "auto"
-    recompute: bool = Field(False, description="recompute each block's activations in the backward pass")
+    recompute: Annotated[RecomputeSetting, BeforeValidator(_from_flag)] = Field(
+        "none", description="what backward computes again instead of keeping it; auto: the least that fits the machine"
+    )
     loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
     compile: bool = False
     validate_every: OrAuto | OrNone | Count = Field("auto", description="steps between validations; auto: 5 in a run")

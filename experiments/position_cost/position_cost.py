@@ -37,7 +37,7 @@ MODEL = {
 }  # fmt: skip
 
 
-def point(position: str, context: int, *, recompute: bool = False) -> Point:
+def point(position: str, context: int, *, recompute: str = "none") -> Point:
     device = resolve_device("auto")
     return Point(
         model=MODEL,
@@ -89,9 +89,9 @@ def longest(schemes: Sequence[str]) -> None:
     """Memory of one step with recomputed blocks: at 65,536 tokens, or at 32,768 with its growth from 16,384 on."""
     for name in schemes:
         if name in LONGEST:
-            row = {"position": name, "context": 65_536, "peak_bytes": peak(point(name, 65_536, recompute=True))}
+            row = {"position": name, "context": 65_536, "peak_bytes": peak(point(name, 65_536, recompute="block"))}
         else:
-            half, whole = (peak(point(name, c, recompute=True)) for c in (16_384, 32_768))
+            half, whole = (peak(point(name, c, recompute="block")) for c in (16_384, 32_768))
             activations = whole - standing_bytes(name)
             times = activations / (half - standing_bytes(name))
             row = {

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh.md")
 COMPOSED = {command.name for command in COMMANDS if command.composed}
 # Trainings and measurements are composed only, a study's lines are read only; everything else runs as it is written.
-LONG = ("train", "profile")
+LONG = ("train", "profile", "plan")
 STUDY = ("experiment", "run")
 # What needs an extra, and data from elsewhere, is composed only, too.
 ELSEWHERE = "eval=lm_eval"

@@ -11,7 +11,7 @@ import yaml
 
 from ctxlab.config import catalog
 
-COMMANDS = ("train", "eval", "generate", "profile", "show")
+COMMANDS = ("train", "eval", "generate", "profile", "plan", "show")
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_settings_of_another_architecture_are_refused(words: tuple[str, ...], sa
     ("words", "said"),
     [
         (("trainer.compile=true",), "trainer.compile: torch does not compile its LSTM (model=lstm); use false"),
-        (("trainer.recompute=true",), "trainer.recompute: an LSTM's layers are not run again (model=lstm); use false"),
+        (("trainer.recompute=true",), "trainer.recompute: an LSTM's layers are not run again (model=lstm); use none"),
         (("data.packed=true",), ""),
         (("data=task/mqar", "tokenizer=ids", "eval=task"), ""),
         (("data=task/mqar", "tokenizer=ids", "eval=task", "model.carry_state=true"),

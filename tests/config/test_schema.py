@@ -15,7 +15,7 @@ from ctxlab.config.identity import differences, identity, identity_fields
 from ctxlab.config.overrides import is_free_text
 from ctxlab.errors import ConfigError, IncompatibleError
 
-COMMANDS = ("train", "eval", "generate", "profile", "show")
+COMMANDS = ("train", "eval", "generate", "profile", "plan", "show")
 
 
 def plain(*overrides: str, command: str = "train") -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_every_command_composes_and_reads(command: str) -> None:
 
 OPTIONS = [
     (group, option.name, command)
-    for command in ("train", "eval", "profile")
+    for command in ("train", "eval", "profile", "plan")
     for group in [default.group for default in catalog.defaults(command)]
     for option in catalog.groups().get(group, [])
 ]

@@ -7,6 +7,7 @@ import torch
 
 from ctxlab.errors import UndefinedBeyondTraining
 from ctxlab.model.cache import KVCache
+from ctxlab.model.remake import POLICIES, Recompute
 from ctxlab.model.transformer import Transformer
 from tests.model.builders import VOCAB, build, tokens
 
@@ -20,24 +21,39 @@ def gradients(model: Transformer, **inputs: object) -> tuple[float, dict[str, to
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("position", ["rope", "t5"])
+@pytest.mark.parametrize("position", ["rope", "t5", "fox"])
 @pytest.mark.parametrize("segments", [None, ((10, 22), (32,))])
-def test_recomputed_gradients_are_equal(position: str, segments: object) -> None:
+@pytest.mark.parametrize("policy", ["selective", "block"])
+def test_recomputed_gradients_are_equal(position: str, segments: object, policy: Recompute) -> None:
     model = build(position, dropout=0.1).train()
     torch.manual_seed(3)
     loss, kept = gradients(model, segments=segments)
-    model.recompute = True
+    model.recompute = policy
     torch.manual_seed(3)
     again, recomputed = gradients(model, segments=segments)
     assert again == loss
     assert all(torch.equal(recomputed[name], kept[name]) for name in kept)
 
 
+@pytest.mark.parametrize(
+    ("activation", "norm"), [("gelu", "layernorm"), ("gelu_tanh", "rmsnorm"), ("swiglu", "layernorm")]
+)
+def test_recomputed_gradients_are_equal_under_autocast(activation: str, norm: str) -> None:
+    model = build("rope", activation=activation, norm=norm).train()
+    found = {}
+    for policy in POLICIES:
+        model.recompute = policy
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found[policy] = gradients(model)[1]
+    for policy in POLICIES:
+        assert all(torch.equal(found[policy][name], found["none"][name]) for name in found["none"])
+
+
 def test_recompute_keeps_one_input_a_block() -> None:
     kept = []
-    for recompute in (False, True):
+    for recompute in ("none", "block"):
         model = build("rope", n_layers=4).train()
-        model.recompute = recompute
+        model.recompute = recompute  # type: ignore[assignment]
         bytes_kept = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_a_point_that_cannot_be_measured_ends_the_turns_of_all(child: Child, tmp
 
 
 def test_steps_in_turns_are_real_steps() -> None:
-    found = steps_in_turns([nano(), nano(recompute=True)], 2)
+    found = steps_in_turns([nano(), nano(recompute="block")], 2)
     assert [len(seconds) for seconds in found] == [2, 2]
     assert all(second > 0 for seconds in found for second in seconds)
 
@@ -83,9 +83,9 @@ def test_steps_in_turns_are_real_steps() -> None:
 
 def test_a_child_gets_the_whole_point_and_its_line_is_the_result(child: Child, tmp_path: Path) -> None:
     child(f"""cat > {tmp_path}/spec; echo '{{"status": "done", "peak_memory_bytes": 5}}'""")
-    assert run_point(nano(recompute=True, loss_chunk=96), "memory", 10) == {"status": "done", "peak_memory_bytes": 5}
+    assert run_point(nano(recompute="block", loss_chunk=96), "memory", 10) == {"status": "done", "peak_memory_bytes": 5}
     spec = json.loads((tmp_path / "spec").read_text())
-    assert spec == {**nano(recompute=True, loss_chunk=96).__dict__, "what": "memory", "plugins": []}
+    assert spec == {**nano(recompute="block", loss_chunk=96).__dict__, "what": "memory", "plugins": []}
 
 
 def test_memory_is_measured_under_the_exact_allocator_and_time_under_the_default_one(

@@ -1,27 +1,36 @@
-"""`ctxlab profile`: memory and time of one training step by context, each point in processes of its own."""
+"""`ctxlab profile`: memory and time of a training step and of generation by context, each point in processes of its own."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ctxlab.cli.console import progress_bar
 from ctxlab.cli.main import DIED, DONE
 from ctxlab.cli.mirror import recording
 from ctxlab.cli.scoring import measure_cost, memory_source, step_point
+from ctxlab.profiling.fit import exponents
+from ctxlab.profiling.measure import arithmetic, run_point
+from ctxlab.profiling.plan import part_rows
+from ctxlab.profiling.predict import Predictor
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
-from ctxlab.report.tables import show_profile
+from ctxlab.report.costs import save_scaling, show_profile
 from ctxlab.train.precision import resolve_device, resolve_precision
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
     from ctxlab.config.schema import ProfileConfig
+    from ctxlab.profiling.measure import Point
+    from ctxlab.records.sinks import Sink
 
 
 def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
-    """Measures every point and prints the table. A point that does not fit is a row; no point at all is a failure."""
+    """Measures every point, fits and splits, and prints the tables. A point that does not fit is a row; no point at all is a
+    failure."""
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     with recording(run, config.logger, job_type="profile") as opened:
+        point = step_point(config, vocab_size=config.vocab_size, precision=precision, device=device)
         run.update(
             provenance=collect(
                 seed=config.seed,
@@ -29,13 +38,36 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
                 device=device.type,
                 memory_source=memory_source(device),
                 plugins=run.record.plugins,
+                resolved={"recompute": point.recompute},
             )
         )
-        point = step_point(config, vocab_size=config.vocab_size, precision=precision, device=device)
         measure_cost(config.profile, point, None, sink=opened.sink, console=invocation.stderr_console)
         measured = [m for m in run.measurements() if m.value is not None]
+        if measured:
+            _explain(run, point, config.profile.timeout, opened.sink, invocation)
         opened.exit_code = DONE if measured else DIED
         run.finish("done" if measured else "failed", "" if measured else "no point could be measured")
     if not invocation.is_child:
         show_profile(run, invocation.stdout_console)
     return opened.exit_code
+
+
+def _explain(run: Run, point: Point, timeout: float, sink: Sink, invocation: Invocation) -> None:
+    """What the measured points say: their rate against a matmul's, exponents, and what the memory is there for."""
+    measured = run.measurements()
+    contexts = sorted({m.context for m in measured if m.name == "peak_memory_bytes" and m.context is not None})
+    with progress_bar(invocation.stderr_console) as start:
+        advance = start("fitting and splitting", 1 + len(contexts))
+        best = run_point(point, "matmul", timeout)
+        advance(1)
+        predictor = Predictor(point)
+        found = arithmetic(point, measured, best.get("flops_per_second"))
+        for context in contexts:
+            found += part_rows(predictor.memory(context))
+            advance(1)
+        found += exponents(measured, predictor)
+    sink.measure(found)
+    picture = save_scaling([run], run.path / "scaling.png")
+    if picture is not None:
+        save_scaling([run], run.path / "scaling.svg")
+        sink.image("scaling", picture)

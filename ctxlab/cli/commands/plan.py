@@ -1,0 +1,82 @@
+"""`ctxlab plan`: memory of a training step by context without running one, and the longest context that fits."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from ctxlab.cli.console import progress_bar
+from ctxlab.cli.main import DONE
+from ctxlab.cli.mirror import recording
+from ctxlab.cli.scoring import step_point
+from ctxlab.config import catalog
+from ctxlab.errors import ConfigError
+from ctxlab.evaluation.perplexity import auto_lengths
+from ctxlab.profiling.plan import changes, known_error, planned
+from ctxlab.records.provenance import collect
+from ctxlab.records.store import Run
+from ctxlab.report.costs import show_plan
+from ctxlab.train.memory import total_memory_bytes
+from ctxlab.train.precision import resolve_precision
+
+if TYPE_CHECKING:
+    from ctxlab.cli.invocation import Invocation
+    from ctxlab.config.schema import PlanConfig
+
+MEASURED = "memory_scaling"  # the study that holds predictions to measurements, and its file
+
+
+def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
+    """Predicts every context, solves for what fits, and prints both with the known error of such predictions."""
+    device = planned_device(config.trainer.accelerator)
+    here = device.type == "cpu" or torch.cuda.is_available()
+    precision = resolve_precision(config.trainer.precision, device) if here else "bf16"
+    if not here and config.trainer.precision == "fp32":
+        precision = "fp32"
+    if config.plan.memory != "auto":
+        memory = config.plan.memory
+    elif here:
+        memory = total_memory_bytes(device)
+    else:
+        raise ConfigError("plan.memory: there is no GPU here whose memory auto could take; give it, e.g. 24GiB")
+    point = step_point(config, vocab_size=config.vocab_size, precision=precision, device=device, memory=memory)
+    contexts = (
+        auto_lengths(config.context) if config.plan.contexts == "auto" else tuple(sorted(set(config.plan.contexts)))
+    )
+    others = list(changes(point)) if config.plan.changes else []
+    error = known_error(
+        catalog.conf_dir().parent / "experiments" / MEASURED / "results" / f"{MEASURED}.txt", device.type
+    )
+    with recording(run, config.logger, job_type="plan") as opened:
+        run.update(
+            provenance=collect(
+                seed=config.seed,
+                precision=precision,
+                device=device.type,
+                plugins=run.record.plugins,
+            ).model_copy(
+                update={
+                    "resolved": {
+                        "memory": memory,
+                        "recompute": point.recompute,
+                        "known_error": None if error is None else asdict(error),
+                    }
+                }
+            )
+        )
+        with progress_bar(invocation.stderr_console) as start:
+            advance = start("predicting", len(contexts) + 1 + len(others))
+            rows = planned(point, contexts, memory, others=others, advance=lambda _: advance(1))
+        opened.sink.measure(rows)
+        run.finish("done")
+    if not invocation.is_child:
+        show_plan(run, invocation.stdout_console)
+    return DONE
+
+
+def planned_device(accelerator: str) -> torch.device:
+    """The device that is planned for, which need not be here."""
+    wants_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if wants_gpu else "cpu")

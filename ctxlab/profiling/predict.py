@@ -1,0 +1,132 @@
+"""What a training step will hold in memory and how long it will take, said without running it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ctxlab.model import count
+from ctxlab.model.base import read_parts
+from ctxlab.profiling.measure import Point
+from ctxlab.profiling.trace import KINDS, trace_step, trace_update
+
+LINE = (1024, 2048)
+"""Contexts beyond the second of which memory goes on as lines through both: no scheme or mechanism holds more than a line."""
+
+PROCESS_BYTES = 15 * 2**20
+"""What a first step brings into a process besides tensors, on a CPU: code of kernels, their scratch, small blocks of the heap.
+
+Set by hand from twelve points at contexts of 384, 1,536, 3,072 and 6,144 tokens, before anything else was measured.
+"""
+
+
+ROOM = 0.03
+"""Share of a prediction that has to be free besides, where a context is said to fit: what predictions may be short by."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Peak bytes of a step over the idle process, split by what they are for, and how they were found."""
+
+    context: int
+    split: Mapping[str, float]  # of KINDS, and `process`
+    way: str  # traced, continued from traces, or closed form
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.split.values())
+
+
+class Predictor:
+    """Predicts steps that differ from `point` in their context only. Traces are kept for the life of the object.
+
+    `updates` keeps what optimizers hold, for predictors of steps that differ in other ways than their weights.
+    """
+
+    def __init__(self, point: Point, updates: dict[str, tuple[int, dict[str, int]]] | None = None) -> None:
+        self.point = point
+        self.updates = {} if updates is None else updates
+        self.moments = functools.cache(self._moments)
+
+    def memory(self, context: int) -> Prediction:
+        """Bytes of one step at batch 1.
+
+        Of a component that no fake tensor gets through, the closed form beside the model.
+        """
+        process = PROCESS_BYTES if self.point.device == "cpu" else 0
+        try:
+            if context <= LINE[-1]:
+                return Prediction(context, {**_worst(self.moments(context)), "process": process}, "traced")
+            near, far = (self.moments(length) for length in LINE)
+        except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
+            return Prediction(context, {**self._closed(context), "process": process}, "closed form")
+        share = (context - LINE[0]) / (LINE[1] - LINE[0])
+        moments = [
+            {kind: max(0.0, a[kind] + share * (b[kind] - a[kind])) for kind in KINDS}
+            for a, b in zip(near, far, strict=True)
+        ]
+        return Prediction(context, {**_worst(moments), "process": process}, "continued from traces at 1k and 2k")
+
+    def fits(self, context: int, memory: float) -> bool:
+        """Whether a step is predicted to fit, with ROOM."""
+        return self.memory(context).bytes * (1 + ROOM) <= memory
+
+    def longest(self, memory: float) -> int:
+        """The longest context, in whole multiples of 64 tokens, whose step, with ROOM, is predicted to fit `memory` bytes.
+
+        0 where not even 64 tokens fit.
+        """
+        low, high = 0, 64
+        while self.fits(high, memory):
+            low, high = high, 2 * high
+            if high > 2**40:
+                break
+        while high - low > 64:
+            middle = (low + high) // 128 * 64
+            if self.fits(middle, memory):
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def rows(self, context: int, memory: float) -> int:
+        """How many rows of `context` tokens fit at once: what one row adds is taken to be what its own tokens add.
+
+        0 where one does not.
+        """
+        if not self.fits(context, memory):
+            return 0
+        one = self.memory(context)
+        standing = sum(one.split[kind] for kind in ("weights", "gradients", "optimizer", "process"))
+        return max(1, int((memory / (1 + ROOM) - standing) / (one.bytes - standing)))
+
+    def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
+        point = replace(self.point, context=context)
+        shapes = count.parameters(
+            *read_parts(point.__dict__), vocab_size=point.vocab_size, context=context
+        )  # of a learned table those change with the context
+        key = repr((point.model, point.position, point.attention, point.optim, shapes))
+        if key not in self.updates:
+            self.updates[key] = trace_update(point)
+        state, update = self.updates[key]
+        return [*({**split, "optimizer": state} for split in trace_step(point)), update]
+
+    def _closed(self, context: int) -> dict[str, float]:
+        parts = read_parts(self.point.__dict__)
+        weights = 4 * count.parameters(*parts, vocab_size=self.point.vocab_size, context=context).total
+        activations = count.activation_bytes(
+            *parts,
+            vocab_size=self.point.vocab_size,
+            context=context,
+            precision=self.point.precision,  # type: ignore[arg-type]
+            recompute=self.point.recompute,
+            loss_chunk=self.point.loss_chunk,
+        )
+        states = 2 if self.point.optim["name"] == "adamw" else 1
+        found = {"weights": weights, "gradients": weights, "optimizer": states * weights, "activations": activations}
+        return {kind: float(found.get(kind, 0)) for kind in KINDS}
+
+
+def _worst(moments: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    return max(moments, key=lambda split: sum(split.values()))

@@ -1,0 +1,210 @@
+"""What a step costs by context: the closing screens of `ctxlab profile` and `ctxlab plan`, from records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ctxlab.records.run import Run
+from ctxlab.records.schema import Measurement
+from ctxlab.report.grid import Grid
+from ctxlab.report.plots import curve, memory_chart, save, scaling_figure, time_chart
+from ctxlab.report.results import by_context, cell, labels, title
+from ctxlab.report.tables import footnotes, show_beside, show_heading, show_next
+from ctxlab.units import format_bytes, format_count, format_length
+
+STEP = ("peak_memory_bytes", "step_seconds", "tokens_per_second", "flops_per_second", "flops_utilization")
+GENERATION = ("prefill_seconds", "decode_seconds_per_token", "cache_bytes")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "process")
+
+
+def show_plan(run: Run, console: Console) -> None:
+    """What `ctxlab plan` ends with: memory by context and its parts, what fits, what would change that, how far it errs."""
+    measurements = run.measurements()
+    resolved = run.record.provenance.resolved
+    show_heading(run, console)
+    console.print(plan_table(measurements))
+    peaks = [m for m in measurements if m.name == "peak_memory_bytes"]
+    for line in (*_ways(peaks), *known_error_lines(run)):
+        console.print(Text(line, style="dim"), soft_wrap=False)
+    longest = {str(m.axes["change"]): m for m in measurements if m.name == "longest_context"}
+    if longest:
+        console.print()
+        console.print(changes_table(longest, resolved["memory"]))
+    batch = next((m for m in measurements if m.name == "largest_batch"), None)
+    if batch is not None:
+        rows = f"{batch.value:,.0f} rows" if batch.value else "not one row"
+        console.print(Text(f"at {format_length(batch.context or 0)} tokens {rows} fit at once (trainer.micro_batch)"))
+    console.print()
+    console.print(Text(f"run {run.id} in {run.path}"), soft_wrap=True)
+    show_next(console, (f"ctxlab profile {_choices(run)}", "measure it"))
+
+
+def show_profile(run: Run, console: Console) -> None:
+    """What `ctxlab profile` ends with: what a step costs, what its memory is there for, generation, the curves and exponents."""
+    measurements = run.measurements()
+    show_heading(run, console)
+    console.print(_by_context(measurements, STEP))
+    peak = next((m.facts["matmul_flops_per_second"] for m in measurements if m.name == "flops_utilization"), None)
+    lines = footnotes(measurements)
+    if peak is not None:
+        lines.append(f"MFU: a step's operations against the best matmul here, {format_count(peak)}FLOP/s")
+    for line in lines:
+        console.print(Text(line, style="dim"))
+    parts = parts_by_context(measurements)
+    if parts:
+        console.print()
+        grid = Grid(["context", *_shown(parts)], heading="what the memory is there for")
+        for context, here in sorted(parts.items()):
+            grid.add([format_length(context), *(format_bytes(here.get(part, 0.0)) for part in _shown(parts))])
+        console.print(grid)
+        console.print(
+            Text("traced on tensors without memory, at the worst moment of the step; not measured", style="dim")
+        )
+    if any(m.name == "prefill_seconds" for m in measurements):
+        console.print()
+        console.print(_by_context(measurements, GENERATION, heading="generation"))
+        some = next((m for m in measurements if m.name == "prefill_seconds" and "decoded" in m.facts), None)
+        if some is not None:
+            text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one"
+            console.print(Text(text, style="dim"))
+    _show_scaling(measurements, console)
+    console.print()
+    picture = " (scaling.png, scaling.svg)" if (run.path / "scaling.png").is_file() else ""
+    console.print(Text(f"run {run.id} in {run.path}{picture}"), soft_wrap=True)
+
+
+def _by_context(measurements: Sequence[Measurement], names: Sequence[str], *, heading: str = "") -> Grid:
+    """One row a context of some metrics, those that nobody has left out; why there is no number is said once a row."""
+    rows = by_context(measurements)
+    shown = [name for name in names if any(name in row for row in rows.values())]
+    grid = Grid(["context", *map(title, shown)], heading=heading)
+    for context, row in rows.items():
+        cells = [_cell(row.get(name)) for name in shown]
+        missing = [name in row and row[name].value is None for name in shown]
+        cells = ["-" if gone and any(missing[:n]) else text for n, (gone, text) in enumerate(zip(missing, cells))]
+        grid.add([format_length(context), *cells])
+    return grid
+
+
+def _cell(m: Measurement | None) -> str:
+    if m is not None and m.name == "flops_utilization" and m.value is not None:
+        return f"{m.value:.0%}"
+    return cell(m)
+
+
+def _show_scaling(measurements: Sequence[Measurement], console: Console) -> None:
+    """Memory and time by context on log axes, beside each other where there is room, and their exponents."""
+    charts = [
+        chart
+        for chart in (memory_chart(measurements, trained=None, height=9), time_chart(measurements, height=9))
+        if chart is not None
+    ]
+    if charts:
+        console.print()
+        show_beside(charts, console)
+    for m in measurements:
+        if m.name == "scaling_exponent":
+            console.print(Text(exponent_line(m)))
+
+
+def exponent_line(m: Measurement) -> str:
+    """`activation memory grows as context^1.00 (95%: 0.99 to 1.02, 5 contexts)`."""
+    interval = "" if m.low is None else f"95%: {m.low:.2f} to {m.high:.2f}, "
+    return f"{m.axes['of']} grows as context^{m.value:.2f} ({interval}{m.facts['n_points']} contexts)"
+
+
+def save_scaling(runs: Sequence[Run], path: Path) -> Path | None:
+    """Memory and time of a step by context of some runs, on log axes, as PNG or SVG by the ending; None without a curve."""
+    names = labels(runs)
+    panels = []
+    for metric, axis, factor in (
+        ("peak_memory_bytes", "peak memory (MiB)", 2**20),
+        ("step_seconds", "seconds a step", 1),
+    ):
+        curves = {}
+        for name, run in zip(names, runs, strict=True):
+            points = [(context, value / factor) for context, value in curve(run.measurements(), metric)]
+            if len(points) > 1:
+                curves[name] = points
+        if curves:
+            panels.append((axis, curves))
+    if not panels:
+        return None
+    heading = f"{runs[0].record.name}: a training step by context" if len(runs) == 1 else "a training step by context"
+    save(scaling_figure(panels, heading=heading), path)
+    return path
+
+
+def plan_table(measurements: Sequence[Measurement]) -> Grid:
+    """One row a context: the predicted peak, its parts, whether it fits, and the cache of so many tokens."""
+    parts = parts_by_context(measurements)
+    caches = {m.context: m for m in measurements if m.name == "cache_bytes"}
+    grid = Grid(["context", "memory", "fits", *_shown(parts), "cache"])
+    for m in measurements:
+        if m.name == "peak_memory_bytes" and m.context is not None:
+            fits = "yes" if m.facts.get("fits") else "no"
+            here = parts.get(m.context, {})
+            sizes = [format_bytes(here[part]) if part in here else "-" for part in _shown(parts)]
+            grid.add([format_length(m.context), cell(m), fits, *sizes, cell(caches.get(m.context))])
+    return grid
+
+
+def parts_by_context(measurements: Sequence[Measurement]) -> dict[int, dict[str, float]]:
+    """context -> part -> bytes."""
+    found: dict[int, dict[str, float]] = {}
+    for m in measurements:
+        if m.name == "part_bytes" and m.context is not None and m.value is not None:
+            found.setdefault(m.context, {})[str(m.axes["part"])] = m.value
+    return found
+
+
+def _shown(parts: Mapping[int, Mapping[str, float]]) -> list[str]:
+    return [part for part in PARTS if any(part in here for here in parts.values())]
+
+
+def changes_table(longest: Mapping[str, Measurement], memory: int) -> Grid:
+    """What else could be set, and how long a context then fits."""
+    base = longest["none"].value or 0.0
+    grid = Grid(["longest context that fits", format_bytes(memory), "gain"])
+    for change, m in longest.items():
+        reached = format_length(int(m.value)) if m.value else "none"
+        gain = "" if change == "none" or not base or not m.value else f"{m.value / base:.2f}x"
+        grid.add(["as it is" if change == "none" else change, reached, gain], style="bold" if change == "none" else "")
+    return grid
+
+
+def known_error_lines(run: Run) -> list[str]:
+    """How far such predictions were from measurements."""
+    where = run.record.provenance
+    error: dict[str, Any] | None = where.resolved.get("known_error")
+    if error is None:
+        return [f"known error on {where.device}: unmeasured"]
+    return [
+        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%} over {error['n_points']} points;",
+        f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}",
+    ]
+
+
+def _ways(peaks: Sequence[Measurement]) -> list[str]:
+    """How the peaks were found, a line a way."""
+    found: dict[str, list[int]] = {}
+    for m in peaks:
+        found.setdefault(str(m.facts.get("way")), []).append(m.context or 0)
+    texts = [f"{way} ({', '.join(map(format_length, at))})" for way, at in found.items()]
+    return [
+        "predicted over the idle process, batch 1, parts at the worst moment; no time",
+        "; ".join(texts if len(found) > 1 else found),
+    ]
+
+
+def _choices(run: Run) -> str:
+    config = run.record.config
+    words = [f"model={config['model']['name']}"]
+    words += [f"position={config['position']['name']}"] if config["position"] != "none" else []
+    contexts = [m.context for m in run.measurements() if m.name == "peak_memory_bytes" and m.context]
+    return " ".join([*words, f"profile.contexts=[{','.join(map(format_length, contexts[:5]))}]"])

@@ -1,0 +1,52 @@
+"""What a plan says beyond single predictions: known errors, what could be changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ctxlab.profiling.plan import changes, known_error, planned
+from tests.profiling.builders import point
+
+
+def test_known_errors_are_those_of_the_file_by_device(tmp_path: Path) -> None:
+    rows = [
+        {"device": "cpu", "status": "done", "measured_bytes": 5e8, "error": 0.02, "error_bytes": 1e7},
+        {"device": "cpu", "status": "done", "measured_bytes": 4e8, "error": -0.08, "error_bytes": -3.2e7},
+        {"device": "cpu", "status": "done", "measured_bytes": 3e8, "error": 0.01, "error_bytes": 3e6},
+        {"device": "cpu", "status": "done", "measured_bytes": 1e8, "error": -0.3, "error_bytes": -3e7},
+        {"device": "cpu", "status": "timed_out", "measured_bytes": None},
+        {"summary": "all"},
+    ]
+    file = tmp_path / "rows.txt"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = known_error(file, "cpu")
+    assert found is not None
+    assert (found.n_points, found.median, found.worst, found.worst_bytes) == (4, 0.02, 0.08, 3e7)
+    assert known_error(file, "cuda") is None
+    assert known_error(tmp_path / "none", "cpu") is None
+
+
+def test_what_could_be_changed_is_what_is_not_set_yet() -> None:
+    words = [word for word, _ in changes(point("nano", 64))]
+    assert words[:3] == ["trainer.recompute=selective", "trainer.recompute=block", "trainer.precision=bf16"]
+    assert "attention=sliding_window attention.size=1024" in words
+    assert words[-1] == "trainer.recompute=block trainer.precision=bf16"
+    set_already = [word for word, _ in changes(point("nano", 64, recompute="block", precision="bf16"))]
+    assert not any("recompute" in word or "precision" in word for word in set_already)
+    assert next(word for word, _ in changes(point("lstm_nano", 64, "none"))) == "trainer.precision=bf16"
+
+
+def test_a_plan_has_a_row_for_everything_and_recomputation_goes_further() -> None:
+    at = point("nano", 128)
+    others = [(word, other) for word, other in changes(at) if word == "trainer.recompute=block"]
+    rows = planned(at, (64, 128), 300 * 2**20, others=others)
+    named = {name: [row for row in rows if row.name == name] for name in {row.name for row in rows}}
+    for name in ("peak_memory_bytes", "cache_bytes"):
+        assert [row.context for row in named[name]] == [64, 128]
+    for peak in named["peak_memory_bytes"]:
+        assert peak.value == sum(row.value or 0 for row in named["part_bytes"] if row.context == peak.context)
+    longest = {row.axes["change"]: row.value or 0 for row in named["longest_context"]}
+    assert longest["none"] < longest["trainer.recompute=block"]
+    # Keys and values of 4 layers of 128 numbers each, fp32.
+    assert [row.value for row in named["cache_bytes"]] == [2 * 4 * 128 * 4 * n for n in (64, 128)]

@@ -1,0 +1,104 @@
+"""Bytes alive, against hand counts, closed forms, and the same step on real tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ctxlab.model import count
+from ctxlab.model.base import build_model, read_parts
+from ctxlab.profiling.predict import ROOM, Predictor
+from ctxlab.profiling.trace import KINDS, Live, trace_step, trace_update
+from tests.profiling.builders import point
+
+MIB = 2**20
+
+
+def total(split: dict[str, int]) -> int:
+    return sum(split.values())
+
+
+def test_views_count_once_and_what_is_freed_no_more() -> None:
+    with FakeTensorMode(), Live() as live:
+        live.mark()
+        kept = torch.zeros(1000)
+        with live.counting("activations"):
+            gone = torch.zeros(500, dtype=torch.float64)
+            view = gone[10:].view(7, 70)
+        del gone, view
+        live.mark()
+        again = kept + 1
+    assert live.moments == [
+        {**dict.fromkeys(KINDS, 0), "weights": 4000, "activations": 4000},
+        {**dict.fromkeys(KINDS, 0), "weights": 8000},
+    ]
+    del again
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_fake_tensors_live_and_die_as_real_ones(recompute: str) -> None:
+    at = point("nano", 96, recompute=recompute)
+    found = max(map(total, trace_step(at)))
+    with Live() as live:
+        model = build_model(read_parts(at.__dict__), vocab_size=at.vocab_size, context=at.context)
+        model.recompute = at.recompute
+        live.mark()
+        tokens = torch.zeros(1, at.context + 1, dtype=torch.int64)
+        hidden = model.hidden(tokens[:, :-1])
+        loss = model.nats(hidden, tokens[:, 1:]).mean()
+        del hidden
+        loss.backward()
+    assert total(live.moments[0]) == pytest.approx(found, abs=64)  # scalars that one of them keeps a little longer
+
+
+def test_selective_leaves_out_the_outputs_of_norms_and_of_the_activation() -> None:
+    at = point("nano", 128)
+    kept, remade = (trace_step(replace(at, recompute=policy))[1]["activations"] for policy in ("none", "selective"))
+    sizes = read_parts(at.__dict__).model
+    left_out = 4 * 128 * sizes.n_layers * (2 * sizes.d_model + sizes.d_ff)
+    assert kept - remade == pytest.approx(left_out, rel=1e-3)
+
+
+def test_adamw_keeps_two_numbers_a_weight_and_one_a_tensor() -> None:
+    at = point("nano", 64, optim="adamw")
+    state, update = trace_update(at)
+    parts = read_parts(at.__dict__)
+    weights = 4 * count.parameters(*parts, vocab_size=at.vocab_size, context=64).total
+    tensors = len(list(build_model(parts, vocab_size=at.vocab_size, context=64).parameters()))
+    assert state == 2 * weights + 4 * tensors
+    assert (update["weights"], update["gradients"]) == (weights, weights)
+
+
+@pytest.mark.parametrize(("position", "recompute"), [("rope", "none"), ("alibi", "block"), ("t5", "selective")])
+def test_what_is_continued_as_a_line_is_what_a_trace_says(position: str, recompute: str) -> None:
+    predictor = Predictor(point("nano", 4096, position, recompute=recompute))
+    continued = predictor.memory(2304)
+    assert continued.way.startswith("continued")
+    traced = max(sum(split.values()) for split in predictor.moments(2304))
+    assert continued.bytes - continued.split["process"] == pytest.approx(traced, rel=0.03)
+
+
+def test_a_component_that_needs_numbers_is_said_by_closed_form() -> None:
+    found = Predictor(point("nano", 512, "fire")).memory(512)
+    assert found.way == "closed form"
+    assert found.split["activations"] > 0
+
+
+def test_the_longest_context_is_the_last_that_fits() -> None:
+    predictor = Predictor(point("nano", 512))
+    memory = 150 * MIB
+    longest = predictor.longest(memory)
+    assert longest > 1024
+    assert longest % 64 == 0
+    assert predictor.memory(longest).bytes * (1 + ROOM) <= memory < predictor.memory(longest + 64).bytes * (1 + ROOM)
+    assert predictor.longest(MIB) == 0
+
+
+def test_as_many_rows_fit_as_their_tokens_in_one_row() -> None:
+    predictor = Predictor(point("nano", 512))
+    rows = predictor.rows(1024, 200 * MIB)
+    assert abs(rows * 1024 - predictor.longest(200 * MIB)) <= 2 * 1024
+    assert predictor.rows(1024, MIB) == 0

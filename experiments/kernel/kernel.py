@@ -137,7 +137,7 @@ def errors(dtype: str) -> None:
         way = Way(name, CHECKED, DTYPES[dtype])
         out = way.forward()
         each = [
-            float((a.detach().double() - b).norm() / b.detach().norm())
+            float((a.detach().double() - b.detach()).norm() / b.detach().norm())
             for a, b in zip((out, *way.gradients(out)), way.exact())
             if b.norm() > 1e-6  # a shift of all scores, FIRE's last bias, has no gradient
         ]

@@ -245,7 +245,9 @@ def by_function(H: int) -> Bias:
 @pytest.mark.parametrize(
     ("make", "dtype", "T", "expected"),
     [
-        (no_bias, torch.float32, 64, "native"),
+        (no_bias, torch.float32, 64, "torch"),
+        (no_bias, torch.float32, 256, "native"),
+        (no_bias, torch.bfloat16, 64, "native"),
         (distance, torch.float32, 64, "native"),
         (distance, torch.bfloat16, 64, "native"),
         (no_bias, torch.float64, 64, "torch"),
@@ -256,7 +258,7 @@ def by_function(H: int) -> Bias:
 def test_auto_takes_what_it_can(
     make: Callable[[int], Bias | None], dtype: torch.dtype, T: int, expected: str, native_kernel: Callable[[], str]
 ) -> None:
-    q, k, v, _ = operands(1, 2, 2, T, 64, 8, 8, dtype=dtype)
+    q, k, v, _ = operands(1, 2, 2, T, max(T, 64), 8, 8, dtype=dtype)
     how = {"scale": 0.3, "causal": True, "bias": make(2), "lengths": None, "lse_gradient": False}
     out, lse = attend_to_all(q, k, v, **how, kernel="auto")
     assert native_kernel() == expected

@@ -185,7 +185,7 @@ def known_error_lines(run: Run) -> list[str]:
     if error is None:
         return [f"known error on {where.device}: unmeasured"]
     return [
-        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%} over {error['n_points']} points;",
+        f"known error on {where.device} over {error['n_points']} points: median {error['median']:.1%}, worst {error['worst']:.1%};",
         f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}",
     ]
 

@@ -130,7 +130,10 @@ def budget() -> None:
 
 
 def naive() -> None:
-    """Nano without positions (the logits of a chunk stop growing at 1,024 tokens, which a + b L^p leaves out): how activation bytes grow with the context where scores are kept and where they are not."""
+    """Nano without positions: how activation bytes grow with the context where scores are kept and where they are not.
+
+    The logits of a chunk stop growing at 1,024 tokens: a + b L^p from there on leaves them out.
+    """
     for name, attention in (("naive", "naive"), ("fused", "full")):
         at = point("nano", "nope", attention=attention)
         standing = Predictor(at).memory(512).split

@@ -39,6 +39,23 @@ class TranslationConfig(ComponentConfig):
     batch_tokens: int = Field(8192, ge=1, description="tokens at once", json_schema_extra={"identity": False})
 
 
+class _Plain:
+    """sacrebleu's resampling fails where some scores are numpy's and others, those of 0, are Python's: all are Python's here."""
+
+    def _compute_score_from_stats(self, stats: Any) -> Any:
+        score = super()._compute_score_from_stats(stats)  # type: ignore[misc]
+        score.score = float(score.score)
+        return score
+
+
+class _Bleu(_Plain, BLEU):
+    pass
+
+
+class _Chrf(_Plain, CHRF):
+    pass
+
+
 class Translated(NamedTuple):
     """A test pair and what the model made of its source."""
 
@@ -99,7 +116,7 @@ def corpus_scores(
     """BLEU and chrF of translations, one reference each."""
     said, references = [one.said for one in translated], [[one.pair.target for one in translated]]
     found = []
-    for name, metric in (("bleu", BLEU()), ("chrf", CHRF())):
+    for name, metric in (("bleu", _Bleu()), ("chrf", _Chrf())):
         score = metric.corpus_score(said, references, n_bootstrap=_RESAMPLED if len(said) > 1 else 1)
         middle, half = getattr(score, "_mean", -1.0), getattr(score, "_ci", -1.0)
         found.append(

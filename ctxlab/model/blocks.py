@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.attention.full import attend_to_all
+from ctxlab.model.attention.native import Kernel
 from ctxlab.model.cache import LayerCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.elementwise import rms_norm, swiglu
@@ -186,9 +187,9 @@ class CrossAttention(nn.Module):
     arXiv:1706.03762, section 3.2.3.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.kernel = config.head_dim, kernel
         self.query = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
         self.key = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
         self.value = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
@@ -205,8 +206,9 @@ class CrossAttention(nn.Module):
             k, v = cache.source
         q = self._heads(self.query(x))  # (B,H,T,D)
         out, _ = attend_to_all(
-            q, k, v, scale=self.head_dim**-0.5, causal=False, bias=None, lengths=encoded.lengths, lse_gradient=False
-        )
+            q, k, v, scale=self.head_dim**-0.5, causal=False, bias=None, lengths=encoded.lengths, lse_gradient=False,
+            kernel=self.kernel,
+        )  # fmt: skip
         return self.out(out.transpose(1, 2).flatten(2))
 
     def project(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
@@ -229,7 +231,7 @@ class Block(nn.Module):
         self.attention_norm = Norm(config)
         self.attention = SelfAttention(config, mechanism, layer, causal=causal)
         self.cross_attention_norm = Norm(config) if crosses else None
-        self.cross_attention = CrossAttention(config) if crosses else None
+        self.cross_attention = CrossAttention(config, mechanism.config.kernel) if crosses else None
         self.feed_forward_norm = Norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = dropout(config)

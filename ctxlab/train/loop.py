@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import multiprocessing
 import re
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import lightning
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch.utils.data import DataLoader
 
 from ctxlab.data.pairs.dataset import PairDataset
@@ -26,10 +28,11 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.errors import ConfigError, CtxlabError, RunError
+from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model
 from ctxlab.model.config import SizesConfig
-from ctxlab.model.count import activation_bytes, chosen_recompute
+from ctxlab.model.count import activation_bytes, chosen_recompute, flops_per_token
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
@@ -141,6 +144,7 @@ def fit(
         rank=launched.global_rank,
         in_order=model.carries,
     )
+    _prepare_attention(settings, budget, vocab_size, device, console)
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
     module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
     if saved:
@@ -183,7 +187,25 @@ def fit(
             "n_steps": budget.n_steps if budget.bounded else module.step,
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
+            **({"attention_kernel": native.ran()} if native.ran() else {}),
         },
+    )
+
+
+def _prepare_attention(
+    settings: TrainSettings, budget: Budget, vocab_size: int, device: torch.device, console: Console
+) -> None:
+    """Builds the native kernel for a run on CPU that is long enough, or demands it."""
+    native.forget()
+    if settings.attention == "none" or device.type != "cpu":
+        return
+    operations = budget.n_tokens * flops_per_token(
+        settings.model, settings.attention, vocab_size=vocab_size, context=settings.context
+    )
+    if not budget.bounded:
+        operations = budget.max_seconds * native.OPERATIONS_PER_SECOND
+    native.prepare(
+        settings.attention.kernel, operations, lambda line: console.print(Text(line, style="dim"), soft_wrap=True)
     )
 
 
@@ -377,6 +399,9 @@ def _run(launched: lightning.Trainer, module: LanguageModel, loader: DataLoader[
         # Lightning's watch over the ranks would kill this process, in the middle of what comes next, because of one
         # that has served its purpose.
         _ranks(launched).clear()
+        # A loader's workers let the first SIGTERM pass: those that an error has left would be waited for without end.
+        for worker in multiprocessing.active_children():
+            worker.kill()
         torch.set_num_threads(threads)
 
 

@@ -125,6 +125,11 @@ def _speed() -> Iterator[Check]:
     ratio = speeds[torch.bfloat16] / speeds[torch.float32]
     yield "fp32 matmul", f"{speeds[torch.float32] / 1e9:.0f} GFLOP/s", True
     yield "bf16 matmul", f"{speeds[torch.bfloat16] / 1e9:.0f} GFLOP/s, {ratio:.1f} x fp32", True
+    from ctxlab.model.attention import native
+
+    reason = native.why_not()
+    state = "built" if native.is_built() else "not built yet: the first long training on CPU does it, in ten seconds"
+    yield "attention kernel", state if reason is None else f"none, attention runs in torch: {reason}", True
     yield "precision", f"trainer.precision=auto is {resolve_precision('auto', resolve_device('auto'))} here", True
 
 

@@ -13,6 +13,7 @@ from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score,
 from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.evaluation.reach import TokenNats, relative_effective_context
+from ctxlab.model.attention import native
 from ctxlab.model.base import read_parts
 from ctxlab.records.provenance import collect
 from ctxlab.records.schema import DocumentSums
@@ -56,6 +57,7 @@ def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
                 precision=precision,
                 device=device.type,
                 memory_source=memory_source(device),
+                resolved={"attention_kernel": native.ran()} if native.ran() else {},
                 plugins=run.record.plugins,
             )
         )

@@ -43,12 +43,14 @@ class PairOrder:
         self._line: tuple[np.ndarray, np.ndarray] | None = None
 
     def batch(self, number: int) -> np.ndarray:
-        """The pairs of batch `number`, counted over all epochs; at least one."""
+        """The pairs of batch `number`, counted over all epochs. Where none begins in its part of the line, the last before."""
         epoch, place = divmod(number, self.n_batches)
         order, edges = self._sorted(epoch)
         which = int(permute(np.array([place]), self.n_batches, self.seed, epoch)[0])
         first, last = edges[which], edges[which + 1]
-        return self.kept[order[first : max(last, first + 1)]]
+        if first == last:
+            first, last = max(first - 1, 0), max(first, 1)
+        return self.kept[order[first:last]]
 
     def _sorted(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """An epoch's pairs in their line, and where each batch begins in it, (n_batches + 1,)."""

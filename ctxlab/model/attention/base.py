@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.bias import Bias
+from ctxlab.model.attention.native import Kernel
 from ctxlab.model.config import ModelConfig
 from ctxlab.registry import ComponentConfig, Registry
 
@@ -23,6 +24,7 @@ class Attention(nn.Module):
 
     class Config(ComponentConfig):
         name: str
+        kernel: Kernel = Field("auto", description="who computes on CPU: torch, the native kernel, or what is faster")
         sink: bool = Field(False, description="a learned logit a head in the denominator of every softmax")
 
     paper: ClassVar[str]

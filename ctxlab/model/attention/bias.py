@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -139,6 +139,28 @@ class Bias(Protocol):
         ...
 
 
+class Compiled(NamedTuple):
+    """A bias as the native kernel takes it (see native.cpp)."""
+
+    fields: dict[str, Tensor | int]
+    """Fields of its Problem by name."""
+    constant: Tensor | None
+    """As in BiasTiles."""
+    gradient_shapes: dict[str, tuple[int, ...]]
+    """Of what its backward fills in, for one row of the batch and one head."""
+    gradients: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]]
+    """From those, summed over the batch (H, ...), and the surplus, as in BiasTiles: the gradient of every tensor."""
+
+
+@runtime_checkable
+class Compilable(Bias, Protocol):
+    """A bias that the native kernel can state."""
+
+    def compiled(self, tensors: tuple[Tensor, ...], span: Span, pad: int) -> Compiled:
+        """As `open`, for a kernel that reads up to `pad` distances beyond those that are seen."""
+        ...
+
+
 @dataclass(frozen=True)
 class Toeplitz:
     """bias[h, i, j] = values[h, (i - j) - first]: a bias that depends on the signed distance alone.
@@ -160,12 +182,40 @@ class Toeplitz:
 
     def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
         (values,) = tensors
+        tail, _, _ = self._covered(values, span)
+        return _ToeplitzTiles(values, self.first, tail, span)
+
+    def compiled(self, tensors: tuple[Tensor, ...], span: Span, pad: int) -> Compiled:
+        (values,) = tensors
+        tail, lowest, highest = self._covered(values, span)
+        n = (highest if tail is None else highest - 1) - lowest + 1
+        own = slice(lowest - self.first, lowest - self.first + n)  # of the values that stand on the line
+        constant = None if tail is None else values[:, tail - self.first].float()
+        line = values[:, own].float() if constant is None else values[:, own].float() - constant[:, None]
+        line = torch.nn.functional.pad(line, (pad, pad)).contiguous()  # (H, L)
+
+        def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
+            grad = torch.zeros_like(values, dtype=torch.float32)
+            grad[:, own] = found["d_line"][:, pad : pad + n]
+            if tail is not None:
+                grad[:, tail - self.first] = surplus - grad.sum(1)
+            return (grad,)
+
+        length = line.shape[1]
+        fields: dict[str, Tensor | int] = {
+            "line": line, "line_heads": line.shape[0], "line_length": length, "line_first": lowest - pad,
+            "tail": span.S if tail is None else tail,
+        }  # fmt: skip
+        return Compiled(fields, constant, {"d_line": (length,)}, gradients)
+
+    def _covered(self, values: Tensor, span: Span) -> tuple[int | None, int, int]:
+        """Where the constant tail begins, if it does, and the ends of the distances that are needed."""
         last = self.first + values.shape[1] - 1
         tail = self.constant_from if self.constant_from is not None and self.constant_from < span.S else None
         lowest, highest = (0 if span.causal else 1 - span.T), (span.S - 1 if tail is None else tail)
         if self.first > lowest or last < highest:
             raise ValueError(f"Toeplitz: values cover distances {self.first} to {last}; needed: {lowest} to {highest}")
-        return _ToeplitzTiles(values, self.first, tail, span)
+        return tail, lowest, highest
 
 
 class Diagonals:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, ScoreTiles, Span, Tile, no_bias
+from ctxlab.model.attention.native import Kernel, native_attention, takes
 from ctxlab.model.attention.visible import Visible
 
 BLOCKS = (512, 512)
@@ -39,6 +40,7 @@ def blockwise_attention(
     lengths: Tensor | None = None,
     visible: Visible | None = None,
     blocks: tuple[int, int] = BLOCKS,
+    kernel: Kernel = "torch",
 ) -> tuple[Tensor, Tensor]:
     """out = softmax(scale q k^T + bias) v and its log-sum-exp, without T x S scores; every tensor gets its gradient.
 
@@ -53,13 +55,15 @@ def blockwise_attention(
     lse -inf. Tiles that nobody sees are not visited.
     Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64); both carry gradients.
     Scores and all sums over tiles are fp32 (fp64 for fp64); weights and their gradients are rounded to q's dtype.
-    blocks: queries and keys in a tile; any sizes give the same result. On CUDA, biases that FlexAttention can state run
-    there (see flex.py). Raises ValueError on shapes that do not fit.
+    blocks: queries and keys in a tile; any sizes give the same result. kernel: whether native.py computes where it can. On
+    CUDA, biases that FlexAttention can state run there (see flex.py). Raises ValueError on shapes that do not fit.
     """
     q, k, v = autocast(q, k, v)
     check(q, k, v, causal)
     if lengths is not None and lengths.shape != q.shape[:1]:
         raise ValueError(f"attention: lengths {tuple(lengths.shape)} is not one number for each of {q.shape[0]} rows")
+    if takes(q, k, v, scale=scale, bias=bias, kernel=kernel):
+        return native_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, visible=visible)
     if q.device.type == "cuda":
         from ctxlab.model.attention.flex import can_flex, flexible_attention  # brings torch's compiler with it
 

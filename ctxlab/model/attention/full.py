@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.attention.bias import Bias
-from ctxlab.model.attention.blockwise import blockwise_attention
+from ctxlab.model.attention.blockwise import autocast, blockwise_attention
 from ctxlab.model.attention.fused import fused_attention
+from ctxlab.model.attention.native import Kernel, takes
 from ctxlab.model.config import ModelConfig
 
 
@@ -17,8 +18,9 @@ from ctxlab.model.config import ModelConfig
 class Full(Attention):
     """Vaswani et al. 2017, arXiv:1706.03762, eq. 1, with key-value heads shared by groups of queries (arXiv:2305.13245).
 
-    Without a bias it runs in torch's fused kernel, with one in the blockwise function: in memory linear in the context
-    either way. Causal attention needs no `lengths`: padding stands at the right end, where no real query looks.
+    Without a bias it runs in torch's fused kernel, with one in the blockwise function, on CPU both in the native kernel
+    where that is faster: in memory linear in the context. Causal attention needs no `lengths`: padding stands at the right
+    end, where no real query looks.
     """
 
     class Config(Attention.Config):
@@ -39,8 +41,9 @@ class Full(Attention):
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         return attend_to_all(
-            q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None
-        )
+            q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None,
+            kernel=self.config.kernel,
+        )  # fmt: skip
 
     @classmethod
     def flops(
@@ -60,9 +63,10 @@ def attend_to_all(
     bias: Bias | None,
     lengths: Tensor | None,
     lse_gradient: bool,
+    kernel: Kernel,
 ) -> tuple[Tensor, Tensor]:
     """Attention to every key, or every earlier one: fused where there is nothing to add, else blockwise."""
-    if bias is None:
-        lengths = None if causal else lengths
+    lengths = None if causal else lengths
+    if bias is None and not takes(*autocast(q, k, v), scale=scale, bias=bias, kernel=kernel):
         return fused_attention(q, k, v, scale=scale, causal=causal, lengths=lengths, lse_gradient=lse_gradient)
-    return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths)
+    return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, kernel=kernel)

@@ -31,6 +31,7 @@ class Linear(Attention):
 
     class Config(Attention.Config):
         name: Literal["linear"] = "linear"
+        kernel: Literal["auto", "torch"] = Field("auto", description="torch either way: there is no softmax")
         sink: Literal[False] = Field(False, description="there is no softmax to put one into")
 
     paper = "Katharopoulos et al. 2020, arXiv:2006.16236"

@@ -50,15 +50,16 @@ class Local(Attention):
         bias: Bias | None,
         lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.config, Local.Config)
         if self._hides_nothing(k.shape[2], causal):
             return attend_to_all(
-                q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None
-            )
-        assert isinstance(self.config, Local.Config)
+                q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None,
+                kernel=self.config.kernel,
+            )  # fmt: skip
         side = max(_FEWEST, min(BLOCKS[0], 1 << (self.config.size - 1).bit_length()))
         return blockwise_attention(
             q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths,
-            visible=self.rule, blocks=(side, side),
+            visible=self.rule, blocks=(side, side), kernel=self.config.kernel,
         )  # fmt: skip
 
     def _hides_nothing(self, n_keys: int, causal: bool) -> bool:

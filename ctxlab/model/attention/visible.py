@@ -31,6 +31,10 @@ class Visible(Protocol):
         """Whether queries at positions i see keys at positions j."""
         ...
 
+    def seen_by(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, said of all keys at once: a query at position i sees those in [low, high). Both grow with i."""
+        ...
+
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Which pairs of a tile are hidden, (m,n) bool; None where none is."""
         ...
@@ -54,6 +58,9 @@ class Window:
 
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         return (i - j).abs() < self.size
+
+    def seen_by(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        return (i - self.size + 1).clamp(min=0), i + self.size
 
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         if tile.queries[0] - tile.keys.start < self.size and tile.nearest > -self.size:
@@ -79,6 +86,10 @@ class Chunk:
 
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         return i // self.size == j // self.size
+
+    def seen_by(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        start = i // self.size * self.size
+        return start, start + self.size
 
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         start, stop = self.low(tile.queries[-1]), self.high(tile.queries[-1])
@@ -107,6 +118,10 @@ class Remembered:
     def sees(self, i: Tensor, j: Tensor) -> Tensor:
         back = i // self.size - j // self.size  # in segments
         return (back >= 0) & (back <= self.memory // self.size)
+
+    def seen_by(self, i: Tensor) -> tuple[Tensor, Tensor]:
+        start = i // self.size * self.size
+        return (start - self.memory).clamp(min=0), start + self.size
 
     def hidden(self, tile: Tile, device: torch.device) -> Tensor | None:
         start, stop = self.low(tile.queries[0]), self.high(tile.queries[-1])

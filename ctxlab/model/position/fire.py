@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Diagonals, Span, Tile
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Compiled, Diagonals, Span, Tile
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 
@@ -118,6 +118,40 @@ class PiecewiseLinear:
                 f"PiecewiseLinear: {psi.shape[0]} distances, {normalizer.shape[0]} queries; needed: {span}"
             )
         return _PiecewiseTiles(psi, normalizer, coefficients, knots, span)
+
+    def compiled(self, tensors: tuple[Tensor, ...], span: Span, pad: int) -> Compiled:
+        """Pieces between knots in ascending order: a row of intercepts and slopes for each number of knots passed."""
+        psi, normalizer, coefficients, knots = tensors
+        order = torch.argsort(knots)
+        at, bends = knots[order], coefficients[:, 2 + order]  # (K,), (H,K)
+        reached = torch.isfinite(at)
+        moved = (bends * torch.where(reached, at, 0.0)).cumsum(1)  # what the intercept has lost
+        intercept = coefficients[:, :1] - torch.nn.functional.pad(moved, (1, 0))  # (H,K+1)
+        slope = coefficients[:, 1:2] + torch.nn.functional.pad(bends.cumsum(1), (1, 0))
+        line = torch.nn.functional.pad(psi[: span.S].float(), (pad, pad))
+        line[pad + span.S :] = line[pad + span.S - 1]  # ascending to the end
+        fields: dict[str, Tensor | int] = {
+            "psi": line, "inverse": (1.0 / normalizer).float(), "knots": at.float(), "bends": bends.float().contiguous(),
+            "straight": torch.stack([intercept, slope], -1).float().contiguous(), "K": len(knots), "pad": pad,
+        }  # fmt: skip
+
+        def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
+            total, moment, hinge, beyond = found["d_pieces"].unbind(1)  # (H,K+1) each
+            d_psi = torch.zeros_like(psi)
+            d_psi[: span.S] = found["d_psi"].sum(0)[pad : pad + span.S]
+            d_normalizer = -found["d_inverse"].sum(0) / normalizer**2
+            # Of scores that have passed a knot, whatever their piece: the sums of all pieces behind it.
+            behind, moments = (x.flip(1).cumsum(1).flip(1)[:, 1:] for x in (total, moment))  # (H,K)
+            d_bends = hinge[:, :-1] + moments - behind * torch.where(reached, at, 0.0)
+            d_knots = -((beyond[:, :-1] + behind) * bends).sum(0)
+            d_coefficients = torch.empty_like(coefficients)
+            d_coefficients[:, 0], d_coefficients[:, 1] = total.sum(1), moment.sum(1)
+            d_coefficients[:, 2 + order] = d_bends
+            return d_psi, d_normalizer, d_coefficients, torch.empty_like(knots).index_copy_(0, order, d_knots)
+
+        n = len(line)
+        shapes = {"d_psi": (n,), "d_inverse": (span.T,), "d_pieces": (4, len(knots) + 1)}
+        return Compiled(fields, None, shapes, gradients)
 
 
 class _PiecewiseTiles:

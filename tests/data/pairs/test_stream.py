@@ -107,3 +107,12 @@ def test_a_batch_smaller_than_the_world_leaves_ranks_with_nothing_to_score(tmp_p
     scored = [int((stream[2].targets != IGNORED).sum()) for stream in streams]
     assert sum(scored) == streams[0][2].n_targets_in_step
     assert 0 in scored
+
+
+def test_no_batch_is_empty() -> None:
+    """Where pairs are longer than a batch, and where the epoch's last tokens hold no pair's beginning."""
+    for batch_tokens in (3, 20, 57, 499):
+        made = order(batch_tokens=batch_tokens)
+        batches = [made.batch(k) for k in range(made.n_batches)]
+        assert all(len(batch) for batch in batches)
+        assert set(np.concatenate(batches).tolist()) == set(range(700))

@@ -20,8 +20,9 @@ def dense_attention(
     causal: bool,
     bias: Tensor | None = None,
     lengths: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse; bias broadcastable to (B,H,T,S)."""
+    """out and lse; bias, and hidden, which is True where a key is not seen, broadcastable to (B,H,T,S)."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.mT * scale  # (B,H,T,S)
@@ -32,6 +33,8 @@ def dense_attention(
         scores = scores.masked_fill(j > i, -torch.inf)
     if lengths is not None:
         scores = scores.masked_fill(j >= lengths[:, None, None, None], -torch.inf)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
     lse = torch.logsumexp(scores, -1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     return weights @ v, lse

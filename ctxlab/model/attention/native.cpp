@@ -1,0 +1,810 @@
+// Attention with a bias on the CPU, tile by tile, forward and backward: what blockwise.py computes, compiled.
+//
+// A tile is keys x queries, so that everything that belongs to a query (maximum, sum, log-sum-exp) is a vector along a
+// row, a bias of the distance i - j is a contiguous piece of one line, and no weight is ever transposed: with K, V the
+// keys and values of a block, Q, G the queries and the gradients of the output,
+//
+//     forward   S' = K Q'     P' = exp(S' - max)     out' += V' P'
+//     backward  S' = K Q'     P' = exp(S' - lse)     A' = V G'     dS' = P' (A' - delta)
+//               dV += P' G    dK += dS' Q           dQ' += K' dS'
+//
+// Scores, sums and gradients over tiles are fp32. Every product is C = A B with A as it lies
+// in memory and B packed once a block: for bf16 two rows to a word, as the processors' dot products want them.
+//
+// Which keys a query at position i sees is an interval [low(i), high(i)), both ends growing with i; tiles outside are not
+// visited. Sums that many blocks of queries add to take them in one order, whoever comes first: the result is the same for
+// any number of threads.
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using Index = int64_t;
+using BFloat16 = c10::BFloat16;
+using Floats = at::vec::Vectorized<float>;
+using Words = at::vec::Vectorized<int32_t>;
+constexpr Index WIDTH = Floats::size();
+
+constexpr Index ROWS = 128;    // queries in a tile
+constexpr Index COLUMNS = 128; // keys in a tile
+constexpr Index GRAIN = 32;    // tiles at an end are rounded up to multiples of it
+constexpr Index LINE = 16;     // floats in a cache line
+constexpr Index PITCH = ROWS + LINE; // floats from one row of a tile to the next: not a power of two, which would share sets
+constexpr Index WORKSPACE = Index(2) << 20; // floats that the heads in work take together, at most, if there are more than threads
+constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
+constexpr float LOWEST = -1e30f; // stands in for the maximum over no score
+constexpr float LOG2_E = 1.44269504088896340736f;
+static_assert(ROWS % LINE == 0 && LINE % WIDTH == 0 && GRAIN % LINE == 0, "vectors fill a tile's rows");
+
+Index round_up(Index n, Index step) { return (n + step - 1) / step * step; }
+
+} // namespace
+
+extern "C" {
+
+// One attention problem, as native.py fills it in. Strides are those of batch, head and token, in elements; the last axis
+// is contiguous. q (B,H,T,D), k (B,Hkv,S,D), v (B,Hkv,S,Dv), out and grad (B,H,T,Dv), lse and grad_lse (B,H,T).
+struct Problem {
+  int64_t B, H, Hkv, T, S, D, Dv;
+  int64_t bf16;           // operands are bf16, not fp32
+  int64_t dot_products;   // the processor multiplies bf16 itself: oneDNN's kernels, else those below
+  float scale;
+  const void *q, *k, *v;
+  void *out;
+  float *lse;
+  int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  const int64_t *low, *high; // (T) each: the keys that a query sees
+  const int64_t *lengths;    // (B), or null: keys from there on are padding
+  // The bias of the distance alone, or null: line (H or 1, length) begins at distance `first`.
+  const float *line;
+  int64_t line_heads, line_length, line_first;
+  int64_t tail;              // from this distance on the line is 0
+  // The bias a + s u + sum of bends relu(u - knot), u = psi[i - j] / normalizer[i], or null.
+  const float *psi, *inverse;  // (pad + S + pad) ascending, 0 before distance 0; (T): 1 / normalizer
+  const float *knots;          // (K) ascending
+  const float *straight;       // (H, K + 1, 2): intercept and slope where so many knots are passed
+  const float *bends;          // (H, K)
+  int64_t K, pad;
+  // Backward alone.
+  const void *grad;
+  const float *grad_lse;
+  void *dq, *dk, *dv;
+  int64_t grad_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
+  float *d_line;             // (B, H, length), zeroed, or null
+  float *d_psi, *d_inverse;  // (B, H, pad + S + pad), zeroed; (B, H, T)
+  double *d_pieces;          // (B, H, 4, K + 1), zeroed: see Piecewise
+};
+}
+
+namespace {
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+inline float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
+
+// e^x to a unit in the last place for x <= 88: exactly 0 below -87, where a hidden score is. x = n ln 2 + f, ln 2 in two
+// parts, and a polynomial in f, least in the largest relative error on [-ln 2 / 2, ln 2 / 2].
+inline Floats exponential(Floats x) {
+  const Floats least(-87.f);
+  const Floats above = at::vec::maximum(x, least);
+  const Floats whole = (above * Floats(LOG2_E)).round();
+  const Floats f = at::vec::fmadd(whole, Floats(-1.42860682030941723e-6f), at::vec::fmadd(whole, Floats(-0.693145751953125f), above));
+  Floats p(0.001381461275741458f);
+  p = at::vec::fmadd(p, f, Floats(0.008368710055947304f));
+  p = at::vec::fmadd(p, f, Floats(0.04166838899254799f));
+  p = at::vec::fmadd(p, f, Floats(0.1666652113199234f));
+  p = at::vec::fmadd(p, f, Floats(0.4999999403953552f));
+  p = at::vec::fmadd(p, f, Floats(1.f));
+  p = at::vec::fmadd(p, f, Floats(1.f));
+  const Words exponent = at::vec::convert_to_int_of_same_size(whole) << Words(23);
+  const Floats power = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
+  return Floats::blendv(power, Floats(0.f), x < least);
+}
+
+// Two rows rounded to bf16 (nearest, ties to even), a word a column: the first in the lower half.
+inline Words paired(Floats first, Floats second) {
+  const Words half(0x7fff), one(1), low(0xffff), high(static_cast<int32_t>(0xffff0000u));
+  Words a = at::vec::cast<int32_t>(first), b = at::vec::cast<int32_t>(second);
+  a = a + half + ((a >> Words(16)) & one);
+  b = b + half + ((b >> Words(16)) & one);
+  return ((a >> Words(16)) & low) | (b & high);
+}
+
+// A row of a tile in the operands' dtype.
+inline void store_row(float *to, const float *from, Index n) {
+  if (to != from) std::memcpy(to, from, n * sizeof(float));
+}
+inline void store_row(BFloat16 *to, const float *from, Index n) {
+  for (Index i = 0; i < n; i += 2 * WIDTH) {
+    if (i + 2 * WIDTH <= n) {
+      at::vec::convert_from_float<BFloat16>(Floats::loadu(from + i), Floats::loadu(from + i + WIDTH)).store(to + i);
+    } else {
+      at::vec::convert_from_float<BFloat16>(Floats::loadu(from + i), Floats(0.f)).store(to + i, WIDTH);
+    }
+  }
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+// R rows of C vectors of A B, for B in pairs of rows (word k/2, column j): bf16 without hardware for it.
+template <int R, int C>
+inline void multiply_pairs(Index K, const BFloat16 *a, Index lda, const uint32_t *b, Index ldb, float *c, Index ldc, bool add) {
+  Floats sum[R][C];
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++) sum[r][j] = add ? Floats::loadu(c + r * ldc + j * WIDTH) : Floats(0.f);
+  const Words high(static_cast<int32_t>(0xffff0000u));
+  for (Index k = 0; k < K; k += 2) {
+    Floats even[C], odd[C];
+    for (int j = 0; j < C; j++) {
+      const Words pair = Words::loadu(reinterpret_cast<const int32_t *>(b + k / 2 * ldb + j * WIDTH));
+      even[j] = at::vec::cast<float>(pair << Words(16));
+      odd[j] = at::vec::cast<float>(pair & high);
+    }
+    for (int r = 0; r < R; r++) {
+      const Floats first(static_cast<float>(a[r * lda + k])), second(static_cast<float>(a[r * lda + k + 1]));
+      for (int j = 0; j < C; j++)
+        sum[r][j] = at::vec::fmadd(second, odd[j], at::vec::fmadd(first, even[j], sum[r][j]));
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int j = 0; j < C; j++) sum[r][j].store(c + r * ldc + j * WIDTH);
+}
+
+template <int C>
+void multiply_columns(Index M, Index K, const BFloat16 *a, Index lda, const uint32_t *b, Index ldb, float *c, Index ldc, bool add) {
+  Index i = 0;
+  for (; i + 4 <= M; i += 4) multiply_pairs<4, C>(K, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+  for (; i < M; i++) multiply_pairs<1, C>(K, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+}
+
+// What stands between the two dtypes: how B is packed, and who multiplies. C (M,N) fp32 = or += A (M,K) B (K,N).
+struct Single {
+  using Number = float;
+  static constexpr Index PAIR = 1; // rows of B to a word
+
+  void multiply(Index M, Index N, Index K, const float *a, Index lda, const float *b, Index ldb, float *c, Index ldc, bool add) const {
+    at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+  }
+  Index rounded(Index columns) const { return columns; }
+  void release() const {}
+};
+
+struct Half {
+  using Number = BFloat16;
+  static constexpr Index PAIR = 2;
+  bool library;
+
+  void multiply(Index M, Index N, Index K, const BFloat16 *a, Index lda, const BFloat16 *b, Index ldb, float *c, Index ldc, bool add) const {
+    if (library) {
+      at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, true);
+      return;
+    }
+    const uint32_t *words = reinterpret_cast<const uint32_t *>(b);
+    Index j = 0;
+    for (; j + 2 * WIDTH <= N; j += 2 * WIDTH) multiply_columns<2>(M, K, a, lda, words + j, ldb, c + j, ldc, add);
+    for (; j < N; j += WIDTH) multiply_columns<1>(M, K, a, lda, words + j, ldb, c + j, ldc, add);
+  }
+  // Columns of B as they have to be there: our own products take whole vectors.
+  Index rounded(Index columns) const { return library ? columns : round_up(columns, WIDTH); }
+  void release() const {
+    if (library) at::native::cpublas::brgemm_release(true);
+  }
+};
+
+// B = X' for X (n, d) with a stride: B (d, pitch), columns from n to `columns` zero. d even where rows are paired.
+inline void pack_transposed(float *to, Index pitch, Index columns, const float *x, Index stride, Index n, Index d) {
+  for (Index i0 = 0; i0 < columns; i0 += 8) // a few columns at a time: whole lines of both sides are used while they are near
+    for (Index c = 0; c < d; c++)
+      for (Index i = i0; i < i0 + 8; i++) to[c * pitch + i] = i < n ? x[i * stride + c] : 0.f;
+}
+inline void pack_transposed(BFloat16 *to, Index pitch, Index columns, const BFloat16 *x, Index stride, Index n, Index d) {
+  uint32_t *words = reinterpret_cast<uint32_t *>(to);
+  for (Index i0 = 0; i0 < columns; i0 += 8)
+    for (Index c = 0; c < d / 2; c++)
+      for (Index i = i0; i < i0 + 8; i++) {
+        uint32_t word = 0;
+        if (i < n) std::memcpy(&word, x + i * stride + 2 * c, 4);
+        words[c * pitch + i] = word;
+      }
+}
+
+// B = X for X (n, d): B (rows, pitch) with rows from n on zero, and columns from d to pitch.
+inline void pack(float *to, Index pitch, Index rows, const float *x, Index stride, Index n, Index d) {
+  for (Index i = 0; i < rows; i++) {
+    const Index filled = i < n ? d : 0;
+    if (filled) std::memcpy(to + i * pitch, x + i * stride, d * sizeof(float));
+    std::fill(to + i * pitch + filled, to + (i + 1) * pitch, 0.f);
+  }
+}
+inline void pack(BFloat16 *to, Index pitch, Index rows, const BFloat16 *x, Index stride, Index n, Index d) {
+  const uint16_t *from = reinterpret_cast<const uint16_t *>(x);
+  uint32_t *words = reinterpret_cast<uint32_t *>(to);
+  for (Index i = 0; i < rows; i += 2)
+    for (Index c = 0; c < pitch; c++) {
+      const uint32_t low = i < n && c < d ? from[i * stride + c] : 0, high = i + 1 < n && c < d ? from[(i + 1) * stride + c] : 0;
+      words[i / 2 * pitch + c] = low | high << 16;
+    }
+}
+
+// X' for X (n, d) as it lies, (d, columns): the A of a product.
+template <typename Number>
+void transpose(Number *to, Index columns, const Number *x, Index stride, Index n, Index d) {
+  for (Index i0 = 0; i0 < columns; i0 += 8)
+    for (Index c = 0; c < d; c++)
+      for (Index i = i0; i < i0 + 8; i++) to[c * columns + i] = i < n ? x[i * stride + c] : Number(0.f);
+}
+
+// ---- memory and order ----------------------------------------------------------------------------------------------
+
+// Memory of one owner, aligned to cache lines, not initialized.
+template <typename Number>
+class Buffer {
+ public:
+  explicit Buffer(Index n) : data_(static_cast<Number *>(::operator new(std::max<Index>(n, 1) * sizeof(Number), std::align_val_t(64)))) {}
+  Buffer(const Buffer &) = delete;
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  operator Number *() const { return data_; }
+
+ private:
+  Number *data_;
+};
+
+// Work handed out one piece after the other, in their order, to as many threads as there are.
+class Shift {
+ public:
+  explicit Shift(Index n) : n_(n) {}
+
+  Index next() { // -1: no more
+    const Index mine = next_.fetch_add(1);
+    return mine < n_ && !stopped_ ? mine : Index(-1);
+  }
+  // Waits for its turn. Whoever comes before has been handed out before, and so is at work, unless it has failed.
+  void await(const std::atomic<Index> &counter, Index turn) const {
+    for (Index spins = 0; counter.load(std::memory_order_acquire) != turn; spins++) {
+      if (stopped_) throw std::runtime_error("another thread has failed");
+      if (spins > 100) std::this_thread::yield();
+    }
+  }
+  void stop() { stopped_ = true; }
+
+ private:
+  const Index n_;
+  std::atomic<Index> next_{0};
+  std::atomic<bool> stopped_{false};
+};
+
+template <typename Work>
+void share(Index n, const Work &work) {
+  Shift shift(n);
+  at::parallel_for(0, std::min<Index>(at::get_num_threads(), n), 1, [&](Index, Index) {
+    try {
+      work(shift);
+    } catch (...) {
+      shift.stop();
+      throw;
+    }
+  });
+}
+
+// ---- the problem in blocks -----------------------------------------------------------------------------------------
+
+struct Interval { Index first, stop; };
+
+// Who sees whom, in blocks of queries and of keys.
+class Blocks {
+ public:
+  explicit Blocks(const Problem &p) : p(p), rows((p.T + ROWS - 1) / ROWS), columns((p.S + COLUMNS - 1) / COLUMNS) {}
+
+  Index low(Index t) const { return p.low[t]; }
+  Index high(Index b, Index t) const { return p.lengths ? std::min(p.high[t], p.lengths[b]) : p.high[t]; }
+  Index row_stop(Index x) const { return std::min(p.T, (x + 1) * ROWS); }
+  Index column_stop(Index c) const { return std::min(p.S, (c + 1) * COLUMNS); }
+  // Keys in a block's tiles, rounded up at the end.
+  Index width(Index c) const { return round_up(column_stop(c) - c * COLUMNS, GRAIN); }
+  // The blocks of keys that some query of block x may see.
+  Interval seen(Index b, Index x) const {
+    const Index first = low(x * ROWS), stop = high(b, row_stop(x) - 1);
+    if (first >= stop) return {0, 0};
+    return {first / COLUMNS, (stop + COLUMNS - 1) / COLUMNS};
+  }
+  bool whole(Index b, Index x, Index c) const {
+    return low(row_stop(x) - 1) <= c * COLUMNS && c * COLUMNS + width(c) <= high(b, x * ROWS);
+  }
+  // Writes -inf where a key of block c is hidden from a query of block x.
+  void hide(float *tile, Index b, Index x, Index c) const {
+    const Index t0 = x * ROWS, n = row_stop(x) - t0, padded = round_up(n, LINE);
+    Index begin = 0, end = 0; // of the queries that see the key: both grow with the key
+    for (Index j = 0; j < width(c); j++) {
+      const Index key = c * COLUMNS + j;
+      while (end < n && low(t0 + end) <= key) end++;
+      while (begin < n && high(b, t0 + begin) <= key) begin++;
+      float *row = tile + j * PITCH;
+      const Index until = std::min(begin, n), from = std::max(std::max(end, begin), Index(0));
+      std::fill(row, row + until, HIDDEN);
+      std::fill(row + std::min(from, n), row + padded, HIDDEN);
+    }
+  }
+
+  const Problem &p;
+  Index rows, columns;
+};
+
+template <typename Number>
+inline const Number *at_token(const void *base, const int64_t *stride, Index b, Index h, Index t) {
+  return static_cast<const Number *>(base) + b * stride[0] + h * stride[1] + t * stride[2];
+}
+template <typename Number>
+inline Number *at_token(void *base, const int64_t *stride, Index b, Index h, Index t) {
+  return static_cast<Number *>(base) + b * stride[0] + h * stride[1] + t * stride[2];
+}
+
+// A block of keys or values as the A of a product: as it lies, or where the block is rounded up, a copy with zeros.
+template <typename Number>
+struct Operand {
+  const Number *data;
+  Index stride;
+};
+template <typename Number>
+Operand<Number> padded_rows(const Number *x, Index stride, Index n, Index rows, Index d, Number *copy) {
+  if (n == rows) return {x, stride};
+  for (Index i = 0; i < rows; i++) {
+    if (i < n) std::memcpy(copy + i * d, x + i * stride, d * sizeof(Number));
+    else std::fill(copy + i * d, copy + (i + 1) * d, Number(0.f));
+  }
+  return {copy, d};
+}
+
+// Sums of rows that lie shifted against one another by one float a row, as the distances of a tile do. Rows whose shifts
+// differ by whole vectors go to one of WIDTH accumulators, where what was stored is loaded again in the same pieces.
+class Diagonals {
+ public:
+  void clear() { std::fill(&sums_[0][0], &sums_[0][0] + WIDTH * LENGTH, 0.f); }
+  void add(Index j, Index t, Floats x) {
+    float *at = &sums_[j % WIDTH][COLUMNS - j / WIDTH * WIDTH + t];
+    (Floats::loadu(at) + x).store(at);
+  }
+  // line[t - j] += the sum over all rows j and columns t.
+  void take(float *line, Index rows, Index columns) const {
+    for (Index r = 0; r < std::min(WIDTH, rows); r++) {
+      const Index first = COLUMNS - (rows - 1 - r) / WIDTH * WIDTH;
+      for (Index n = first; n < COLUMNS + columns; n++) line[n - COLUMNS - r] += sums_[r][n];
+    }
+  }
+
+ private:
+  static constexpr Index LENGTH = COLUMNS + ROWS;
+  alignas(64) float sums_[WIDTH][LENGTH];
+};
+
+// Where a tile lies, and the bias of its row j in columns t: at[j * step + t], nothing where at is null.
+struct Tile {
+  Index b, h, x, c;
+  Index rows, columns; // keys and queries, rounded up
+  Index distance;      // of the first query to the first key
+  const float *at = nullptr;
+  Index step = 0;
+};
+
+// FIRE's bias. Of a strip of a tile's rows only the knots that lie between its smallest and its largest u are looked at.
+class Piecewise {
+ public:
+  explicit Piecewise(const Problem &p) : p(p), bias_(COLUMNS * PITCH), sums_(4 * (p.K + 1), 0.0) {}
+
+  void write(Tile &tile) {
+    strips(tile, [&](Index j0, Index j1, Index passed, Index stop) {
+      const float *line = p.straight + (tile.h * (p.K + 1) + passed) * 2, *bends = p.bends + tile.h * p.K;
+      for (Index j = j0; j < j1; j++)
+        for (Index t = 0; t < tile.columns; t += WIDTH) {
+          const Floats u = at(tile, j, t);
+          Floats sum = at::vec::fmadd(Floats(line[1]), u, Floats(line[0]));
+          for (Index k = passed; k < stop; k++)
+            sum = at::vec::fmadd(Floats(bends[k]), at::vec::maximum(u - Floats(p.knots[k]), Floats(0.f)), sum);
+          sum.store(bias_ + j * PITCH + t);
+        }
+    });
+    tile.at = bias_, tile.step = PITCH;
+  }
+
+  // Takes the gradient of a tile's scores: of psi along the diagonals, of 1 / normalizer down the columns, of the pieces.
+  void collect(const Tile &tile, const float *ds, Diagonals &diagonals, float *d_inverse) {
+    strips(tile, [&](Index j0, Index j1, Index passed, Index stop) {
+      const float *bends = p.bends + tile.h * p.K;
+      const Floats slope(p.straight[(tile.h * (p.K + 1) + passed) * 2 + 1]);
+      Floats total(0.f), moment(0.f);
+      for (Index j = j0; j < j1; j++)
+        for (Index t = 0; t < tile.columns; t += WIDTH) {
+          const Floats psi = distances(tile, j, t), u = psi * inverse(tile, t), g = Floats::loadu(ds + j * PITCH + t);
+          total = total + g;
+          moment = at::vec::fmadd(g, u, moment);
+          Floats rise = slope;
+          for (Index k = passed; k < stop; k++)
+            rise = rise + Floats::blendv(Floats(0.f), Floats(bends[k]), u > Floats(p.knots[k]));
+          const Floats du = g * rise;
+          diagonals.add(j, t, du * inverse(tile, t));
+          at::vec::fmadd(du, psi, Floats::loadu(d_inverse + t)).store(d_inverse + t);
+        }
+      sums_[passed] += sum(total);
+      sums_[p.K + 1 + passed] += sum(moment);
+      for (Index k = passed; k < stop; k++) {
+        Floats hinge(0.f), beyond(0.f);
+        const Floats knot(p.knots[k]);
+        for (Index j = j0; j < j1; j++)
+          for (Index t = 0; t < tile.columns; t += WIDTH) {
+            const Floats u = at(tile, j, t), g = Floats::blendv(Floats(0.f), Floats::loadu(ds + j * PITCH + t), u > knot);
+            beyond = beyond + g;
+            hinge = at::vec::fmadd(g, u - knot, hinge);
+          }
+        sums_[2 * (p.K + 1) + k] += sum(hinge);
+        sums_[3 * (p.K + 1) + k] += sum(beyond);
+      }
+    });
+  }
+  std::vector<double> &sums() { return sums_; }
+
+ private:
+  static constexpr Index STRIP = 16;
+
+  template <typename Use>
+  void strips(const Tile &tile, const Use &use) const {
+    const float *row = p.inverse + tile.x * ROWS;
+    const Index n = std::min(ROWS, p.T - tile.x * ROWS);
+    const float least = *std::min_element(row, row + n), most = *std::max_element(row, row + n);
+    for (Index j0 = 0; j0 < tile.rows; j0 += STRIP) {
+      const Index j1 = std::min(j0 + STRIP, tile.rows);
+      const float low = p.psi[p.pad + std::max<Index>(tile.distance - (j1 - 1), 0)] * least;
+      const float high = p.psi[p.pad + std::max<Index>(tile.distance - j0 + n - 1, 0)] * most;
+      const Index passed = std::upper_bound(p.knots, p.knots + p.K, low) - p.knots;
+      use(j0, j1, passed, std::max<Index>(std::lower_bound(p.knots, p.knots + p.K, high) - p.knots, passed));
+    }
+  }
+  Floats distances(const Tile &tile, Index j, Index t) const { return Floats::loadu(p.psi + p.pad + tile.distance - j + t); }
+  Floats inverse(const Tile &tile, Index t) const {
+    const Index at = tile.x * ROWS + t;
+    return at + WIDTH <= p.T ? Floats::loadu(p.inverse + at) : at < p.T ? Floats::loadu(p.inverse + at, p.T - at) : Floats(0.f);
+  }
+  Floats at(const Tile &tile, Index j, Index t) const { return distances(tile, j, t) * inverse(tile, t); }
+  static double sum(Floats x) {
+    alignas(64) float each[WIDTH];
+    x.store(each);
+    double all = 0;
+    for (Index n = 0; n < WIDTH; n++) all += each[n];
+    return all;
+  }
+
+  const Problem &p;
+  Buffer<float> bias_;
+  std::vector<double> sums_;
+};
+
+Tile tile_at(const Problem &p, const Blocks &blocks, Index b, Index h, Index x, Index c, Piecewise *piecewise) {
+  Tile tile{b, h, x, c, blocks.width(c), round_up(blocks.row_stop(x) - x * ROWS, LINE), p.S - p.T + x * ROWS - c * COLUMNS};
+  if (p.line != nullptr && tile.distance - (blocks.column_stop(c) - c * COLUMNS) + 1 < p.tail) {
+    tile.at = p.line + (p.line_heads == 1 ? 0 : h) * p.line_length + tile.distance - p.line_first;
+    tile.step = -1;
+  } else if (piecewise != nullptr) {
+    piecewise->write(tile);
+  }
+  return tile;
+}
+
+// How many heads of keys and values are in work together: one a thread, or as many as fit a small workspace.
+Index heads_together(const Problem &p, Index floats_a_head) {
+  return std::min(p.B * p.Hkv, std::max<Index>(at::get_num_threads(), WORKSPACE / std::max<Index>(floats_a_head, 1)));
+}
+
+// ---- forward -------------------------------------------------------------------------------------------------------
+
+// P' from S' in place, column by column: the running maximum and sum go on, `decay` is what earlier sums shrink by. The
+// pairs of rows of P' are written to `packed` where B is made of pairs.
+template <bool biased, bool paired_rows>
+bool soften(const Tile &tile, float scale, float *scores, uint32_t *packed, float *top, float *total, float *decay) {
+  const Floats factor(scale);
+  bool shrinks = false;
+  for (Index t = 0; t < tile.columns; t += WIDTH) {
+    const Floats before = Floats::loadu(top + t);
+    Floats most = before, other = before;
+    for (Index j = 0; j < tile.rows; j += 2) {
+      Floats s = Floats::loadu(scores + j * PITCH + t) * factor, r = Floats::loadu(scores + (j + 1) * PITCH + t) * factor;
+      if constexpr (biased) {
+        s = s + Floats::loadu(tile.at + j * tile.step + t);
+        r = r + Floats::loadu(tile.at + (j + 1) * tile.step + t);
+      }
+      most = at::vec::maximum(most, s);
+      other = at::vec::maximum(other, r);
+    }
+    most = at::vec::maximum(most, other);
+    const Floats shrink = exponential(before - most);
+    Floats sum(0.f), sums(0.f);
+    for (Index j = 0; j < tile.rows; j += 2) {
+      Floats s = Floats::loadu(scores + j * PITCH + t) * factor, r = Floats::loadu(scores + (j + 1) * PITCH + t) * factor;
+      if constexpr (biased) {
+        s = s + Floats::loadu(tile.at + j * tile.step + t);
+        r = r + Floats::loadu(tile.at + (j + 1) * tile.step + t);
+      }
+      s = exponential(s - most);
+      r = exponential(r - most);
+      sum = sum + s;
+      sums = sums + r;
+      if constexpr (paired_rows) {
+        paired(s, r).store(packed + j / 2 * PITCH + t);
+      } else {
+        s.store(scores + j * PITCH + t);
+        r.store(scores + (j + 1) * PITCH + t);
+      }
+    }
+    at::vec::fmadd(Floats::loadu(total + t), shrink, sum + sums).store(total + t);
+    most.store(top + t);
+    shrink.store(decay + t);
+    shrinks = shrinks || (shrink != Floats(1.f)).zero_mask() != (1 << WIDTH) - 1;
+  }
+  return shrinks;
+}
+
+template <typename Format>
+void forward(const Problem &p, const Format &format) {
+  using Number = typename Format::Number;
+  const Blocks blocks(p);
+  const Index keys = round_up(p.S, GRAIN), last = blocks.columns - 1;
+  const Index tail = last * COLUMNS; // the first key of the last block, which is rounded up
+  const Index group = p.H / p.Hkv, wave = heads_together(p, keys * p.Dv * Index(sizeof(Number)) / 4);
+  Buffer<Number> values(wave * keys * p.Dv), ends(wave * COLUMNS * p.D);
+  for (Index first = 0; first < p.B * p.Hkv; first += wave) {
+    const Index n = std::min(wave, p.B * p.Hkv - first);
+    const auto end_of = [&](Index w) {
+      const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
+      return padded_rows(at_token<Number>(p.k, p.k_stride, b, kv, tail), p.k_stride[2], p.S - tail, blocks.width(last), p.D, ends + w * COLUMNS * p.D);
+    };
+    share(n * blocks.columns, [&](Shift &shift) {
+      for (Index job; (job = shift.next()) >= 0;) {
+        const Index w = job / blocks.columns, c = job % blocks.columns, b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
+        transpose(values + w * keys * p.Dv + c * COLUMNS * p.Dv, blocks.width(c), at_token<Number>(p.v, p.v_stride, b, kv, c * COLUMNS),
+                  p.v_stride[2], blocks.column_stop(c) - c * COLUMNS, p.Dv);
+        if (c == last) end_of(w);
+      }
+    });
+    share(blocks.rows * group * n, [&](Shift &shift) {
+      Buffer<float> scores(COLUMNS * PITCH), mean(p.Dv * PITCH), top(ROWS), total(ROWS), decay(ROWS);
+      Buffer<Number> queries(round_up(p.D, 2) * PITCH), weights(Format::PAIR == 2 ? COLUMNS * PITCH : 0);
+      std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
+      for (Index job; (job = shift.next()) >= 0;) {
+        const Index w = job % n, g = job / n % group, x = blocks.rows - 1 - job / (n * group); // the longest rows first
+        const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv, h = kv * group + g;
+        const Index t0 = x * ROWS, m = blocks.row_stop(x) - t0, columns = round_up(m, LINE);
+        const Interval seen = blocks.seen(b, x);
+        pack_transposed(queries, PITCH, columns, at_token<Number>(p.q, p.q_stride, b, h, t0), p.q_stride[2], m, p.D);
+        std::fill(top + 0, top + ROWS, LOWEST);
+        std::fill(total + 0, total + ROWS, 0.f);
+        for (Index c = seen.first; c < seen.stop; c++) {
+          const Tile tile = tile_at(p, blocks, b, h, x, c, piecewise.get());
+          Operand<Number> k{at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS), p.k_stride[2]};
+          if (c == last && tile.rows != p.S - tail) k = {ends + w * COLUMNS * p.D, p.D};
+          format.multiply(tile.rows, columns, p.D, k.data, k.stride, queries, PITCH, scores, PITCH, false);
+          if (!blocks.whole(b, x, c)) blocks.hide(scores, b, x, c);
+          uint32_t *packed = reinterpret_cast<uint32_t *>(static_cast<Number *>(weights));
+          constexpr bool pairs = Format::PAIR == 2;
+          const bool shrinks = tile.at ? soften<true, pairs>(tile, p.scale, scores, packed, top, total, decay)
+                                       : soften<false, pairs>(tile, p.scale, scores, packed, top, total, decay);
+          const bool adds = c > seen.first;
+          if (adds && shrinks)
+            for (Index d = 0; d < p.Dv; d++)
+              for (Index t = 0; t < columns; t += WIDTH)
+                (Floats::loadu(mean + d * PITCH + t) * Floats::loadu(decay + t)).store(mean + d * PITCH + t);
+          const Number *product;
+          if constexpr (pairs) product = weights; else product = scores;
+          format.multiply(p.Dv, columns, tile.rows, values + w * keys * p.Dv + c * COLUMNS * p.Dv, tile.rows, product, PITCH, mean, PITCH, adds);
+        }
+        for (Index t = 0; t < m; t++) {
+          const bool any = seen.first < seen.stop && total[t] > 0.f;
+          Number *out = at_token<Number>(p.out, p.out_stride, b, h, t0 + t);
+          const float share_of = any ? 1.f / total[t] : 0.f;
+          for (Index d = 0; d < p.Dv; d++) out[d] = static_cast<Number>(any ? mean[d * PITCH + t] * share_of : 0.f);
+          p.lse[(b * p.H + h) * p.T + t0 + t] = any ? top[t] + std::log(total[t]) : HIDDEN;
+        }
+      }
+      format.release();
+    });
+  }
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------
+
+// P' and dS' of a tile from S' and A', in place, and in the operands' dtype and in pairs of rows where these differ.
+template <bool biased, typename Number>
+void differentiate(const Tile &tile, float scale, float *scores, float *products, const float *lse, const float *delta,
+                   Number *weights, Number *gradient, uint32_t *packed, Diagonals *diagonals) {
+  const Floats factor(scale);
+  const auto at = [&](Index j, Index t) {
+    Floats s = at::vec::fmadd(Floats::loadu(scores + j * PITCH + t), factor, Floats(0.f) - Floats::loadu(lse + t));
+    if constexpr (biased) s = s + Floats::loadu(tile.at + j * tile.step + t);
+    const Floats weight = exponential(s);
+    weight.store(scores + j * PITCH + t);
+    const Floats ds = weight * (Floats::loadu(products + j * PITCH + t) - Floats::loadu(delta + t));
+    ds.store(products + j * PITCH + t);
+    if (diagonals) diagonals->add(j, t, ds);
+    return ds;
+  };
+  for (Index j = 0; j < tile.rows; j += 2) {
+    for (Index t = 0; t < tile.columns; t += WIDTH) {
+      const Floats even = at(j, t), odd = at(j + 1, t);
+      if constexpr (sizeof(Number) == 2) paired(even, odd).store(packed + j / 2 * PITCH + t);
+    }
+    for (Index r = j; r < j + 2; r++) {
+      store_row(weights + r * PITCH, scores + r * PITCH, tile.columns);
+      store_row(gradient + r * PITCH, products + r * PITCH, tile.columns);
+    }
+  }
+}
+
+template <typename Format>
+void backward(const Problem &p, const Format &format) {
+  using Number = typename Format::Number;
+  constexpr bool pairs = Format::PAIR == 2;
+  const Blocks blocks(p);
+  const Index keys = round_up(p.S, GRAIN), last = blocks.columns - 1, tail = last * COLUMNS;
+  const bool rounded = blocks.width(last) != p.S - tail;
+  const Index group = p.H / p.Hkv, D = format.rounded(p.D), Dv = format.rounded(p.Dv), wide = D + Dv;
+  const Index wave = heads_together(p, keys * (wide + p.D * Index(sizeof(Number)) / 4));
+  Buffer<float> sums(wave * keys * wide); // of dK, then of dV, for each head
+  Buffer<Number> turned(wave * keys * p.D), ends(wave * COLUMNS * wide);
+  std::vector<std::atomic<Index>> turns(wave * blocks.columns), lines(wave * group);
+  for (Index first = 0; first < p.B * p.Hkv; first += wave) {
+    const Index n = std::min(wave, p.B * p.Hkv - first);
+    for (auto &turn : turns) turn = 0;
+    for (auto &turn : lines) turn = 0;
+    share(n * blocks.columns, [&](Shift &shift) {
+      for (Index job; (job = shift.next()) >= 0;) {
+        const Index w = job / blocks.columns, c = job % blocks.columns, b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
+        const Index rows = blocks.width(c), filled = blocks.column_stop(c) - c * COLUMNS;
+        const Number *k = at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS);
+        transpose(turned + (w * keys + c * COLUMNS) * p.D, rows, k, p.k_stride[2], filled, p.D);
+        float *zero = sums + w * keys * wide;
+        std::fill(zero + c * COLUMNS * D, zero + (c * COLUMNS + rows) * D, 0.f);
+        zero += keys * D;
+        std::fill(zero + c * COLUMNS * Dv, zero + (c * COLUMNS + rows) * Dv, 0.f);
+        if (c == last && rounded) {
+          Number *copy = ends + w * COLUMNS * wide;
+          padded_rows(k, p.k_stride[2], filled, rows, p.D, copy);
+          padded_rows(at_token<Number>(p.v, p.v_stride, b, kv, tail), p.v_stride[2], filled, rows, p.Dv, copy + COLUMNS * p.D);
+        }
+      }
+    });
+    // The last block of queries that sees each block of keys: the first to add to its sums.
+    std::vector<Index> latest(n * blocks.columns, 0);
+    for (Index w = 0; w < n; w++)
+      for (Index x = 0; x < blocks.rows; x++) {
+        const Interval seen = blocks.seen((first + w) / p.Hkv, x);
+        for (Index c = seen.first; c < seen.stop; c++) latest[w * blocks.columns + c] = x;
+      }
+    share(blocks.rows * group * n, [&](Shift &shift) {
+      Buffer<float> scores(COLUMNS * PITCH), products(COLUMNS * PITCH), d_query(p.D * PITCH), norm(ROWS), delta(ROWS), d_inverse(ROWS);
+      Buffer<Number> queries(p.D * PITCH), grads(p.Dv * PITCH), by_row(ROWS * wide);
+      Buffer<Number> weights(pairs ? COLUMNS * PITCH : 0), gradient(pairs ? COLUMNS * PITCH : 0), packed(pairs ? COLUMNS * PITCH : 0);
+      std::vector<float> line(p.d_line ? p.line_length : p.psi ? p.S + 2 * p.pad : 0);
+      std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
+      std::unique_ptr<Diagonals> diagonals(p.d_line || p.d_psi ? new Diagonals : nullptr);
+      for (Index job; (job = shift.next()) >= 0;) {
+        const Index w = job % n, g = job / n % group, x = blocks.rows - 1 - job / (n * group);
+        const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv, h = kv * group + g;
+        const Index t0 = x * ROWS, m = blocks.row_stop(x) - t0, columns = round_up(m, LINE), along = (b * p.H + h) * p.T + t0;
+        const Interval seen = blocks.seen(b, x);
+        const Number *q = at_token<Number>(p.q, p.q_stride, b, h, t0), *grad = at_token<Number>(p.grad, p.grad_stride, b, h, t0);
+        pack_transposed(queries, PITCH, columns, q, p.q_stride[2], m, p.D);
+        pack_transposed(grads, PITCH, columns, grad, p.grad_stride[2], m, p.Dv);
+        Number *query_rows = by_row, *grad_rows = by_row + ROWS * D;
+        pack(query_rows, D, columns, q, p.q_stride[2], m, p.D);
+        pack(grad_rows, Dv, columns, grad, p.grad_stride[2], m, p.Dv);
+        for (Index t = 0; t < columns; t++) {
+          norm[t] = -LOWEST, delta[t] = 0.f, d_inverse[t] = 0.f;
+          if (t >= m) continue;
+          const Number *out = at_token<Number>(p.out, p.out_stride, b, h, t0 + t), *of = grad + t * p.grad_stride[2];
+          float sum = 0.f;
+          for (Index d = 0; d < p.Dv; d++) sum += static_cast<float>(out[d]) * static_cast<float>(of[d]);
+          delta[t] = sum - (p.grad_lse ? p.grad_lse[along + t] : 0.f);
+          if (p.lse[along + t] != HIDDEN) norm[t] = p.lse[along + t];
+        }
+        if (!line.empty()) std::fill(line.begin(), line.end(), 0.f);
+        if (piecewise) std::fill(piecewise->sums().begin(), piecewise->sums().end(), 0.0);
+        for (Index c = seen.first; c < seen.stop; c++) {
+          const Tile tile = tile_at(p, blocks, b, h, x, c, piecewise.get());
+          Operand<Number> k{at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS), p.k_stride[2]};
+          Operand<Number> v{at_token<Number>(p.v, p.v_stride, b, kv, c * COLUMNS), p.v_stride[2]};
+          if (c == last && rounded) k = {ends + w * COLUMNS * wide, p.D}, v = {ends + w * COLUMNS * wide + COLUMNS * p.D, p.Dv};
+          format.multiply(tile.rows, columns, p.D, k.data, k.stride, queries, PITCH, scores, PITCH, false);
+          format.multiply(tile.rows, columns, p.Dv, v.data, v.stride, grads, PITCH, products, PITCH, false);
+          if (!blocks.whole(b, x, c)) blocks.hide(scores, b, x, c);
+          const bool learns = p.d_line && tile.at;
+          if (diagonals) diagonals->clear();
+          Number *lowered = weights, *d_lowered = gradient;
+          const Number *d_packed = packed;
+          if constexpr (!pairs) lowered = scores, d_lowered = products, d_packed = products;
+          uint32_t *words = reinterpret_cast<uint32_t *>(static_cast<Number *>(packed));
+          (tile.at ? differentiate<true, Number> : differentiate<false, Number>)(
+              tile, p.scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr);
+          if (p.d_psi) piecewise->collect(tile, products, *diagonals, d_inverse);
+          if (learns) diagonals->take(line.data() + tile.distance - p.line_first, tile.rows, columns);
+          if (p.d_psi) diagonals->take(line.data() + tile.distance + p.pad, tile.rows, columns);
+          format.multiply(p.D, columns, tile.rows, turned + (w * keys + c * COLUMNS) * p.D, tile.rows, d_packed, PITCH, d_query, PITCH, c > seen.first);
+          float *d_key = sums + w * keys * wide + c * COLUMNS * D, *d_value = sums + w * keys * wide + keys * D + c * COLUMNS * Dv;
+          std::atomic<Index> &turn = turns[w * blocks.columns + c];
+          shift.await(turn, (latest[w * blocks.columns + c] - x) * group + g);
+          format.multiply(tile.rows, Dv, columns, lowered, PITCH, grad_rows, Dv, d_value, Dv, true);
+          format.multiply(tile.rows, D, columns, d_lowered, PITCH, query_rows, D, d_key, D, true);
+          turn.fetch_add(1, std::memory_order_release);
+        }
+        const bool any = seen.first < seen.stop;
+        for (Index t = 0; t < m; t++) {
+          Number *dq = at_token<Number>(p.dq, p.dq_stride, b, h, t0 + t);
+          for (Index d = 0; d < p.D; d++) dq[d] = static_cast<Number>(any ? d_query[d * PITCH + t] * p.scale : 0.f);
+        }
+        if (p.d_inverse)
+          for (Index t = 0; t < m; t++) p.d_inverse[along + t] = d_inverse[t];
+        if (!line.empty()) {
+          shift.await(lines[w * group + g], blocks.rows - 1 - x);
+          float *to = (p.d_line ? p.d_line : p.d_psi) + (b * p.H + h) * Index(line.size());
+          for (size_t i = 0; i < line.size(); i++) to[i] += line[i];
+          if (p.d_pieces) {
+            double *pieces = p.d_pieces + (b * p.H + h) * Index(piecewise->sums().size());
+            for (double sum : piecewise->sums()) *pieces++ += sum;
+          }
+          lines[w * group + g].fetch_add(1, std::memory_order_release);
+        }
+      }
+      format.release();
+    });
+    share(n * blocks.columns, [&](Shift &shift) {
+      for (Index job; (job = shift.next()) >= 0;) {
+        const Index w = job / blocks.columns, c = job % blocks.columns, b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv;
+        const float *d_key = sums + w * keys * wide, *d_value = d_key + keys * D;
+        for (Index j = c * COLUMNS; j < blocks.column_stop(c); j++) {
+          Number *dk = at_token<Number>(p.dk, p.dk_stride, b, kv, j), *dv = at_token<Number>(p.dv, p.dv_stride, b, kv, j);
+          for (Index d = 0; d < p.D; d++) dk[d] = static_cast<Number>(d_key[j * D + d] * p.scale);
+          for (Index d = 0; d < p.Dv; d++) dv[d] = static_cast<Number>(d_value[j * Dv + d]);
+        }
+      }
+    });
+  }
+}
+
+thread_local std::string problem_text;
+
+template <typename Run>
+int guarded(const Run &run) {
+  try {
+    run();
+    return 0;
+  } catch (const std::exception &error) {
+    problem_text = error.what();
+    return 1;
+  }
+}
+
+} // namespace
+
+extern "C" {
+
+int attention_forward(const Problem *p) {
+  return guarded([&] { p->bf16 ? forward(*p, Half{p->dot_products != 0}) : forward(*p, Single{}); });
+}
+
+int attention_backward(const Problem *p) {
+  return guarded([&] { p->bf16 ? backward(*p, Half{p->dot_products != 0}) : backward(*p, Single{}); });
+}
+
+const char *attention_problem() { return problem_text.c_str(); }
+
+int64_t attention_padding() { return ROWS + COLUMNS; }
+}

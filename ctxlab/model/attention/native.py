@@ -1,0 +1,380 @@
+"""Blockwise attention as one compiled kernel for the CPU: native.cpp, built once a machine and torch into the user's cache.
+
+`attention.kernel` says who computes: `torch` never comes here, `native` always does or refuses, and `auto` does where the
+kernel is built (see `prepare`) and is not slower. On the CPU without a compiler everything runs as it would with `torch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ctxlab.errors import ConfigError
+from ctxlab.model.attention.bias import Bias, Compilable, Compiled, Span
+from ctxlab.model.attention.visible import Visible
+
+Kernel = Literal["auto", "torch", "native"]
+
+SOURCE = Path(__file__).with_name("native.cpp")
+
+FEWEST_QUERIES = 16
+"""Under `auto`, fewer go to torch: a block of queries is computed whole."""
+
+PAYS_FROM = 1e13
+"""Operations of a training from which on `auto` builds the kernel: minutes on two cores, against ten seconds of compiling."""
+
+OPERATIONS_PER_SECOND = 1e11
+"""What a machine of two cores does, to tell whether a run of so many seconds is worth it."""
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@_disable_dynamo
+def native_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: Bias | None,
+    lengths: Tensor | None,
+    visible: Visible | None,
+) -> tuple[Tensor, Tensor]:
+    """What `blockwise_attention` returns, from the same arguments: (out (B,H,T,Dv), lse (B,H,T)), both with gradients.
+
+    Softmax weights and their gradients are rounded to the operands' dtype where they are multiplied, everything else is
+    fp32. The same inputs give the same bits on any number of threads.
+    """
+    width = v.shape[3]
+    if q.dtype == torch.bfloat16:  # numbers go to the products in pairs
+        q, k, v = (torch.nn.functional.pad(x, (0, 1)) if x.shape[3] % 2 else x for x in (q, k, v))
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    tensors = () if bias is None else bias.tensors
+    with torch.autocast("cpu", enabled=False):
+        out, lse = _Native.apply(q, k, v, scale, causal, bias, lengths, visible, *tensors)
+    return (out if out.shape[3] == width else out[..., :width]), lse
+
+
+@_disable_dynamo
+def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
+    """Whether the native kernel computes this call. Raises ConfigError where `native` is asked for and cannot."""
+    problem = None if kernel == "torch" else _unsuited(q, scale, bias)
+    if kernel == "native":
+        if problem is not None:
+            raise ConfigError(f"attention.kernel: native cannot compute {problem}; use auto or torch")
+        library()
+    native = kernel == "native" or (
+        kernel == "auto" and problem is None and q.shape[2] >= FEWEST_QUERIES and _loaded() is not None
+    )
+    if q.device.type == "cpu":
+        _ran.add("native" if native else "torch")
+    return native
+
+
+_ran: set[str] = set()
+
+
+def ran() -> str:
+    """What computed softmax attention on the CPU since `forget`: `native`, `torch`, `native and torch`, or nothing."""
+    return " and ".join(sorted(_ran))
+
+
+def forget() -> None:
+    _ran.clear()
+
+
+def _unsuited(q: Tensor, scale: float, bias: Bias | None) -> str | None:
+    if q.device.type != "cpu":
+        return f"on {q.device.type}"
+    if q.dtype not in _DTYPES:
+        return f"in {str(q.dtype).removeprefix('torch.')}"
+    if bias is not None and not isinstance(bias, Compilable):
+        return "this position's bias"
+    return None if scale > 0 else f"with a scale of {scale}"
+
+
+# ---- the call
+
+
+class _Problem(ctypes.Structure):
+    """Field by field the struct of the same name in native.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("B", "H", "Hkv", "T", "S", "D", "Dv", "bf16", "dot_products")]
+        + [("scale", ctypes.c_float)]
+        + [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse")]
+        + [(f"{name}_stride", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")]
+        + [(name, ctypes.c_void_p) for name in ("low", "high", "lengths", "line")]
+        + [(name, ctypes.c_int64) for name in ("line_heads", "line_length", "line_first", "tail")]
+        + [(name, ctypes.c_void_p) for name in ("psi", "inverse", "knots", "straight", "bends")]
+        + [(name, ctypes.c_int64) for name in ("K", "pad")]
+        + [(name, ctypes.c_void_p) for name in ("grad", "grad_lse", "dq", "dk", "dv")]
+        + [(f"{name}_stride", ctypes.c_int64 * 3) for name in ("grad", "dq", "dk", "dv")]
+        + [(name, ctypes.c_void_p) for name in ("d_line", "d_psi", "d_inverse", "d_pieces")]
+    )
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q, k, v, scale, causal, bias, lengths, visible, *tensors):  # type: ignore[no-untyped-def]
+        out = _by_token(q, q.shape[2], v.shape[3])
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        compiled = _compiled(q, k, causal, bias, tensors)
+        _run("attention_forward", q, k, v, scale, causal, lengths, visible, compiled, out=out, lse=lse)
+        ctx.save_for_backward(q, k, v, out, lse, lengths, *tensors)
+        ctx.settings = (scale, causal, bias, visible)
+        ctx.set_materialize_grads(False)
+        return out, (lse if compiled.constant is None else lse + compiled.constant[:, None])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out, grad_lse):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse, lengths, *tensors = ctx.saved_tensors
+        scale, causal, bias, visible = ctx.settings
+        learned = any(ctx.needs_input_grad[8:])
+        compiled = _compiled(q, k, causal, bias, tensors)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+        if grad_lse is not None:
+            grad_lse = grad_lse.masked_fill(lse == -torch.inf, 0.0).contiguous()
+        dq, dk, dv = (_by_token(x, x.shape[2], x.shape[3]) for x in (q, k, v))
+        shapes = compiled.gradient_shapes if learned else {}
+        found = {
+            name: torch.zeros(
+                q.shape[0], q.shape[1], *shape, dtype=torch.float64 if name == "d_pieces" else torch.float32
+            )
+            for name, shape in shapes.items()
+        }
+        _run(
+            "attention_backward", q, k, v, scale, causal, lengths, visible, compiled,
+            out=out, lse=lse, grad=grad_out, grad_lse=grad_lse, dq=dq, dk=dk, dv=dv, **found,
+        )  # fmt: skip
+        if not learned:
+            return dq, dk, dv, *[None] * (5 + len(tensors))
+        surplus = lse.new_zeros(q.shape[1]) if grad_lse is None else grad_lse.sum((0, 2))
+        grads = compiled.gradients({name: x.sum(0) for name, x in found.items()}, surplus)
+        wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[8:])]
+        return dq, dk, dv, None, None, None, None, None, *wanted
+
+
+def _by_token(like: Tensor, n: int, width: int) -> Tensor:
+    """(B,H,n,width), as a projection's output lies in memory: all heads of a token together."""
+    return like.new_empty(like.shape[0], n, like.shape[1], width).transpose(1, 2)
+
+
+def _compiled(q: Tensor, k: Tensor, causal: bool, bias: Bias | None, tensors: Any) -> Compiled:
+    if bias is None:
+        return Compiled({}, None, {}, lambda found, surplus: ())
+    assert isinstance(bias, Compilable), "takes comes first"
+    span = Span(q.shape[2], k.shape[2], causal, 0, torch.float32, q.device, False)
+    return bias.compiled(tuple(tensors), span, _padding())
+
+
+def _run(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    lengths: Tensor | None,
+    visible: Visible | None,
+    compiled: Compiled,
+    **tensors: Tensor | None,
+) -> None:
+    B, H, T, D = q.shape
+    Hkv, S = k.shape[1:3]
+    if not q.is_cpu or _is_fake(q):
+        return  # tensors without numbers: shapes are all there is
+    i = torch.arange(S - T, S)
+    low = torch.zeros_like(i) if visible is None else visible.seen_by(i)[0]
+    high = torch.full_like(i, S) if visible is None else visible.seen_by(i)[1].clamp(max=S)
+    if causal:
+        high = torch.minimum(high, i + 1)
+    problem = _Problem(
+        B=B, H=H, Hkv=Hkv, T=T, S=S, D=D, Dv=v.shape[3], bf16=q.dtype == torch.bfloat16, dot_products=dot_products(),
+        scale=scale,
+    )  # fmt: skip
+    kept = {"q": q, "k": k, "v": v, "low": low, "high": high, "lengths": lengths, **tensors}
+    if lengths is not None:
+        kept["lengths"] = lengths.to(torch.int64).contiguous()
+    for name, value in compiled.fields.items():
+        if isinstance(value, Tensor):
+            kept[name] = value
+        else:
+            setattr(problem, name, value)
+    for name, x in kept.items():
+        if x is None:
+            continue
+        setattr(problem, name, x.data_ptr())
+        if hasattr(problem, f"{name}_stride"):
+            setattr(problem, f"{name}_stride", (ctypes.c_int64 * 3)(*x.stride()[:3]))
+    kernel = library()
+    if getattr(kernel, function)(ctypes.byref(problem)):
+        raise RuntimeError(f"attention, native: {kernel.attention_problem().decode()}")
+
+
+def _is_fake(x: Tensor) -> bool:
+    return type(x).__name__ == "FakeTensor"
+
+
+# ---- building
+
+
+@functools.cache
+def dot_products() -> bool:
+    """Whether the processor multiplies bf16 itself, by oneDNN's word; else the kernel does in fp32, from bf16 numbers."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def why_not() -> str | None:
+    """Why no kernel can be built here; None where it can, or is."""
+    if sys.platform != "linux":
+        return f"it is built on Linux only, this is {platform.system()}"
+    if _file().exists():
+        return None
+    if _failed().exists():
+        return f"it could not be built ({_failed()} says why; remove it to try again)"
+    return None if shutil.which(_compiler()) else f"there is no C++ compiler here ({_compiler()})"
+
+
+def is_built() -> bool:
+    return sys.platform == "linux" and _file().exists()
+
+
+def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> None:
+    """Builds the kernel if it is not there and is asked for, or if under `auto` a run of so many operations is worth it.
+
+    `say` hears that it is built, or why a run that would be worth it goes without. Raises ConfigError where `native` cannot be.
+    """
+    if kernel == "torch" or is_built() or (kernel == "auto" and operations < PAYS_FROM):
+        return
+    reason = why_not()
+    if reason is None:
+        say("building the native attention kernel, once, about ten seconds")
+        reason = _build()
+    if reason is not None and kernel == "native":
+        raise ConfigError(f"attention.kernel: no native kernel: {reason}; use auto or torch")
+    if reason is not None:
+        say(f"attention runs in torch, without the native kernel: {reason}")
+
+
+def library() -> ctypes.CDLL:
+    """The kernel, built if need be. Raises ConfigError where it cannot be."""
+    found = _loaded()
+    if found is None:
+        reason = why_not() or _build()
+        found = None if reason else _loaded()
+        if found is None:
+            raise ConfigError(f"attention.kernel: no native kernel: {reason}; use auto or torch")
+    return found
+
+
+_libraries: dict[Path, ctypes.CDLL] = {}
+
+
+def _loaded() -> ctypes.CDLL | None:
+    """The kernel, if it is built; looked for on the disk until it is found."""
+    file = _file()
+    if file not in _libraries:
+        if not is_built():
+            return None
+        found = ctypes.CDLL(str(file))
+        found.attention_problem.restype = ctypes.c_char_p
+        found.attention_padding.restype = ctypes.c_int64
+        _libraries[file] = found
+    return _libraries[file]
+
+
+@functools.cache
+def _padding() -> int:
+    return int(library().attention_padding())
+
+
+@functools.cache
+def _key() -> str:
+    """All that the compiled code depends on: its source, torch's headers and the processor's instructions."""
+    said = (
+        SOURCE.read_bytes(),
+        torch.__version__,
+        _flags(),
+        _instructions(),
+        platform.machine(),
+        sysconfig.get_platform(),
+    )
+    return hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+
+
+def _instructions() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next(
+        (" ".join(sorted(line.split(":", 1)[1].split())) for line in lines if line.startswith(("flags", "Features"))),
+        "",
+    )
+
+
+def _file() -> Path:
+    from ctxlab.data.prepare import default_cache
+
+    return default_cache() / "native" / f"attention-{_key()}.so"
+
+
+def _failed() -> Path:
+    return _file().with_suffix(".failed")
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _flags() -> tuple[str, ...]:
+    """For this processor, with at::vec as wide as torch's own kernels."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    capability = capability if capability in ("AVX2", "AVX512") else "DEFAULT"
+    machine = "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native"
+    return (
+        "-std=c++20", "-O3", machine, "-fPIC", "-shared", "-fopenmp", "-w",
+        f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}",
+    )  # fmt: skip
+
+
+def _build() -> str | None:
+    """Compiles, one process at a time, and puts the result in its place at once. Returns what went wrong, if anything."""
+    from ctxlab.data.lock import locked
+
+    file = _file()
+    home = Path(torch.__file__).parent
+    with locked(file):
+        if file.exists():
+            return None
+        made = file.with_suffix(f".{os.getpid()}")
+        command = [
+            _compiler(), *_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            f"-I{home / 'include'}", f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}", str(SOURCE),
+            f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            made.unlink(missing_ok=True)
+            _failed().write_text(done.stderr or f"{command[0]} ended with {done.returncode}")
+            return why_not()
+        made.replace(file)
+    return None

@@ -60,6 +60,8 @@ def exponents(measured: Sequence[Measurement], predictor: Predictor) -> list[Mea
             standing = 0.0
             if name == "peak_memory_bytes":
                 split = predictor.memory(m.context).split
+                if not split["activations"]:
+                    continue  # at its worst while the optimizer works, which is no matter of the context
                 standing = sum(split[kind] for kind in STANDING)
             points.append((m.context, m.value - standing))
         try:

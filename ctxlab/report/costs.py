@@ -185,8 +185,8 @@ def known_error_lines(run: Run) -> list[str]:
     if error is None:
         return [f"known error on {where.device}: unmeasured"]
     return [
-        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%} over {error['n_points']} points;",
-        f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}",
+        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%};",
+        f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}; over {error['n_points']} measured points",
     ]
 
 

@@ -10,6 +10,7 @@ Prints a JSON object a line. Words after the first name models (nano, tiny, mini
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -129,10 +130,12 @@ def budget() -> None:
 
 
 def naive() -> None:
-    """Nano without positions: how activation bytes grow with the context where scores are kept and where they are not."""
+    """Nano without positions: how activation bytes grow with the context where scores are kept and where they are not.
+
+    The logits of a chunk stop growing at 1,024 tokens: a + b L^p from there on leaves them out.
+    """
     for name, attention in (("naive", "naive"), ("fused", "full")):
-        # A small chunk of logits, lest what ends to grow at 1,024 tokens bend the line.
-        at = replace(point("nano", "nope", attention=attention), loss_chunk=64)
+        at = point("nano", "nope", attention=attention)
         standing = Predictor(at).memory(512).split
         held = sum(standing[kind] for kind in ("weights", "optimizer", "process"))
         found: list[tuple[int, float]] = []
@@ -146,6 +149,10 @@ def naive() -> None:
                 "activation_bytes": round(used - held),
             }
             print(json.dumps(row), flush=True)
+        near, middle, far = (used for _, used in found[-3:])
+        beyond = math.log2((far - middle) / (middle - near))
+        row = {"fit": name, "law": "a + b L^p from 1,024 tokens on", "p": round(beyond, 3)}
+        print(json.dumps(row), flush=True)
         fit = power_law(found)
         print(
             json.dumps(

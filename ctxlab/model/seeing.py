@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import Attention
@@ -69,12 +69,13 @@ class Seen:
 def attentions(model: Model) -> list[tuple[Kind, int, Attention]]:
     """(kind, layer, mechanism) of every attention of a model, the encoder's first; none of one that does not attend."""
     found: list[tuple[Kind, int, Attention]] = []
+    whole: nn.Module = model
     for module in model.modules():
         if not isinstance(module, Stack):
             continue
         for layer, block in enumerate(module.blocks):
             assert isinstance(block, Block)
-            found.append(("self" if module is model else "encoder", layer, block.attention.mechanism))
+            found.append(("self" if module is whole else "encoder", layer, block.attention.mechanism))
             if block.cross_attention is not None:
                 found.append(("cross", layer, block.cross_attention.mechanism))
     return sorted(found, key=lambda one: KINDS.index(one[0]))
@@ -90,9 +91,10 @@ def look(model: Model, tokens: Tensor | None, visit: Callable[[Seen], None], **i
     for kind, layer, mechanism in attentions(model):
 
         def hook(
-            module: Any, operands: tuple[Tensor, ...], settings: dict[str, Any], kind: Kind = kind, layer: int = layer
+            module: Any, operands: Any, settings: dict[str, Any], kind: Kind = kind, layer: int = layer
         ) -> None:
-            visit(Seen(kind, layer, module, *operands, **settings))
+            q, k, v = operands
+            visit(Seen(kind, layer, module, q, k, v, **settings))
 
         handles.append(mechanism.register_forward_pre_hook(hook, with_kwargs=True))
     try:

@@ -129,7 +129,7 @@ class Maps:
         lines = list(self._lines(options.max_width, SHADES if not options.ascii_only else ASCII_SHADES))
         if len(lines) > _MOST_LINES:
             yield Text(
-                f"({len(self.maps)} heads: too many to draw here; layers=[1] heads=[1,2] draws some, file=NAME.html all)",
+                f"({len(self.maps)} heads: too many to draw here; layers=[1] heads=[1,2] draws some)",
                 style="dim",
             )
             return
@@ -137,7 +137,7 @@ class Maps:
 
     def _lines(self, width: int, shades: str) -> Iterator[Text]:
         share = ", ".join(f"{shade} from {step:.0%}" for shade, step in zip(shades[1:], STEPS, strict=True))
-        yield Text(f"weights, a query a row and a key a column: {share}", style="dim")
+        yield Text(f"a query a row, a key a column: {share}", style="dim")
         for kind, layer in dict.fromkeys((one.kind, one.layer) for one in self.maps):
             heads = [one for one in self.maps if (one.kind, one.layer) == (kind, layer)]
             axes = self.axes[kind]

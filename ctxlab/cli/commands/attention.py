@@ -212,7 +212,7 @@ def _draw(
 
     def drawing(name: str) -> tuple[list[report.Map], dict[str, report.Axes]]:
         maps = [report.Map(one.kind, one.layer + 1, one.head + 1, one.maps[name], asdict(one.summary)) for one in found]
-        axes = {
+        axes: dict[str, report.Axes] = {
             kind: report.Axes(
                 *(_labels(tokenizer, ids, parts) for ids, parts in zip(reading.of(kind), pair, strict=True))
             )

@@ -90,9 +90,7 @@ def look(model: Model, tokens: Tensor | None, visit: Callable[[Seen], None], **i
     handles = []
     for kind, layer, mechanism in attentions(model):
 
-        def hook(
-            module: Any, operands: Any, settings: dict[str, Any], kind: Kind = kind, layer: int = layer
-        ) -> None:
+        def hook(module: Any, operands: Any, settings: dict[str, Any], kind: Kind = kind, layer: int = layer) -> None:
             q, k, v = operands
             visit(Seen(kind, layer, module, q, k, v, **settings))
 

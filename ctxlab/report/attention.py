@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,17 +99,13 @@ def heads_table(maps: Sequence[Map]) -> Grid:
     return grid
 
 
-def steps_table(steps: Sequence[Step]) -> Grid:
-    """A line a step."""
+def steps_table(steps: Sequence[Step], say: Callable[[str], str] = str) -> Grid:
+    """A line a step. say: what is printed of a label."""
     grid = Grid(["step", "reads", "writes", "p", "or", "looks at"], keys=3, left=frozenset({4, 5}))
     for place, step in enumerate(steps, start=1):
-        grid.add(
-            [
-                str(place), step.read, step.chosen, f"{step.p:.2f}",
-                "  ".join(f"{label} {p:.2f}" for label, p in step.others),
-                "  ".join(f"{label} {p:.2f}" for label, p in step.sources),
-            ]
-        )  # fmt: skip
+        others = "  ".join(f"{say(label)} {p:.3f}" for label, p in step.others)
+        sources = "  ".join(f"{say(label)} {p:.2f}" for label, p in step.sources)
+        grid.add([str(place), say(step.read), say(step.chosen), f"{step.p:.3f}", others, sources])
     return grid
 
 

@@ -108,7 +108,9 @@ def test_a_step_is_what_the_model_says_and_where_its_last_layer_looks() -> None:
         assert [token for token, _ in step.others] == order[:3]
         assert [p_other for _, p_other in step.others] == pytest.approx(p[place, order[:3]].tolist(), abs=1e-12)
         assert [j for j, _ in step.sources] == mean[place].argsort(descending=True)[:3].tolist()
-        assert [w for _, w in step.sources] == pytest.approx(mean[place].sort(descending=True)[0][:3].tolist(), abs=1e-6)
+        assert [w for _, w in step.sources] == pytest.approx(
+            mean[place].sort(descending=True)[0][:3].tolist(), abs=1e-6
+        )
 
 
 def test_two_heads_made_by_hand_that_look_up_what_followed() -> None:

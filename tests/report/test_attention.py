@@ -88,7 +88,7 @@ STEP = Step("<s>", "I", 0.625, [("We", 0.125)], [("Je", 0.5), ("</s>", 0.25)])
 
 
 def test_a_row_a_step() -> None:
-    assert steps_table([STEP]).rows == [["1", "<s>", "I", "0.62", "We 0.12", "Je 0.50  </s> 0.25"]]
+    assert steps_table([STEP]).rows == [["1", "<s>", "I", "0.625", "We 0.125", "Je 0.50  </s> 0.25"]]
 
 
 def test_the_page_holds_every_weight_and_needs_nothing_else() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -210,22 +210,26 @@ def _draw(
 ) -> None:
     tokenizer = loaded.tokenizer
 
-    def drawing(name: str) -> tuple[list[report.Map], dict[str, report.Axes]]:
+    def drawing(name: str, say: Callable[[str], str] = str) -> tuple[list[report.Map], dict[str, report.Axes]]:
         maps = [report.Map(one.kind, one.layer + 1, one.head + 1, one.maps[name], asdict(one.summary)) for one in found]
-        axes: dict[str, report.Axes] = {
-            kind: report.Axes(
-                *(_labels(tokenizer, ids, parts) for ids, parts in zip(reading.of(kind), pair, strict=True))
+        axes: dict[str, report.Axes] = {}
+        for kind, pair in groups[name].items():
+            rows, columns = (
+                [say(label) for label in _labels(tokenizer, ids, parts)]
+                for ids, parts in zip(reading.of(kind), pair, strict=True)
             )
-            for kind, pair in groups[name].items()
-        }
+            axes[kind] = report.Axes(rows, columns)
         return maps, axes
+
+    def sayable(text: str) -> str:
+        return text.encode(console.encoding, errors="replace").decode(console.encoding)
 
     title = f"{loaded.run.id}: what its heads attend to"
     texts = _said(tokenizer, reading)
-    maps, axes = drawing(_TERMINAL)
+    maps, axes = drawing(_TERMINAL, sayable)
     console.print(Text(title, style="bold"))
     for line in texts:
-        console.print(Text(line))
+        console.print(Text(sayable(line)))
     console.print()
     console.print(report.Maps(maps, axes))
     for line in _pooled(reading, groups[_TERMINAL]):
@@ -236,7 +240,7 @@ def _draw(
         console.print(Text(f"{name}: {report.MEANING[name]}", style="dim"))
     if steps:
         console.print()
-        console.print(report.steps_table(steps))
+        console.print(report.steps_table(steps, sayable))
         console.print(Text("looks at: cross-attention of the last layer, mean over its heads", style="dim"))
     for file in files:
         if file.suffix in _PICTURES:

@@ -33,11 +33,14 @@ WEIGHTS = np.array([[1.0, 0.0, 0.0], [0.64, 0.36, 0.0], [0.16, 0.04, 0.039]])
 NUMBERS = {"entropy": 1.5, "distance": 2.0, "previous": 0.25, "first": 0.5, "induction": None, "sink": None}
 
 
+THREE = Axes("abc", "abc")
+
+
 def head(number: int, layer: int = 1, kind: str = "self", weights: np.ndarray = WEIGHTS) -> Map:
     return Map(kind, layer, number, weights, NUMBERS)
 
 
-def drawn(width: int, *, encoding: str = "utf-8", heads: int = 1, axes: Axes = Axes("abc", "abc")) -> list[str]:
+def drawn(width: int, *, encoding: str = "utf-8", heads: int = 1, axes: Axes = THREE) -> list[str]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     n = len(axes.rows), len(axes.columns)
     maps = [head(one + 1, weights=WEIGHTS if n == (3, 3) else np.zeros(n)) for one in range(heads)]

@@ -162,9 +162,10 @@ def see(
         }
         pools = {head: {name: Pool(*groups[seen.kind]) for name, groups in drawings.items()} for head in asked}
         for head, rows, weights in seen.rows(asked):
-            sums[head].add(rows, weights[0])
+            p = weights[0].double()  # once for all sums
+            sums[head].add(rows, p)
             for pool in pools[head].values():
-                pool.add(rows, weights[0])
+                pool.add(rows, p)
             advance(rows.stop - rows.start)
         for head in asked:
             score = None if induction is None or seen.kind != "self" else induction.get((seen.layer, head))

@@ -22,7 +22,15 @@ FREE_TEXT_KEYS = frozenset(
 FREE_TEXT_PREFIXES = ("paths.",)
 FREE_TEXT_ENDINGS = frozenset(
     {
-        "path", "target_path", "file", "prompt_file", "prompts_file", "text_file", "include_path", "haystack", "squad",
+        "path",
+        "target_path",
+        "file",
+        "prompt_file",
+        "prompts_file",
+        "text_file",
+        "include_path",
+        "haystack",
+        "squad",
         "hotpotqa",
     }  # fmt: skip
 )

@@ -187,15 +187,16 @@ def _labelled(tokenizer: Tokenizer, reading: _Reading, steps: Sequence[seeing.St
 
 
 def _labels(tokenizer: Tokenizer, tokens: Sequence[int], groups: Sequence[int]) -> list[str]:
-    """What stands beside each part: its token or word; the first of several, with the number of tokens."""
+    """What stands beside each part: its token or word, or the place of the first of several and that token."""
     parts: list[list[int]] = [[] for _ in range(max(groups) + 1)]
-    for token, group in zip(tokens, groups, strict=True):
-        parts[group].append(token)
+    for place, group in enumerate(groups):
+        parts[group].append(place)
     labels = []
     for part in parts:
-        text = tokenizer.decode(part).strip()
-        whole = len(part) > 1 and text and len(text.split()) == 1
-        labels.append(text if whole else shown(tokenizer, part[0]) + ("…" if len(part) > 1 else ""))
+        word = tokenizer.decode(tokens[place] for place in part).strip()
+        first = shown(tokenizer, tokens[part[0]])
+        is_word = len(part) > 1 and len(word.split()) == 1
+        labels.append(word if is_word else first if len(part) == 1 else f"{part[0] + 1} {first}…")
     return labels
 
 

@@ -32,7 +32,7 @@ FREE_TEXT_ENDINGS = frozenset(
         "haystack",
         "squad",
         "hotpotqa",
-    }  # fmt: skip
+    }
 )
 
 # Keys whose value names runs: an id, a unique prefix, a path, `last`, or several of them in brackets.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -62,13 +62,16 @@ def run(config: AttentionConfig, invocation: Invocation) -> int:
     try:
         with autocast(precision, device), progress_bar(invocation.stderr_console) as start:
             reading = _read(loaded, config, text)
-            n_heads = len(heads) if heads is not None else loaded.model.config.n_heads
-            there = [(kind, layer) for kind, layer, _ in attentions(loaded.model) if kind in kinds]
-            asked = [kind for kind, layer in there if layers is None or layer in layers]
-            groups = _groups(loaded.tokenizer, reading, kinds, config, console.width, n_heads * len(asked))
-            advance = start(
-                f"looking at {len(asked) * n_heads} heads", sum(len(reading.of(k)[0]) for k in asked) * n_heads
-            )
+            each = loaded.model.config.n_heads if heads is None else len(heads)
+            asked = [
+                kind
+                for kind, layer, _ in attentions(loaded.model)
+                if kind in kinds and (layers is None or layer in layers)
+            ]
+            n = each * len(asked)
+            groups = _groups(loaded.tokenizer, reading, kinds, config, console.width, n)
+            rows = each * sum(len(reading.of(kind)[0]) for kind in asked)
+            advance = start(f"looking at {n} head{'' if n == 1 else 's'}", rows)
             induction = _induction(loaded, config) if "self" in kinds else None
             found, hidden, cross = seeing.see(
                 loaded.model, reading.tokens, groups,
@@ -134,11 +137,14 @@ def _read(loaded: LoadedRun, config: AttentionConfig, text: str) -> _Reading:
         return _Reading([*begin, *tokenizer.encode(config.target)], source, end)
     with torch.inference_mode():
         encoded = encode(loaded.model, [source], tokenizer.pad_id)
-    if config.decoding.num_beams > 1:
-        new = beam_search(loaded.model, [begin], config.decoding, stop_ids=end, encoded=encoded)[0][0].tokens
+    model: Any = loaded.model
+    most = min(config.decoding.max_new_tokens, model.position.n_positions or config.decoding.max_new_tokens)
+    decoding = config.decoding.model_copy(update={"max_new_tokens": most})
+    if decoding.num_beams > 1:
+        new = beam_search(model, [begin], decoding, stop_ids=end, encoded=encoded)[0][0].tokens
     else:
-        new = decode(loaded.model, [begin], config.decoding, seeds=[config.seed], stop_ids=end, encoded=encoded)[0]
-    if len(new) == config.decoding.max_new_tokens:  # it went on: the last token was written, and never read
+        new = decode(model, [begin], decoding, seeds=[config.seed], stop_ids=end, encoded=encoded)[0]
+    if len(new) == most:  # it went on: the last token was written, and never read
         return _Reading([*begin, *new[:-1]], source, (new[-1],))
     return _Reading([*begin, *new], source, end)
 

@@ -157,6 +157,7 @@ MISTAKES = {
     "kind": (("last", "a", "kind=cross"), r"kind: the model has no cross attention; it has self"),
     "target": (("last", "a", "target=b"), r"target: .* reads no source, so its text has no target; leave it out"),
     "file": (("last", "a", "file=a.gif"), r"file: expected a name that ends in .html, .png or .svg, got 'a.gif'"),
+    "folder": (("last", "a", "file=gone/a.html"), r"file: there is no folder gone"),
     "text file": (("last", "text_file=gone.txt"), r"text_file: gone.txt cannot be read: No such file or directory"),
     "both": (("last", "a", "text_file=b.txt"), r"text_file: is given beside text; give one of them"),
     "a word too many": (("last", "a", "b"), r"attention: 'b' is one word too many \(bare words are run and text; .*"),

@@ -96,6 +96,8 @@ def _files(setting: str, run_id: str) -> list[Path]:
         del files[1:]
     if files[0].suffix not in (".html", *_PICTURES):
         raise ConfigError(f"file: expected a name that ends in .html, .png or .svg, got '{setting}'")
+    if not files[0].parent.is_dir():
+        raise ConfigError(f"file: there is no folder {files[0].parent}")
     return files
 
 

@@ -31,6 +31,7 @@ COMMANDS = (
     Command("train", "[group=option] [key=value] [-m]", "train, validate, evaluate at many lengths", composed=True),
     Command("eval", "RUN [key=value]", "evaluate one or more runs again, side by side", composed=True),
     Command("generate", 'RUN "PROMPT" [key=value]', "stream text from a trained run", composed=True),
+    Command("attention", 'RUN "TEXT" [key=value]', "what every head of a run attends to in a text", composed=True),
     Command("profile", "[group=option] [key=value]", "memory and time of a training step by context", composed=True),
     Command(
         "plan",

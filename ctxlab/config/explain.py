@@ -47,7 +47,7 @@ _BOUNDS = {
     "less_than_equal": ("<=", "le"),
 }
 # Commands that take the model from a record, and what they leave as it is there.
-_OF_A_RUN = ("eval", "generate")
+_OF_A_RUN = ("eval", "generate", "attention")
 _RECORDED = ("model", "position", "tokenizer", "context", "optim", "init")
 _CLOSE_ENDING = 0.75  # similarity from which the last part of a key elsewhere is worth a guess
 

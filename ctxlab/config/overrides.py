@@ -16,17 +16,30 @@ from ctxlab.errors import ConfigError
 from ctxlab.registry import nearest
 
 # Values that are text, not Hydra's grammar: whole keys, every key under a prefix, and every key with such a last part.
-FREE_TEXT_KEYS = frozenset({"prompt", "text", "note", "name", "data.field", "logger.project", "logger.entity"})
+FREE_TEXT_KEYS = frozenset(
+    {"prompt", "text", "target", "note", "name", "data.field", "logger.project", "logger.entity"}
+)
 FREE_TEXT_PREFIXES = ("paths.",)
 FREE_TEXT_ENDINGS = frozenset(
-    {"path", "target_path", "file", "prompt_file", "prompts_file", "include_path", "haystack", "squad", "hotpotqa"}
+    {
+        "path",
+        "target_path",
+        "file",
+        "prompt_file",
+        "prompts_file",
+        "text_file",
+        "include_path",
+        "haystack",
+        "squad",
+        "hotpotqa",
+    }
 )
 
 # Keys whose value names runs: an id, a unique prefix, a path, `last`, or several of them in brackets.
 SELECTOR_KEYS = ("run", "init", "resume")
 
 # What a word without `key=` means, in order, for the commands that take any.
-BARE_WORDS = {"eval": ("run",), "generate": ("run", "prompt")}
+BARE_WORDS = {"eval": ("run",), "generate": ("run", "prompt"), "attention": ("run", "text")}
 
 # `--resolve` is Hydra's: what `--cfg job` prints here always has its references filled in.
 FLAGS = ("--plugin", "--config-dir", "--cfg", "--resolve", "--multirun", "--json", "--help")

@@ -7,6 +7,7 @@ from typing import Any
 
 from ctxlab.config.overrides import key_of
 from ctxlab.config.schema import (
+    AttentionConfig,
     CommandConfig,
     EvalConfig,
     GenerateConfig,
@@ -64,6 +65,8 @@ def check(config: CommandConfig) -> None:
         ]
         if len(given) > 1:
             raise ConfigError(f"{given[1]}: is given beside {given[0]}; give one of them")
+    if isinstance(config, AttentionConfig) and config.text and config.text_file != "none":
+        raise ConfigError("text_file: is given beside text; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig):
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,

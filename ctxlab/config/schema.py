@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, create_model
 
@@ -39,6 +39,7 @@ from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.settings import TrainerConfig
 
+T = TypeVar("T")
 MISSING = "???"  # OmegaConf's word for a value that is still to be given
 
 # Left out of a cell's identity: what changes where or how a run is kept, not what it computes.
@@ -61,18 +62,20 @@ def _one_line(value: str) -> str:
     return value
 
 
+def _no_repeats(value: tuple[T, ...]) -> tuple[T, ...]:
+    repeated = sorted(str(entry) for entry in value if value.count(entry) > 1)
+    if repeated:
+        raise ValueError(f"'{repeated[0]}' is given twice")
+    return value
+
+
 _LONGEST_NAME = 80
 Name = Annotated[str, AfterValidator(_one_line)]
 Checkpoint = Literal["last", "best"]
+# Layers or heads, counted from 1.
+Chosen = Literal["all"] | Annotated[tuple[int, ...], AfterValidator(_no_repeats), Field(min_length=1)]
 # A seed feeds torch and a keyed permutation: 63 bits.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-def _no_repeats(value: tuple[str, ...]) -> tuple[str, ...]:
-    repeated = {entry for entry in value if value.count(entry) > 1}
-    if repeated:
-        raise ValueError(f"'{min(repeated)}' is given twice")
-    return value
 
 
 def _one_or_several(value: Any) -> Any:
@@ -181,6 +184,25 @@ class GenerateConfig(CommandConfig):
     trainer: EvaluationTrainer = EvaluationTrainer()
 
 
+class AttentionConfig(CommandConfig):
+    """`ctxlab attention`: what the heads of a run attend to in a text."""
+
+    run: str
+    checkpoint: Checkpoint = "last"
+    text: str = ""
+    text_file: OrNone | str = "none"
+    target: OrNone | str = "none"
+    kind: Literal["all", "self", "encoder", "cross"] = "all"
+    layers: Chosen = "all"
+    heads: Chosen = "all"
+    words: bool = False
+    cells: int = Field(96, ge=8, le=1024)
+    induction: int = Field(64, ge=0)
+    file: OrAuto | OrNone | str = "auto"
+    decoding: DecodingConfig = DecodingConfig(temperature=0.0)
+    trainer: EvaluationTrainer = EvaluationTrainer(precision="fp32")
+
+
 class ProfileConfig(RecordedConfig):
     """`ctxlab profile`: memory and time of a training step at many contexts, without text."""
 
@@ -222,6 +244,7 @@ COMMANDS: dict[str, type[CommandConfig]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
+    "attention": AttentionConfig,
     "profile": ProfileConfig,
     "plan": PlanConfig,
     "show": ShowConfig,

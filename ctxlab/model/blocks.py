@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import Attention
-from ctxlab.model.attention.full import attend_to_all
+from ctxlab.model.attention.full import Full
 from ctxlab.model.attention.native import Kernel
 from ctxlab.model.cache import LayerCache
 from ctxlab.model.config import ModelConfig
@@ -176,12 +176,13 @@ class SelfAttention(nn.Module):
                 first = self.mechanism.first_needed(cache.seen)
                 k, v = cache.append(position.key(k, keys, state), v, first=first)  # (B,Hkv,S,D) twice
         bias = position.bias(raw, k.shape[2], state)
-        out, _ = self.mechanism.attend(q, k, v, scale=position.scale, causal=self.causal, bias=bias, lengths=lengths)
+        out, _ = self.mechanism(q, k, v, scale=position.scale, causal=self.causal, bias=bias, lengths=lengths)
         return out.transpose(1, 2).flatten(2)  # (B,T,H*D)
 
 
 class CrossAttention(nn.Module):
-    """Every token attends to all of an encoded source, wherever it stands: no position enters, and no mechanism.
+    """Every token attends to all of an encoded source, wherever it stands: no position enters, and no mechanism but
+    the full one.
 
     out_i = sum_j softmax_j(q_i . k_j / sqrt(D)) v_j, q from the tokens, k and v from the source: Vaswani et al. 2017,
     arXiv:1706.03762, section 3.2.3.
@@ -189,11 +190,12 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
-        self.head_dim, self.kernel = config.head_dim, kernel
+        self.head_dim = config.head_dim
         self.query = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
         self.key = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
         self.value = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.mechanism = Full(Full.Config(kernel=kernel), config, 0)
 
     def forward(self, x: Tensor, encoded: Encoded, cache: LayerCache | None) -> Tensor:
         """x (B,T,d), encoded.hidden (B,S,d) -> (B,T,d). A cache keeps the source's keys and values, made once."""
@@ -205,10 +207,7 @@ class CrossAttention(nn.Module):
                 cache.source = k.detach(), v.detach()
             k, v = cache.source
         q = self._heads(self.query(x))  # (B,H,T,D)
-        out, _ = attend_to_all(
-            q, k, v, scale=self.head_dim**-0.5, causal=False, bias=None, lengths=encoded.lengths, lse_gradient=False,
-            kernel=self.kernel,
-        )  # fmt: skip
+        out, _ = self.mechanism(q, k, v, scale=self.head_dim**-0.5, causal=False, lengths=encoded.lengths)
         return self.out(out.transpose(1, 2).flatten(2))
 
     def project(self, encoded: Encoded) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def _keys(command: str, current: str, folders: list[Path], *, first: bool) -> li
     """Groups and keys; deeper keys once their first part is typed, so that the first answer stays short."""
     groups = [f"{default.group}=" for default in catalog.defaults(command)]
     keys = [f"{key}=" for key in catalog.keys(command, folders)]
-    runs = [*_run_ids(), "last"] if command in ("eval", "generate") and first else []
+    runs = [*_run_ids(), "last"] if command in ("eval", "generate", "attention") and first else []
     found = [word for word in (*groups, *keys, *runs) if word.startswith(current)]
     if "." in current:
         return sorted(found)

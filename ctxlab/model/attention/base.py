@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -81,6 +81,10 @@ class Attention(nn.Module):
         with_sink = torch.logaddexp(lse, self.sink.to(lse.dtype)[:, None])  # (B,H,T)
         return (out * torch.exp(lse - with_sink).unsqueeze(-1)).to(out.dtype), with_sink
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """`attend`, as a block calls it: a hook on this module sees what it is given."""
+        return self.attend(q, k, v, **settings)
+
     def mix(
         self,
         q: Tensor,
@@ -95,10 +99,14 @@ class Attention(nn.Module):
         """`attend` without the sink; lse carries a gradient where there is one."""
         raise NotImplementedError
 
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        """Whether a query at position i may see a key at j, but for causality, (T,S) bool of i (T,1) and j (1,S)."""
+        return torch.ones(i.shape[0], j.shape[1], dtype=torch.bool, device=i.device)
+
     def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
         """Whether query t may see key j, (T,S) bool: the mechanism's definition, for tests and drawings only."""
-        everything = torch.ones(n_queries, n_keys, dtype=torch.bool)
-        return everything.tril(n_keys - n_queries) if causal else everything
+        i, j = torch.arange(n_keys - n_queries, n_keys)[:, None], torch.arange(n_keys)[None, :]
+        return self.sees(i, j) & (j <= i) if causal else self.sees(i, j)
 
     def first_needed(self, position: int) -> int:
         """The first key that a query at `position` or later sees; a cache forgets the keys before it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -66,11 +65,8 @@ class Local(Attention):
         """Whether every query sees the first key, and the last one too where it may look ahead."""
         return self.rule is None or (self.rule.low(n_keys - 1) == 0 and (causal or self.rule.high(0) >= n_keys))
 
-    def visible(self, n_queries: int, n_keys: int, *, causal: bool) -> Tensor:
-        i = torch.arange(n_keys - n_queries, n_keys)[:, None]
-        j = torch.arange(n_keys)[None, :]
-        seen = torch.ones(n_queries, n_keys, dtype=torch.bool) if self.rule is None else self.rule.sees(i, j)
-        return seen & (j <= i) if causal else seen
+    def sees(self, i: Tensor, j: Tensor) -> Tensor:
+        return super().sees(i, j) if self.rule is None else self.rule.sees(i, j)
 
     def first_needed(self, position: int) -> int:
         return 0 if self.rule is None else self.rule.low(position)

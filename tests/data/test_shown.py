@@ -1,0 +1,41 @@
+"""Tokens one by one: their labels, and the words that they are pieces of."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.byte import Byte
+from ctxlab.data.tokenizers.shown import shown, words_of
+
+
+class Listed(Byte):
+    """Pieces written down one by one; encoding is not asked for."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        Tokenizer.__init__(self, Byte.Config(), (b"", b"", b"", *pieces), pad=0, bos=1, eos=2)
+
+
+def test_labels_say_what_a_piece_is() -> None:
+    some = Listed(b" ne", b"\n", b"\t", "ç".encode(), b"\xc3", b"\x00", b"", "你".encode())
+    labels = [shown(some, token) for token in range(11)]
+    assert labels == ["<pad>", "<s>", "</s>", "·ne", "↵", "⇥", "ç", "<C3>", "<00>", "<9>", "你"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([b"Je", b" ne", b" par", b"le"], [0, 1, 2, 2]),
+        ([b"fran", b"\xc3", b"\xa7", b"ais", b"."], [0, 0, 0, 0, 1]),  # half a character belongs to its word
+        ([b"a", b" ", b" b", b" "], [0, 1, 1, 1]),  # spaces go with what follows, or at the end with what there is
+        ([b"n", b"'", b"est", b"-", b"ce", b" pas", b"?"], [0, 0, 0, 0, 0, 1, 2]),
+        ([b" a b", b"c d"], [0, 1]),  # a piece belongs where it begins
+        ([b"a b c", b" d"], [0, 1]),  # no number is left out
+        ([b"!", b"!"], [0, 1]),
+    ],
+)  # fmt: skip
+def test_words_are_runs_of_letters(pieces: list[bytes], expected: list[int]) -> None:
+    some = Listed(*pieces)
+    tokens = list(range(3, 3 + len(pieces)))
+    assert words_of(some, tokens) == expected
+    assert words_of(some, [1, *tokens, 2]) == [0, *(word + 1 for word in expected), expected[-1] + 2]

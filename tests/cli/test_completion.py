@@ -39,7 +39,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["train", "data.pai"], ["data.pairs="]),
         (["train", "eval.task.de"], ["eval.task.depths="]),
         (["train", "optim.sched"], ["optim.schedule="]),
-        (["train", "optim.schedule="], ["optim.schedule=constant", "optim.schedule=cosine", "optim.schedule=wsd"]),
+        (["train", "optim.schedule="], [f"optim.schedule={name}" for name in ("constant", "cosine", "noam", "wsd")]),
         (["train", "trainer.compile=t"], ["trainer.compile=true"]),
         (["train", "eval.perplexity.l"], ["eval.perplexity.lengths="]),
         (["train", "--mu"], ["--multirun"]),

@@ -32,9 +32,9 @@ Kernel = Literal["auto", "torch", "native"]
 SOURCE = Path(__file__).with_name("native.cpp")
 
 FEWEST_QUERIES = 32
-FEWEST_UNBIASED = 256
-"""Under `auto`, fewer queries go to torch; in fp32 without a bias its own fused kernel is faster below the second (measured
-on 2 cores with AVX2: 1.2 times as fast at 128 queries, 0.96 times at 256, 0.7 times at 512)."""
+FEWEST_UNBIASED = 512
+"""Under `auto`, fewer queries go to torch; in fp32 without a bias its own fused kernel is not slower below the second
+(forward and backward on 2 cores with AVX2: as fast at 128 queries, up to 1.2 times as fast at 256, 0.63 times at 512)."""
 
 PAYS_FROM = 1e13
 """Operations of a training from which on `auto` builds the kernel: minutes on two cores, against ten seconds of compiling."""

@@ -75,7 +75,11 @@ def test_every_shipped_yaml_is_valid(group: str, option: str, command: str, tmp_
         ("objective", "masked"): ["model.architecture=encoder"],
         ("objective", "span_corruption"): ["model.architecture=encoder_decoder", "tokenizer.sentinels=100"],
     }
-    more = needs.get((group, option), []) if command == "train" or (group, command) in (("attention", "profile"), ("attention", "plan")) else []
+    more = (
+        needs.get((group, option), [])
+        if command == "train" or (group, command) in (("attention", "profile"), ("attention", "plan"))
+        else []
+    )
     words = [f"{group}={option}", *more]
     config = plain(*words, command=command)
     for owner, fields in (("data", ("path",)), ("tokenizer", ("path", "file"))):

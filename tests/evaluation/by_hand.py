@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctxlab.model.transformer import Block, SelfAttention, Transformer
+from ctxlab.model.blocks import Block, SelfAttention
+from ctxlab.model.transformer import Transformer
 
 
 def nats_of_last(model: Transformer, seen: list[int], target: int) -> float:

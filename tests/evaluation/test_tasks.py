@@ -53,6 +53,7 @@ class Says(nn.Module):
         super().__init__()
         self.vocab_size, self.rule = vocab_size, rule
         self.prompts: list[list[int]] = []
+        self.embedding = nn.Embedding(vocab_size, 1)  # says where it is
 
     def new_cache(self) -> SimpleNamespace:
         return SimpleNamespace()

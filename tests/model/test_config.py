@@ -43,7 +43,7 @@ def test_resolved_config_reads_back_equal() -> None:
         ({"n_heads": 0}, "n_heads\n.*greater than 0"),
         ({"d_model": "64"}, "d_model\n.*valid integer"),
         ({"dropout": 1.0}, "dropout\n.*less than 1"),
-        ({"activation": "relu"}, "activation\n.*'swiglu', 'gelu' or 'gelu_tanh'"),
+        ({"activation": "tanh"}, "activation\n.*'swiglu', 'geglu_tanh', 'gelu', 'gelu_tanh' or 'relu'"),
         ({"d_modle": 64}, "d_modle\n.*not permitted"),
     ],
 )

@@ -82,7 +82,7 @@ def test_what_is_continued_as_a_line_is_what_a_trace_says(position: str, recompu
 
 
 def test_a_component_that_needs_numbers_is_said_by_closed_form() -> None:
-    found = Predictor(point("nano", 512, "fire")).memory(512)
+    found = Predictor(point("nano", 512, "fire", attention={"name": "full", "kernel": "torch"})).memory(512)
     assert found.way == "closed form"
     assert found.split["activations"] > 0
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ctxlab.data import windows
 from ctxlab.data.source import SOURCES
 from ctxlab.data.stream import Batch, Stage, TrainStream, train_loader
-from ctxlab.data.tasks import dataset as tasks_dataset
 from ctxlab.data.tasks.base import DoesNotFit, TextTask
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import load_tokenizer
@@ -31,7 +31,7 @@ def plain(row: Row) -> tuple[list[int], list[int]]:
 
 
 def test_rows_are_the_same_whatever_was_read_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks_dataset, "_REMEMBERED", 5)
+    monkeypatch.setattr(windows, "_REMEMBERED", 5)
     data = numbers("task/copy", examples=9)
     places = [(index, epoch) for index in range(9) for epoch in range(3)]
     expected = {place: plain(data.row("train", 32, (4, *place), place[1])) for place in places}

@@ -203,8 +203,8 @@ class AttentionConfig(CommandConfig):
     trainer: EvaluationTrainer = EvaluationTrainer(precision="fp32")
 
 
-class ProfileConfig(RecordedConfig):
-    """`ctxlab profile`: memory and time of a training step at many contexts, without text."""
+class StepConfig(RecordedConfig):
+    """A training step without text: what is measured or predicted of one."""
 
     context: Length
     vocab_size: int = Field(2048, ge=2)
@@ -213,19 +213,17 @@ class ProfileConfig(RecordedConfig):
     attention: OrNone | SerializeAsAny[Attention.Config]
     optim: SerializeAsAny[Optimizer.Config]
     trainer: TrainerConfig
+
+
+class ProfileConfig(StepConfig):
+    """`ctxlab profile`: memory and time of a training step at many contexts, without text."""
+
     profile: MeasureConfig = MeasureConfig()
 
 
-class PlanConfig(RecordedConfig):
+class PlanConfig(StepConfig):
     """`ctxlab plan`: memory of a training step, predicted, and what fits."""
 
-    context: Length
-    vocab_size: int = Field(2048, ge=2)
-    model: SizesConfig
-    position: OrNone | SerializeAsAny[Position.Config]
-    attention: OrNone | SerializeAsAny[Attention.Config]
-    optim: SerializeAsAny[Optimizer.Config]
-    trainer: TrainerConfig
     plan: PlanSettings = PlanSettings()
 
 

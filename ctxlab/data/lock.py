@@ -1,8 +1,14 @@
-"""One process at a time: a lock file beside what is being made. The system drops it when its holder dies."""
+"""One process at a time: a lock file beside what is being made; and a folder that is there whole or not at all.
+
+The system drops a lock when its holder dies.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,3 +27,16 @@ def locked(path: Path) -> Iterator[None]:
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A draft beside `folder`, whose parent is there, that takes its place when all is done, and is gone when it is not."""
+    draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    try:
+        yield draft
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise

@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 import platformdirs
 
 from ctxlab.data.corpora.base import Corpus, Document
-from ctxlab.data.lock import locked
+from ctxlab.data.lock import locked, made_whole
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.splits import SPLITS, Cut, Splits, documents, split
@@ -118,13 +116,8 @@ def _tokenizer(
             splits = _splits(corpus, facts, root, progress)
             advance = progress(f"training the tokenizer ({config.name})", 1)
             made = kind.make(config, _sample(corpus, splits))
-            draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-            try:
+            with made_whole(folder) as draft:
                 made.save(draft)
-                os.replace(draft, folder)
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
             advance(1)
     return load_tokenizer(folder)
 
@@ -132,8 +125,7 @@ def _tokenizer(
 def _make(folder: Path, corpus: Corpus, facts: dict[str, Any], made: Tokenizer, root: Path, progress: Progress) -> None:
     splits = _splits(corpus, facts, root, progress)
     total = int(splits.n_bytes.sum())
-    draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-    try:
+    with made_whole(folder) as draft:
         made.save(draft / "tokenizer")
         write_tokens(
             draft, documents(corpus, splits.cut), splits.labels, made, draft / "tokenizer",
@@ -155,12 +147,6 @@ def _make(folder: Path, corpus: Corpus, facts: dict[str, Any], made: Tokenizer, 
             "tokenizer": {"name": made.config.name, "vocab_size": made.vocab_size, "sha256": made.sha256},
         }
         (draft / _FACTS).write_text(json.dumps(described, ensure_ascii=False, indent=1), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def _splits(corpus: Corpus, facts: dict[str, Any], root: Path, progress: Progress) -> Splits:

@@ -144,17 +144,13 @@ class TrainStream(Dataset[Batch]):
         start = self.rank * share + micro * stage.micro_rows
         mine = slice(start, start + stage.micro_rows)
         rows = [source.row(int(i), int(e)) for i, e in zip(indices[mine], epochs[mine])]
-        lengths = [len(row.tokens) for row in rows]
-        tokens = np.full((len(rows), max(lengths)), self.pad_id, dtype=np.int64)
-        targets = np.full_like(tokens, IGNORED)
-        for number, row in enumerate(rows):
-            tokens[number, : lengths[number]] = row.tokens
-            targets[number, : lengths[number]] = row.targets
+        tokens, lengths = padded([row.tokens for row in rows], self.pad_id)
+        targets, _ = padded([row.targets for row in rows], IGNORED)
         encoder, encoder_lengths = sources_of(rows, self.pad_id)
         return Batch(
             torch.from_numpy(tokens),
             torch.from_numpy(targets),
-            torch.tensor(lengths),
+            torch.from_numpy(lengths),
             [list(row.segments) for row in rows] if rows[0].segments else None,
             source.n_targets(indices, epochs),
             None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
@@ -205,11 +201,17 @@ def sources_of(rows: Sequence[Row], pad_id: int) -> tuple[Tensor | None, Tensor 
     sources = [row.source for row in rows if row.source is not None]
     if not sources:
         return None, None
-    lengths = [len(source) for source in sources]
-    found = np.full((len(sources), max(lengths)), pad_id, dtype=np.int64)
-    for number, source in enumerate(sources):
-        found[number, : lengths[number]] = source
-    return torch.from_numpy(found), torch.tensor(lengths)
+    found, lengths = padded(sources, pad_id)
+    return torch.from_numpy(found), torch.from_numpy(lengths)
+
+
+def padded(sequences: Sequence[Sequence[int] | np.ndarray], fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences as rows (n, longest) int64, filled up on the right, and their lengths (n,)."""
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    rows = np.full((len(sequences), int(lengths.max())), fill, dtype=np.int64)
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return rows, lengths
 
 
 class _From(Sampler[int]):

@@ -197,16 +197,14 @@ def read_parts(config: Mapping[str, Any]) -> Parts:
     )
 
 
-def build_model(parts: Parts, *, vocab_size: int, context: int, source_vocab_size: int | None = None) -> Model:
+def build_model(parts: Parts, *, vocab_size: int, context: int) -> Model:
     """The model of these settings, with fresh weights from torch's current random state.
 
-    source_vocab_size: of a model that reads a source, where it is not the vocabulary of what it writes.
     Raises IncompatibleError when the parts do not go together.
     """
     architecture: Any = ARCHITECTURES.get(parts.model.architecture)
     chosen = (getattr(parts, part) for part in architecture.parts)
-    more = {} if source_vocab_size is None else {"source_vocab_size": source_vocab_size}
-    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context, **more)
+    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context)
     return model
 
 

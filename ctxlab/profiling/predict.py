@@ -1,4 +1,4 @@
-"""What a training step will hold in memory and how long it will take, said without running it."""
+"""What a training step will hold in memory, said without running it."""
 
 from __future__ import annotations
 

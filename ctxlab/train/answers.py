@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ctxlab.data.prepare import TextDataset
-from ctxlab.data.stream import sources_of
+from ctxlab.data.stream import padded, sources_of
 from ctxlab.data.tasks.base import TokenTask
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
@@ -58,14 +57,11 @@ def answer_labels(
         chosen = by_length[first : first + max(1, batch_tokens // width)]
         first += len(chosen)
         if number % part[1] == part[0]:
-            tokens = np.full((len(chosen), width), pad_id, dtype=np.int64)
-            targets = np.full_like(tokens, IGNORED)
-            for at, i in enumerate(chosen):
-                tokens[at, : len(rows[i].tokens)] = rows[i].tokens
-                targets[at, : len(rows[i].tokens)] = rows[i].targets
+            tokens, sizes = padded([rows[i].tokens for i in chosen], pad_id)
+            targets, _ = padded([rows[i].targets for i in chosen], IGNORED)
             labelled = torch.from_numpy(targets != IGNORED).to(device)  # (B,T)
             wanted = torch.from_numpy(targets).to(device)[labelled]  # (n,)
-            lengths = torch.tensor([len(rows[i].tokens) for i in chosen], device=device)
+            lengths = torch.from_numpy(sizes).to(device)
             source, source_lengths = sources_of([rows[i] for i in chosen], pad_id)
             read: Any = {}
             if source is not None and source_lengths is not None:
@@ -118,18 +114,11 @@ def answer_freely(
     return answers
 
 
-class TaskValidation:
-    """Scores a fixed set of the task's validation examples at the trained context, shared by the ranks.
+class RowValidation:
+    """Scores a fixed set of rows, shared by the ranks. The accuracy is of labelled places, or with `whole` of rows."""
 
-    The accuracy is of labelled places where an example has many questions, and of whole answers where it has one.
-    """
-
-    def __init__(self, dataset: TaskDataset, context: int, *, max_tokens: int, precision: Precision) -> None:
-        count = max(1, max_tokens // context)
-        self.rows = [dataset.row("validation", context, (index,), None) for index in range(count)]
-        self.pad_id = dataset.tokenizer.pad_id
-        self.precision = precision
-        self.whole = not (isinstance(dataset.task, TokenTask) and not dataset.task.generated)
+    def __init__(self, rows: Sequence[Row], *, pad_id: int, precision: Precision, whole: bool) -> None:
+        self.rows, self.pad_id, self.precision, self.whole = rows, pad_id, precision, whole
 
     def __call__(self, trainer: lightning.Trainer, model: Model, device: torch.device) -> dict[str, float]:
         """nats per scored token, and accuracy; every rank returns the same numbers."""
@@ -153,32 +142,18 @@ class TaskValidation:
         return {"nats_per_token": float(nats.sum() / count.sum()), "accuracy": float(accuracy)}
 
 
-class ObjectiveValidation:
-    """Scores a fixed set of rows of the validation split under a denoising objective, shared by the ranks."""
+def task_validation(dataset: TaskDataset, context: int, *, max_tokens: int, precision: Precision) -> RowValidation:
+    """Of the task's validation examples at the trained context: labelled places where an example has many questions, whole
+    answers where it has one."""
+    rows = [dataset.row("validation", context, (index,), None) for index in range(max(1, max_tokens // context))]
+    whole = not (isinstance(dataset.task, TokenTask) and not dataset.task.generated)
+    return RowValidation(rows, pad_id=dataset.tokenizer.pad_id, precision=precision, whole=whole)
 
-    def __init__(
-        self, objective: Denoising, dataset: TextDataset, context: int, *, max_tokens: int, precision: Precision
-    ) -> None:
-        longest = int(np.diff(dataset.splits["validation"].starts).max(initial=0)) - 1
-        self.rows, _ = objective.held_out(dataset, "validation", min(context, longest), max(1, max_tokens // context))
-        self.pad_id = dataset.tokenizer.pad_id
-        self.precision = precision
 
-    def __call__(self, trainer: lightning.Trainer, model: Model, device: torch.device) -> dict[str, float]:
-        """nats per token that is to be said, perplexity and accuracy; every rank returns the same numbers."""
-        model.eval()
-        found: Any = np.stack(
-            answer_labels(
-                model, self.rows, pad_id=self.pad_id, device=device, precision=self.precision, batch_tokens=16_384,
-                part=(trainer.global_rank, trainer.world_size),
-            )
-        ).sum(1)  # fmt: skip
-        model.train()
-        if trainer.world_size > 1:
-            found = trainer.strategy.reduce(torch.tensor(found, device=device), reduce_op="sum").cpu().numpy()
-        count, right, nats = found.tolist()
-        return {
-            "nats_per_token": nats / count,
-            "perplexity": math.exp(min(nats / count, 700.0)),
-            "accuracy": right / count,
-        }
+def objective_validation(
+    objective: Denoising, dataset: TextDataset, context: int, *, max_tokens: int, precision: Precision
+) -> RowValidation:
+    """Of text of the validation split, spoilt as the objective does: the tokens that are to be said."""
+    longest = int(np.diff(dataset.splits["validation"].starts).max(initial=0)) - 1
+    rows, _ = objective.held_out(dataset, "validation", min(context, longest), max(1, max_tokens // context))
+    return RowValidation(rows, pad_id=dataset.tokenizer.pad_id, precision=precision, whole=False)

@@ -38,7 +38,7 @@ from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.registry import nearest
-from ctxlab.train.answers import ObjectiveValidation, TaskValidation
+from ctxlab.train.answers import objective_validation, task_validation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.finite import RequireFinite
@@ -429,9 +429,9 @@ def _validation(
     if isinstance(dataset, PairDataset):
         return PairValidation(dataset, longest=context, max_tokens=most, precision=precision)
     if isinstance(dataset, TaskDataset):
-        return TaskValidation(dataset, context, max_tokens=most, precision=precision)
+        return task_validation(dataset, context, max_tokens=most, precision=precision)
     if isinstance(objective, Denoising):
-        return ObjectiveValidation(objective, dataset, context, max_tokens=most, precision=precision)
+        return objective_validation(objective, dataset, context, max_tokens=most, precision=precision)
     return Validation(dataset, context, max_tokens=most, precision=precision)
 
 

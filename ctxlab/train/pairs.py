@@ -11,18 +11,16 @@ import torch
 
 from ctxlab.data.pairs.dataset import PairDataset, Pairs
 from ctxlab.data.pairs.stream import pair_batch
+from ctxlab.data.stream import padded
 from ctxlab.model.base import Model
 from ctxlab.train.precision import Precision, autocast
 
 
 def encode(model: Any, sources: Sequence[Sequence[int]], pad_id: int) -> Any:
     """What an encoder-decoder makes of some sources, padded side by side."""
-    lengths = torch.tensor([len(source) for source in sources])
-    rows = torch.full((len(sources), int(lengths.max())), pad_id)
-    for row, source in zip(rows, sources, strict=True):
-        row[: len(source)] = torch.tensor(source)
+    rows, lengths = padded(sources, pad_id)
     device = model.embedding.weight.device
-    return model.encode(rows.to(device), lengths.to(device))
+    return model.encode(torch.from_numpy(rows).to(device), torch.from_numpy(lengths).to(device))
 
 
 @torch.inference_mode()

@@ -176,7 +176,7 @@ def test_prompts_have_limits_of_their_own() -> None:
         assert [h.tokens for h in hypotheses] == [h.tokens for h in alone]
 
 
-def test_more_beams_never_find_a_worse_best_than_full_width_and_scores_fall() -> None:
+def test_hypotheses_differ_and_the_best_comes_first() -> None:
     model = build("rope", vocab_size=12)
     found = search(model, [[3, 1]], (0,), max_new_tokens=5, num_beams=5)[0]
     assert len(found) == 5

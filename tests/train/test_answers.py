@@ -17,7 +17,7 @@ from ctxlab.data.windows import IGNORED, Row
 from ctxlab.errors import UndefinedBeyondTraining
 from ctxlab.model.generation import DecodingConfig, generate
 from ctxlab.model.transformer import Transformer
-from ctxlab.train.answers import Labels, TaskValidation, answer_freely, answer_labels
+from ctxlab.train.answers import Labels, answer_freely, answer_labels, task_validation
 from tests.model.builders import VOCAB, build, tokens
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_validation_is_of_places_where_there_are_many_questions_and_of_answers_w
 ) -> None:
     data = numbers(name, **settings)
     model = build(vocab_size=data.tokenizer.vocab_size, context=16)
-    validation = TaskValidation(data, 16, max_tokens=16 * 9, precision="fp32")
+    validation = task_validation(data, 16, max_tokens=16 * 9, precision="fp32")
     rows = [data.row("validation", 16, (index,), None) for index in range(9)]
     validation.rows = with_some_right(model, rows[:4]) + [
         Row(row.tokens, torch.where(torch.from_numpy(row.targets) == IGNORED, IGNORED, said).numpy(), ())
@@ -186,8 +186,8 @@ def test_validation_is_of_places_where_there_are_many_questions_and_of_answers_w
 
 def test_validation_is_of_the_same_examples_in_every_run_and_of_none_that_is_tested() -> None:
     data = numbers("task/mqar", pairs=(3,))
-    one, other = (TaskValidation(data, 16, max_tokens=n, precision="fp32").rows for n in (16 * 4, 16 * 4 + 15))
+    one, other = (task_validation(data, 16, max_tokens=n, precision="fp32").rows for n in (16 * 4, 16 * 4 + 15))
     assert [row.tokens.tolist() for row in one] == [row.tokens.tolist() for row in other]
     tested = [data.row("test", 16, (index,), None).tokens.tolist() for index in range(4)]
     assert not any(row.tokens.tolist() in tested for row in one)
-    assert len(TaskValidation(data, 16, max_tokens=1, precision="fp32").rows) == 1
+    assert len(task_validation(data, 16, max_tokens=1, precision="fp32").rows) == 1

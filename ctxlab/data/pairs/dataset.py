@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ctxlab.data.lock import locked
+from ctxlab.data.lock import locked, made_whole
 from ctxlab.data.pairs.parallel import Pair, Parallel, held_out
 from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
@@ -93,14 +90,8 @@ def prepare_pairs(
     folder = root / "pairs" / hashlib.sha256(key.encode()).hexdigest()[:24]
     with locked(folder):
         if not (folder / _FACTS).exists():
-            draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
-            try:
+            with made_whole(folder) as draft:
                 _make(draft, parallel, tokenizer, facts, progress)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(draft, folder)
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
     return _read(folder)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ctxlab.data.pairs.dataset import Pairs, Side
+from ctxlab.data.pairs.dataset import Pairs
 from ctxlab.data.permutation import permute, uniform
-from ctxlab.data.stream import Batch
+from ctxlab.data.stream import Batch, padded
 from ctxlab.data.windows import IGNORED
 from ctxlab.errors import DataError
 
@@ -95,8 +95,9 @@ class PairStream(Dataset[Batch]):
 
 def pair_batch(pairs: Pairs, indices: np.ndarray, pad_id: int, n_targets: int) -> Batch:
     """Some pairs side by side, padded on the right."""
-    source, source_lengths = padded(pairs.source, indices, pad_id)
-    whole, lengths = padded(pairs.target, indices, pad_id)
+    sources, targets_whole = ([side.sentence(int(i)) for i in indices] for side in (pairs.source, pairs.target))
+    source, source_lengths = padded(sources, pad_id)
+    whole, lengths = padded(targets_whole, pad_id)
     tokens, targets = whole[:, :-1].copy(), whole[:, 1:].copy()
     padding = np.arange(targets.shape[1]) >= lengths[:, None] - 1
     tokens[padding], targets[padding] = pad_id, IGNORED
@@ -109,13 +110,3 @@ def pair_batch(pairs: Pairs, indices: np.ndarray, pad_id: int, n_targets: int) -
         source=torch.from_numpy(source),
         source_lengths=torch.from_numpy(source_lengths),
     )
-
-
-def padded(side: Side, indices: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sentences as rows (n, longest) int64, and their lengths (n,)."""
-    sentences = [side.sentence(int(index)) for index in indices]
-    lengths = np.array([len(sentence) for sentence in sentences], dtype=np.int64)
-    rows = np.full((len(sentences), int(lengths.max())), pad_id, dtype=np.int64)
-    for row, sentence in zip(rows, sentences, strict=True):
-        row[: len(sentence)] = sentence
-    return rows, lengths

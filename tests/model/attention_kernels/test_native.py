@@ -245,8 +245,8 @@ def by_function(H: int) -> Bias:
 @pytest.mark.parametrize(
     ("make", "dtype", "T", "expected"),
     [
-        (no_bias, torch.float32, 64, "torch"),
-        (no_bias, torch.float32, 256, "native"),
+        (no_bias, torch.float32, native.FEWEST_UNBIASED - 1, "torch"),
+        (no_bias, torch.float32, native.FEWEST_UNBIASED, "native"),
         (no_bias, torch.bfloat16, 64, "native"),
         (distance, torch.float32, 64, "native"),
         (distance, torch.bfloat16, 64, "native"),

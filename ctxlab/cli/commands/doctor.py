@@ -7,7 +7,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +21,7 @@ USAGE = """What this machine offers: versions, cores, memory, speed, folders.
 Exit code 1 when something would keep a run from working."""
 
 _LIBRARIES = ("torch", "lightning", "hydra-core", "pydantic", "wandb", "sentencepiece", "numpy")
-_MATMUL = 1024  # side of the matrices whose product is timed
+_ENOUGH_SECONDS = 1.0  # for the rate of a matrix product
 
 Check = tuple[str, str, bool]  # what, what was found, whether it is fine
 
@@ -115,36 +114,23 @@ def _speed() -> Iterator[Check]:
     """Matrix products, timed, beside what `trainer.precision=auto` picks."""
     import torch
 
+    from ctxlab.profiling.point import matmul_rate
     from ctxlab.train.precision import resolve_device, resolve_precision
 
     yield "threads of torch", str(torch.get_num_threads()), True
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         yield "GPU", f"{torch.cuda.device_count()} x {', '.join(sorted(names))}", True
-    speeds = {dtype: _flops_per_second(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    ratio = speeds[torch.bfloat16] / speeds[torch.float32]
-    yield "fp32 matmul", f"{speeds[torch.float32] / 1e9:.0f} GFLOP/s", True
-    yield "bf16 matmul", f"{speeds[torch.bfloat16] / 1e9:.0f} GFLOP/s, {ratio:.1f} x fp32", True
+    cpu = torch.device("cpu")
+    fp32, bf16 = (matmul_rate(precision, cpu, _ENOUGH_SECONDS)["flops_per_second"] for precision in ("fp32", "bf16"))
+    yield "fp32 matmul", f"{fp32 / 1e9:.3g} GFLOP/s", True
+    yield "bf16 matmul", f"{bf16 / 1e9:.3g} GFLOP/s, {bf16 / fp32:.2g} x fp32", True
     from ctxlab.model.attention import native
 
     reason = native.why_not()
     state = "built" if native.is_built() else "not built yet: the first long training on CPU does it, in ten seconds"
     yield "attention kernel", state if reason is None else f"none, attention runs in torch: {reason}", True
     yield "precision", f"trainer.precision=auto is {resolve_precision('auto', resolve_device('auto'))} here", True
-
-
-def _flops_per_second(dtype: object) -> float:
-    """Best of five products of two square matrices, on the CPU."""
-    import torch
-
-    a = torch.randn(_MATMUL, _MATMUL).to(dtype)  # type: ignore[call-overload]
-    a @ a
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * _MATMUL**3 / best
 
 
 def _folders() -> Iterator[Check]:

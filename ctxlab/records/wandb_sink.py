@@ -170,7 +170,7 @@ class WandbSink:
                 raise ConfigError(f"logger.mode: W&B refused the run ({reason}); use logger.mode=offline") from error
             self._warn(
                 f"W&B cannot be reached ({reason}); the run is mirrored offline, "
-                f"to be uploaded with: wandb sync {run.path / 'wandb'}/offline-run-*"
+                f"to be uploaded with: ctxlab sync {self._record.id}"
             )
             wandb.teardown()  # its helper still holds the run's id
             wandb.setup(settings=wandb.Settings(silent=True))

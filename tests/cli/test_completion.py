@@ -29,6 +29,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (["tr"], ["train"]),
         (["--v"], ["--version"]),
+        (["sync", "nano-a"], ["nano-alibi-256-a2b3"]),
         (["train", "posi"], ["position.", "position="]),
         (["train", "conte"], ["context="]),
         (["train", "position=al"], ["position=alibi"]),

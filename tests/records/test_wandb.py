@@ -402,5 +402,5 @@ sink.measure(scores(256, 3.5)); sink.finish(3); run.finish("failed")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("warned: W&B cannot be reached (")
         run = the_run(tmp_path / "runs")
-        assert f"wandb sync {run.path / 'wandb'}/offline-run-*" in done.stdout
+        assert f"ctxlab sync {run.id}" in done.stdout
         assert [row["train/loss"] for row in leet.history(leet.inspect(run.path))] == [4.0]

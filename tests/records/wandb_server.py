@@ -13,7 +13,8 @@ from typing import Any
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """`history` holds the rows of metrics that arrived, `uploads` the names of files, `operations` what was asked."""
+    """`history` holds the rows of metrics that arrived, `uploads` the names of files, `views` the saved
+    workspaces and reports, `operations` what was asked."""
 
     daemon_threads = True
 
@@ -23,8 +24,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.buckets: list[dict[str, Any]] = []
         self.history: list[dict[str, Any]] = []
         self.uploads: list[str] = []
+        self.views: list[dict[str, Any]] = []
         self.exit_codes: list[int] = []
         self.known_key = True
+        self.silent = threading.Event()  # set: what is asked of the API gets no answer until `running` ends
+        self.ended = threading.Event()
 
     @property
     def url(self) -> str:
@@ -63,6 +67,13 @@ class Server(http.server.ThreadingHTTPServer):
                 for file in variables["input"]["artifactFiles"]
             ]  # fmt: skip
             return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if operation == "GetProjects":
+            return {"models": {"edges": [], "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+        if operation.lower().startswith("upsertview"):
+            self.views.append(variables)
+            told = {name: variables.get(name) for name in ("name", "displayName", "description", "type", "spec")}
+            owner = {"project": {"id": "UA==", "name": variables["projectName"], "entityName": variables["entityName"]}}
+            return {"upsertView": {"view": {"id": "Vmlldzox", **told, **owner}, "inserted": True}}
         if operation == "CommitArtifact":
             return {"commitArtifact": {"artifact": {"id": "QQ==", "digest": ""}}}
         return {
@@ -91,6 +102,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = gzip.decompress(body)
         answer, status = {}, 200
         if self.path == "/graphql":
+            if self.server.silent.is_set():
+                self.server.ended.wait()
             asked = json.loads(body)
             operation = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])
             data = self.server.answer(operation[1] if operation else "", asked.get("variables") or {})
@@ -125,5 +138,6 @@ def running() -> Iterator[Server]:
         try:
             yield server
         finally:
+            server.ended.set()
             server.shutdown()
             thread.join()

@@ -88,6 +88,8 @@ def complete(words: list[str]) -> list[str]:
     if command == "runs":
         first = ("show", "diff", "tag", "note", "rm") if len(words) == 2 else ("last",)
         return [word for word in (*first, *_run_ids()) if word.startswith(current)]
+    if command == "sync":
+        return [word for word in ("last", *_run_ids()) if word.startswith(current)]
     if command == "experiment":
         return [word for word in _of_experiment(words) if word.startswith(current)]
     if not any(c.name == command and c.composed for c in COMMANDS):

@@ -161,4 +161,4 @@ def _nearest_existing(folder: Path) -> Path:
 
 def _mirror() -> Iterator[Check]:
     mode = os.environ.get("WANDB_MODE", "offline (WANDB_MODE is not set)")
-    yield "W&B", f"mode {mode}; runs go to their own folder and are uploaded with wandb sync", True
+    yield "W&B", f"mode {mode}; runs go to their own folder and are uploaded with ctxlab sync", True

@@ -13,6 +13,10 @@ from rich.console import Console
 
 from ctxlab.cli.console import progress_bar
 from ctxlab.data.corpora.base import Corpus
+from ctxlab.data.labelled.classification import Classification
+from ctxlab.data.labelled.questions import QuestionDataset, prepare_questions
+from ctxlab.data.labelled.squad import Squad
+from ctxlab.data.labelled.texts import LabelDataset, prepare_texts
 from ctxlab.data.pairs.dataset import PairDataset, prepare_pairs
 from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.prepare import TextDataset, prepare
@@ -21,6 +25,7 @@ from ctxlab.data.tasks.base import Task, TextTask, haystack_corpus
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.errors import RecordError
+from ctxlab.evaluation.classification import ClassificationConfig, evaluate_classification
 from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
 from ctxlab.evaluation.objective import HeldOutConfig, evaluate_objective
@@ -32,12 +37,13 @@ from ctxlab.evaluation.perplexity import (
     compared,
     evaluate_perplexity,
 )
+from ctxlab.evaluation.qa import QAConfig, evaluate_qa
 from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.evaluation.translation import TranslationConfig, evaluate_translation
 from ctxlab.model.base import Model
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
-from ctxlab.records.schema import DocumentSums, Measurement
+from ctxlab.records.schema import DocumentSums, Measurement, TaskItem
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
@@ -56,11 +62,15 @@ _CAUSAL = Causal.Config()
 
 
 def prepare_data(data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console) -> Dataset:
-    """Text or pairs and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
+    """Text, pairs or labelled examples and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
     folder = None if cache == "auto" else Path(cache).expanduser()
     with progress_bar(console) as start:
         if isinstance(data, Parallel.Config):
             return prepare_pairs(data, tokenizer, cache=folder, progress=start)
+        if isinstance(data, Squad.Config):
+            return prepare_questions(data, tokenizer, cache=folder, progress=start)
+        if isinstance(data, Classification.Config):
+            return prepare_texts(data, tokenizer, cache=folder, progress=start)
         if isinstance(data, Task.Config):
             return prepare_task(data, tokenizer, cache=folder, progress=start)
         return prepare(data, tokenizer, cache=folder, progress=start)
@@ -104,12 +114,14 @@ def score(
     against: tuple[str, Sequence[DocumentSums]] | None = None,
     objective_config: Objective.Config = _CAUSAL,
     learned: tuple[Corpus.Config, ...] = (),
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    untuned: Model | None = None,
 ) -> Sequence[DocumentSums]:
     """Every evaluation of the config, into the record. `axes` tell several runs of one evaluation apart.
 
     `keep` takes the nats of single targets, for what can only be said of several runs. `against` is the run that this one is
     compared with in pairs, and its sums by document; returned are this one's. `learned` are the corpora that the model was
-    trained on (`training_corpora`).
+    trained on (`training_corpora`), `facts` those of the data it was trained on last, `untuned` is the model as it was before.
     """
     documents: dict[int, DocumentScores] = {}
     sums: Sequence[DocumentSums] = ()
@@ -123,6 +135,14 @@ def score(
             run.write_items([item.model_copy(update={"axes": dict(axes)}) for item in items])
         return sums
     objective = OBJECTIVES.get(objective_config.name)(objective_config)
+    if isinstance(dataset, QuestionDataset | LabelDataset):
+        rows, items = score_labelled(
+            model, dataset, objective, evaluations, context=context, device=device, precision=precision, console=console,
+            learned=facts, untuned=untuned,
+        )  # fmt: skip
+        sink.measure(along(rows, axes))
+        run.write_items([item.model_copy(update={"axes": {**axes, **item.axes}}) for item in items])
+        return sums
     if isinstance(objective, Denoising):
         if isinstance(evaluations.objective, HeldOutConfig) and isinstance(dataset, TextDataset):
             with progress_bar(console) as start:
@@ -170,6 +190,28 @@ def score(
         sink.measure(along(rows, axes))
         run.write_documents({context: counted}, axes={**axes, "baseline": BASELINE})
     return sums
+
+
+def score_labelled(
+    model: Model,
+    dataset: QuestionDataset | LabelDataset,
+    objective: Objective,
+    evaluations: Evaluations,
+    *,
+    console: Console,
+    untuned: Model | None,
+    **how: Any,
+) -> tuple[list[Measurement], list[TaskItem]]:
+    """What the evaluation that goes with the data has found; nothing where none is asked for."""
+    with progress_bar(console) as start:
+        if isinstance(dataset, LabelDataset):
+            if isinstance(evaluations.classification, ClassificationConfig):
+                return evaluate_classification(
+                    model, dataset, objective, evaluations.classification, progress=start, **how
+                )
+        elif isinstance(evaluations.qa, QAConfig):
+            return evaluate_qa(model, dataset, objective, evaluations.qa, untuned=untuned, progress=start, **how)
+    return [], []
 
 
 def score_tasks(

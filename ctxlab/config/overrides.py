@@ -24,6 +24,7 @@ FREE_TEXT_ENDINGS = frozenset(
     {
         "path",
         "target_path",
+        "test_path",
         "file",
         "prompt_file",
         "prompts_file",

@@ -16,7 +16,6 @@ from ctxlab.config.schema import (
     ShowConfig,
     TrainConfig,
 )
-from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
 from ctxlab.errors import ConfigError, IncompatibleError
@@ -95,7 +94,9 @@ def _objective(config: TrainConfig) -> None:
     """An objective trains some architectures, on some kinds of data."""
     objective, architecture = OBJECTIVES.get(config.objective.name), config.model.architecture
     if architecture not in objective.architectures:
-        fitting = [name for name in OBJECTIVES.names() if architecture in OBJECTIVES.get(name).architectures]
+        data = SOURCES.get(config.data.name)
+        trained = [name for name in OBJECTIVES.names() if architecture in OBJECTIVES.get(name).architectures]
+        fitting = [name for name in trained if not OBJECTIVES.get(name).why_not(data)] or trained
         raise IncompatibleError(
             f"objective: {config.objective.name} trains model.architecture={' or '.join(objective.architectures)}, not "
             f"{architecture}; use {' or '.join(f'objective={name}' for name in fitting)}"
@@ -114,8 +115,10 @@ def _objective(config: TrainConfig) -> None:
         raise IncompatibleError(f"eval.objective: {config.objective.name} is scored by perplexity; use eval=perplexity")
     if denoising and config.data.packs:
         raise IncompatibleError(f"data.packed: {config.objective.name} makes its rows of one document each; use false")
-    if isinstance(config.data, Parallel.Config) and config.trainer.context_schedule:
-        raise IncompatibleError("trainer.context_schedule: pairs are as long as they are; leave the schedule out")
+    if SOURCES.get(config.data.name).scored_by and config.trainer.context_schedule:
+        raise IncompatibleError(
+            f"trainer.context_schedule: the examples of {config.data.name} are as long as they are; leave the schedule out"
+        )
 
 
 def _tasks(config: TrainConfig | EvalConfig) -> None:
@@ -132,13 +135,19 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         return
     kind = SOURCES.get(data.name)
     is_task, in_numbers = issubclass(kind, Task), issubclass(kind, TokenTask)
-    if issubclass(kind, Parallel):
-        asked = [part for part, settings in config.eval if settings != "none" and part != "translation"]
-        if asked:
-            raise IncompatibleError(f"eval.{asked[0]}: data=parallel has pairs and no text; use eval=translation")
+    asked = [part for part, settings in config.eval if settings != "none"]
+    for part in asked:
+        if kind.scored_by and part != kind.scored_by:
+            raise IncompatibleError(
+                f"eval.{part}: data={data.name} is scored by {kind.scored_by}; use eval={kind.scored_by}"
+            )
+        goes_with = [name for name in SOURCES.names() if SOURCES.get(name).scored_by == part]
+        if goes_with and data.name not in goes_with:
+            raise IncompatibleError(
+                f"eval.{part}: {data.name} has nothing to be scored by it; use data={goes_with[0]} data.path=FILE"
+            )
+    if kind.scored_by:
         return
-    if config.eval.translation != "none":
-        raise IncompatibleError(f"eval.translation: {data.name} has no pairs; use data=parallel data.path=FILE")
     if isinstance(config, TrainConfig):
         if in_numbers != (config.tokenizer.name == "ids"):
             right = "ids" if in_numbers else "unigram, bpe, byte or file"
@@ -183,7 +192,7 @@ def _budget(config: TrainConfig) -> None:
             f"trainer.batch_tokens: {trainer.batch_tokens} tokens hold no window of context={config.context}; "
             f"set trainer.batch_tokens to {config.context} or more"
         )
-    if isinstance(config.data, Parallel.Config):
+    if SOURCES.get(config.data.name).scored_by:
         _schedule(config)
         return
     rows = trainer.batch_tokens // config.context

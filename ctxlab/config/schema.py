@@ -17,10 +17,12 @@ from ctxlab.config.explain import explain_invalid
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
 from ctxlab.errors import ConfigError
+from ctxlab.evaluation.classification import ClassificationConfig
 from ctxlab.evaluation.harness import HarnessConfig
 from ctxlab.evaluation.ngram import NGramConfig
 from ctxlab.evaluation.objective import HeldOutConfig
 from ctxlab.evaluation.perplexity import PerplexityConfig
+from ctxlab.evaluation.qa import QAConfig
 from ctxlab.evaluation.tasks import NeedleGrid, OwnTask, PasskeyGrid, Ruler
 from ctxlab.evaluation.translation import TranslationConfig
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
@@ -113,6 +115,8 @@ class Evaluations(ComponentConfig):
     ruler: OrNone | Ruler = "none"
     lm_eval: OrNone | HarnessConfig = "none"
     translation: OrNone | TranslationConfig = "none"
+    qa: OrNone | QAConfig = "none"
+    classification: OrNone | ClassificationConfig = "none"
     objective: OrNone | HeldOutConfig = "none"
 
 

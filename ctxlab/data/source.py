@@ -1,4 +1,5 @@
-"""What training data may be: a corpus of text, a task that makes its examples, or pairs of sentences. `data=NAME` picks one."""
+"""What training data may be: a corpus of text, a task that makes its examples, pairs of sentences, or what people have labelled.
+`data=NAME` picks one."""
 
 from __future__ import annotations
 
@@ -14,13 +15,17 @@ from ctxlab.registry import ComponentConfig, Registry
 
 
 class Source(ABC):
-    """Where training rows come from. Its kinds are `Corpus`, `Task` and `Parallel`."""
+    """Where training rows come from. Its kinds are `Corpus`, `Task`, `Parallel`, `Squad` and `Classification`."""
 
     source: ClassVar[str] = ""
     """Where it comes from, for `ctxlab list`."""
 
     implies: ClassVar[Mapping[str, str]] = {}
     """group -> the option that a line means by choosing this data, unless it says otherwise."""
+
+    scored_by: ClassVar[str] = ""
+    """The one evaluation that goes with it, where there is one. Its examples are as long as they are: a step reads as many of
+    them as fill its tokens."""
 
     class Config(ComponentConfig):
         name: str
@@ -40,4 +45,6 @@ class Source(ABC):
         """Makes sure that what it reads is on this machine. Raises DataError in one line when it cannot be."""
 
 
-SOURCES: Registry[Source] = Registry("data", "ctxlab.data.corpora", "ctxlab.data.tasks", "ctxlab.data.pairs")
+SOURCES: Registry[Source] = Registry(
+    "data", "ctxlab.data.corpora", "ctxlab.data.tasks", "ctxlab.data.pairs", "ctxlab.data.labelled"
+)

@@ -144,19 +144,11 @@ class TrainStream(Dataset[Batch]):
         start = self.rank * share + micro * stage.micro_rows
         mine = slice(start, start + stage.micro_rows)
         rows = [source.row(int(i), int(e)) for i, e in zip(indices[mine], epochs[mine])]
-        tokens, lengths = padded([row.tokens for row in rows], self.pad_id)
-        targets, _ = padded([row.targets for row in rows], IGNORED)
-        encoder, encoder_lengths = sources_of(rows, self.pad_id)
-        return Batch(
-            torch.from_numpy(tokens),
-            torch.from_numpy(targets),
-            torch.from_numpy(lengths),
-            [list(row.segments) for row in rows] if rows[0].segments else None,
+        return row_batch(
+            rows,
+            self.pad_id,
             source.n_targets(indices, epochs),
             None if goes_on is None else torch.from_numpy(goes_on[mine].copy()),
-            source=encoder,
-            source_lengths=encoder_lengths,
-            few_targets=bool(2 * (targets != IGNORED).sum() < targets.size),
         )
 
     def _shuffled(self, stage: Stage, first: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -194,6 +186,24 @@ class TrainStream(Dataset[Batch]):
 
     def _in_step(self, stage: Stage) -> int:
         return stage.rows // self.world // stage.micro_rows
+
+
+def row_batch(rows: Sequence[Row], pad_id: int, n_targets_in_step: int, goes_on: Tensor | None = None) -> Batch:
+    """Rows side by side, padded on the right."""
+    tokens, lengths = padded([row.tokens for row in rows], pad_id)
+    targets, _ = padded([row.targets for row in rows], IGNORED)
+    source, source_lengths = sources_of(rows, pad_id)
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(targets),
+        torch.from_numpy(lengths),
+        [list(row.segments) for row in rows] if rows[0].segments else None,
+        n_targets_in_step,
+        goes_on,
+        source=source,
+        source_lengths=source_lengths,
+        few_targets=bool(2 * (targets != IGNORED).sum() < targets.size),
+    )
 
 
 def sources_of(rows: Sequence[Row], pad_id: int) -> tuple[Tensor | None, Tensor | None]:

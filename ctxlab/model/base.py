@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import SizesConfig
+from ctxlab.model.heads import TaskHead
 from ctxlab.model.loss import chunk_for, smoothed_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
@@ -69,6 +70,7 @@ class Model(nn.Module):
         self.vocab_size = vocab_size
         self.context = context
         self.recompute: Recompute = "none"  # what backward computes again instead of keeping it
+        self.task_head: TaskHead | None = None  # what is trained in place of the head, where a task is fine-tuned
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
 
     @classmethod

@@ -16,6 +16,7 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.denoising import denoising_rows, show_denoising
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
+from ctxlab.report.labelled import labelled_rows, show_labelled
 from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
 from ctxlab.report.results import (
     by_context,
@@ -202,6 +203,8 @@ def show_training(run: Run, console: Console) -> None:
     show_heading(run, console)
     if is_translation(measurements):
         show_translation([m for m in measurements if m.context is None], run.items(), console)
+    elif labelled_rows(measurements):
+        show_labelled([("this one", measurements, run.items())], console)
     elif measurements:
         show_lengths(measurements, trained, console)
     figure = save_loss_by_length([run], run.path / "loss_by_length.png")
@@ -214,7 +217,7 @@ def show_training(run: Run, console: Console) -> None:
         more = f"{where}ctxlab eval {record.id} eval.translation.num_beams=8"
         show_next(console, (prompt, "translate"), (more, "score it again"), look)
         return
-    if denoising_rows(measurements):
+    if denoising_rows(measurements) or labelled_rows(measurements):
         show_next(console, (f"{where}ctxlab eval {record.id}", "score it again"), look)
         return
     position = value_at(record.config, "position")
@@ -306,6 +309,13 @@ def show_evaluation(run: Run, parents: Sequence[Run], console: Console) -> None:
         items = run.items()
         first = [item for item in items if item.axes.get("run") in (None, parents[0].id)]
         show_translation([m for m in measurements if m.context is None], first, console)
+    elif labelled_rows(measurements):
+        shown = [
+            (parent.id, [m for m in measurements if m.axes.get("run", parent.id) == parent.id]) for parent in parents
+        ]
+        items = run.items()
+        named = [(name, rows, [i for i in items if i.axes.get("run", name) == name]) for name, rows in shown]
+        show_labelled(named, console)
     elif len(parents) == 1:
         console.print(Text(f"{parents[0].id}, evaluated again", style="bold"))
         trained = parents[0].record.config["context"]
@@ -342,6 +352,9 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     named = list(zip(labels(runs), runs, strict=True))
     show_compared_tasks([(name, run.measurements(), run.items()) for name, run in named], console)
     measured = [m for run in runs for m in run.measurements() if "task" not in m.axes]
+    if labelled_rows(measured):
+        show_labelled([(name, run.measurements(), run.items()) for name, run in named], console)
+        return
     if measured and not any(m.name in _SCORES for m in measured):
         for grid in cost_tables(runs):
             console.print(grid)

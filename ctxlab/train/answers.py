@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ctxlab.data.by_length import Examples
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import padded, sources_of
 from ctxlab.data.tasks.base import TokenTask
@@ -45,6 +46,7 @@ def answer_labels(
     advance: Callable[[int], None] = lambda _: None,
 ) -> Labels:
     """The likeliest token at every labelled place, given the example's own tokens: those before it, or all of an encoder's.
+    Of a model with a task head: its likeliest choices.
 
     A model that is right at every label of an answer is one whose greedy generation is that answer.
     `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
@@ -59,7 +61,7 @@ def answer_labels(
         if number % part[1] == part[0]:
             tokens, sizes = padded([rows[i].tokens for i in chosen], pad_id)
             targets, _ = padded([rows[i].targets for i in chosen], IGNORED)
-            labelled = torch.from_numpy(targets != IGNORED).to(device)  # (B,T)
+            labelled = torch.from_numpy(targets != IGNORED).to(device)  # (B,T), or (B,k) of a task's head
             wanted = torch.from_numpy(targets).to(device)[labelled]  # (n,)
             lengths = torch.from_numpy(sizes).to(device)
             source, source_lengths = sources_of([rows[i] for i in chosen], pad_id)
@@ -67,8 +69,11 @@ def answer_labels(
             if source is not None and source_lengths is not None:
                 read = {"source": source.to(device), "source_lengths": source_lengths.to(device)}
             with autocast(precision, device):
-                hidden = model.hidden(torch.from_numpy(tokens).to(device), lengths=lengths, **read)[labelled]  # (n, d)
-                logits = [model.logits(some).float() for some in hidden.split(_LOGITS)]
+                hidden = model.hidden(torch.from_numpy(tokens).to(device), lengths=lengths, **read)  # (B,T,d)
+                if model.task_head is not None:
+                    logits = list(model.task_head.scores(hidden, lengths)[labelled].split(_LOGITS))
+                else:
+                    logits = [model.logits(some).float() for some in hidden[labelled].split(_LOGITS)]
             right = torch.cat([some.argmax(-1) for some in logits]) == wanted
             parts = zip(logits, wanted.split(_LOGITS))
             nats = torch.cat([F.cross_entropy(some, goal, reduction="none") for some, goal in parts])
@@ -157,3 +162,11 @@ def objective_validation(
     longest = int(np.diff(dataset.splits["validation"].starts).max(initial=0)) - 1
     rows, _ = objective.held_out(dataset, "validation", min(context, longest), max(1, max_tokens // context))
     return RowValidation(rows, pad_id=dataset.tokenizer.pad_id, precision=precision, whole=False)
+
+
+def example_validation(examples: Examples, *, max_tokens: int, pad_id: int, precision: Precision) -> RowValidation:
+    """Of what people have labelled: the first examples of the validation split that `max_tokens` hold, right as a whole."""
+    kept = examples.kept
+    short = kept[: max(1, int(np.searchsorted(np.cumsum(examples.tokens[kept]), max_tokens, side="right")))]
+    rows = [examples.row(int(index)) for index in short]
+    return RowValidation(rows, pad_id=pad_id, precision=precision, whole=True)

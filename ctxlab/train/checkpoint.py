@@ -29,6 +29,7 @@ from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.beam import beam_search
 from ctxlab.model.generation import DecodingConfig, decode, generate
 from ctxlab.records.store import Run, RunStore
+from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.train.pairs import encode
 
 WEIGHTS, TRAINING, FACTS = "weights.safetensors", "training.pt", "checkpoint.json"
@@ -287,6 +288,8 @@ def open_run(
         config = {**config, "attention": attention}
     with torch.device("meta"):
         model = build_model(read_parts(config), vocab_size=tokenizer.vocab_size, context=config["context"])
+        objective = OBJECTIVES.config(config.get("objective", {"name": "causal"}))
+        model.task_head = OBJECTIVES.get(objective.name)(objective).head(model.config, run.record.provenance.data)
     weights = load_weights(found, device)
     try:
         model.load_state_dict(weights, assign=True)

@@ -22,6 +22,9 @@ from rich.console import Console
 from rich.text import Text
 from torch.utils.data import DataLoader
 
+from ctxlab.data.by_length import ExampleStream
+from ctxlab.data.labelled.questions import QuestionDataset
+from ctxlab.data.labelled.texts import LabelDataset
 from ctxlab.data.pairs.dataset import PairDataset
 from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.prepare import TextDataset
@@ -38,7 +41,7 @@ from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.registry import nearest
-from ctxlab.train.answers import objective_validation, task_validation
+from ctxlab.train.answers import example_validation, objective_validation, task_validation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.finite import RequireFinite
@@ -58,11 +61,12 @@ from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 from ctxlab.train.scoring import Validation
 from ctxlab.train.settings import TrainerConfig
 
-Dataset = TextDataset | TaskDataset | PairDataset
+Dataset = TextDataset | TaskDataset | PairDataset | QuestionDataset | LabelDataset
 """What a run is trained on."""
 
 VALIDATIONS_IN_A_RUN = 5
 CHECKPOINTS_IN_A_RUN = 10
+_HEAD = "task_head"  # what a task's own head is called among the weights
 ACTIVATION_SHARE = 0.4  # of the machine's memory, for one micro-batch: weights, optimizer and the caches need the rest
 
 
@@ -121,16 +125,16 @@ def fit(
     saved = find_checkpoint(folder) if resume else None
     state = load_training(saved) if saved else None
 
-    torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
-    parts = Parts(settings.model, settings.position, settings.attention)
-    model = build_model(parts, vocab_size=vocab_size, context=settings.context)
+    model, fresh = starting_model(settings, dataset, None if saved else initial)
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:
         load_into(model, load_weights(saved), "resume")
-    elif initial is not None:
-        load_into(model, initial, "init")
+    elif initial is not None and fresh:
+        console.print(Text(f"init: {fresh} is new and starts from chance; all else from the run"), soft_wrap=True)
     freeze(model, config.freeze)
+    if model.task_head is not None:
+        leave_unread(model)
     if config.compile:
         require_compiler(device)
         model.compile_blocks()
@@ -188,8 +192,37 @@ def fit(
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
             **({"attention_kernel": native.ran()} if native.ran() else {}),
+            **({"fresh": [fresh]} if fresh and initial is not None else {}),
         },
     )
+
+
+def starting_model(
+    settings: TrainSettings, dataset: Dataset, initial: dict[str, torch.Tensor] | None
+) -> tuple[Model, str]:
+    """The model that a run starts from, the same each time, and the name of the task head that is in none of the `initial`
+    weights, if there is one. Moves torch's random state: initial weights and dropout; the order of the data has a key of its own.
+    """
+    torch.manual_seed(settings.seed)
+    parts = Parts(settings.model, settings.position, settings.attention)
+    model = build_model(parts, vocab_size=dataset.tokenizer.vocab_size, context=settings.context)
+    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
+    model.task_head = objective.head(settings.model, dataset.facts)
+    if initial is None:
+        return model, _HEAD if model.task_head is not None else ""
+    own = {name: weight for name, weight in model.state_dict().items() if name.startswith(f"{_HEAD}.")}
+    given = {name: weight for name, weight in initial.items() if name.startswith(f"{_HEAD}.")}
+    body = {name: weight for name, weight in initial.items() if name not in given}
+    goes_on = {name: w.shape for name, w in own.items()} == {name: w.shape for name, w in given.items()}
+    load_into(model, {**body, **(given if goes_on else own)}, "init")
+    return model, "" if goes_on else _HEAD
+
+
+def leave_unread(model: Model) -> None:
+    """Takes out of training what only the model's own head reads: beside a task head nothing does."""
+    for part in (model.head, getattr(model, "head_layer", None)):
+        if part is not None:
+            part.requires_grad_(False)
 
 
 def _prepare_attention(
@@ -221,8 +254,9 @@ def plan(
     """The stages of a run and what its rank reads in them. `before`: the rows at once of each context that a run goes on
     with; `fitting`: how many rows of a context fit."""
     config = settings.trainer
-    if isinstance(dataset, PairDataset):
-        # A step has batch_tokens tokens whatever its pairs' lengths: one row of that many, cut in micro-batches.
+    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
+    if isinstance(dataset, PairDataset | QuestionDataset | LabelDataset):
+        # A step has batch_tokens tokens whatever its examples' lengths: one row of that many, cut in micro-batches.
         step = config.batch_tokens
         single = config.model_copy(update={"micro_batch": 1})
         budget = plan_budget(single, step, world=1, fitting_rows=lambda _: 1)
@@ -230,18 +264,21 @@ def plan(
         fits = fitting(settings.context) * settings.context // 2  # source and target, and the padding of both
         if config.micro_batch != "auto":
             fits = config.micro_batch * settings.context
+        shares = {
+            "n_steps": budget.n_steps, "n_micro": -(-share // max(fits, 1)), "rank": rank, "world": config.devices,
+            "pad_id": dataset.tokenizer.pad_id,
+        }  # fmt: skip
+        if not isinstance(dataset, PairDataset):
+            examples = objective.examples(dataset, "train", settings.context)
+            return budget, ExampleStream(examples, batch_tokens=step, seed=settings.seed, **shares)
         order = PairOrder(dataset.splits["train"], batch_tokens=step, seed=settings.seed, longest=settings.context)
-        return budget, PairStream(
-            order, n_steps=budget.n_steps, n_micro=-(-share // max(fits, 1)), rank=rank, world=config.devices,
-            pad_id=dataset.tokenizer.pad_id,
-        )  # fmt: skip
+        return budget, PairStream(order, **shares)
     budget = plan_budget(
         config,
         settings.context,
         world=config.devices,
         fitting_rows=lambda context: before.get(context) or fitting(context),
     )
-    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
     return budget, TrainStream(
         functools.partial(objective.rows, dataset, seed=settings.seed, packed=settings.packed),
         seed=settings.seed,
@@ -428,6 +465,9 @@ def _validation(
     objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
     if isinstance(dataset, PairDataset):
         return PairValidation(dataset, longest=context, max_tokens=most, precision=precision)
+    if isinstance(dataset, QuestionDataset | LabelDataset):
+        examples = objective.examples(dataset, "validation", context)
+        return example_validation(examples, max_tokens=most, pad_id=dataset.tokenizer.pad_id, precision=precision)
     if isinstance(dataset, TaskDataset):
         return task_validation(dataset, context, max_tokens=most, precision=precision)
     if isinstance(objective, Denoising):

@@ -17,7 +17,7 @@ from ctxlab.train.optim.base import Optimizer, rate_factor
 
 
 class LanguageModel(lightning.LightningModule):
-    """Trains a model to predict tokens: the next of a text, or those of a target from its source.
+    """Trains a model to predict tokens: the next of a text, those of a target from its source; or to choose as its task head does.
 
     One optimizer step sees the whole global batch: with N the scored targets of that batch over all ranks and
     micro-batches, the loss is (sum of nats) / N exactly, whatever the micro-batch and however ragged the rows
@@ -65,10 +65,13 @@ class LanguageModel(lightning.LightningModule):
             batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch), **source
         )  # (B, T, d_model)
         targets = batch.targets
-        if batch.few_targets:
-            scored = targets != IGNORED
-            hidden, targets = hidden[scored].unsqueeze(0), targets[scored].unsqueeze(0)  # (1, n, d_model), (1, n)
-        losses, nats = self.model.losses(hidden, targets, self.smoothing)
+        if self.model.task_head is not None:
+            losses, nats = self.model.task_head.losses(hidden, targets, batch.lengths, self.smoothing)
+        else:
+            if batch.few_targets:
+                scored = targets != IGNORED
+                hidden, targets = hidden[scored].unsqueeze(0), targets[scored].unsqueeze(0)  # (1, n, d_model), (1, n)
+            losses, nats = self.model.losses(hidden, targets, self.smoothing)
         loss = losses.sum() / batch.n_targets_in_step
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(loss * self.trainer.world_size)

@@ -94,7 +94,7 @@ def _evaluate(
         context=loaded.context, device=device, precision=precision, seed=config.seed,
         run=run, sink=opened.sink, console=invocation.stderr_console, axes=axes, keep=keep, against=against,
         objective_config=OBJECTIVES.config(recorded.get("objective", {"name": "causal"})),
-        learned=training_corpora(parent, invocation.store),
+        learned=training_corpora(parent, invocation.store), facts=parent.record.provenance.data,
     )  # fmt: skip
     parts = read_parts(recorded if attention is None else {**recorded, "attention": attention})
     trained = SimpleNamespace(

@@ -16,11 +16,13 @@ from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
 from ctxlab.errors import DataError, RunError
+from ctxlab.evaluation.qa import QAConfig
+from ctxlab.model.base import Model
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
 from ctxlab.train.checkpoint import find_checkpoint, load_weights
-from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
+from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit, starting_model
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -67,26 +69,27 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins))
     if config.resume != "none" and not resume and is_first_rank():
         console.print(Text(f"{run.id} was stopped before its first checkpoint: it starts over"), soft_wrap=True)
+    settings = TrainSettings(
+        model=config.model,
+        position=config.position,
+        attention=config.attention,
+        objective=config.objective,
+        optim=config.optim,
+        trainer=config.trainer,
+        seed=config.seed,
+        context=config.context,
+        packed=config.data.packs,
+        workers=config.data.workers,
+    )
     outcome = fit(
-        TrainSettings(
-            model=config.model,
-            position=config.position,
-            attention=config.attention,
-            objective=config.objective,
-            optim=config.optim,
-            trainer=config.trainer,
-            seed=config.seed,
-            context=config.context,
-            packed=config.data.packs,
-            workers=config.data.workers,
-        ),
+        settings,
         dataset,
         folder=run.checkpoints,
         sink=opened.sink,
         console=console,
         attempt=run.record.attempt,
         resume=resume,
-        initial=None if resume else _initial_weights(config, invocation),
+        initial=None if resume else _initial_weights(config, dataset, invocation),
     )
     if outcome.rank > 0:
         return DONE
@@ -97,7 +100,8 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         outcome.model, dataset, config.eval,
         context=config.context, device=outcome.device, precision=outcome.precision, seed=config.seed,
         run=run, sink=opened.sink, console=console, objective_config=config.objective,
-        learned=training_corpora(run, invocation.store),
+        learned=training_corpora(run, invocation.store), facts=dataset.facts,
+        untuned=_untuned(config, settings, dataset, outcome, invocation),
     )  # fmt: skip
     point = step_point(
         config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device
@@ -127,10 +131,26 @@ def _require_same_text(run: Run, dataset: Dataset) -> None:
         raise DataError(f"data: the text has changed since {run.id} read it (sha256 {before[:12]}, now {now[:12]})")
 
 
-def _initial_weights(config: TrainConfig, invocation: Invocation) -> dict[str, torch.Tensor] | None:
+def _initial_weights(config: TrainConfig, dataset: Dataset, invocation: Invocation) -> dict[str, torch.Tensor] | None:
+    """The weights that the run starts from, if it starts from any: without those of a head for another task or other labels."""
     if config.init == "none":
         return None
-    return load_weights(find_checkpoint(invocation.store.open(config.init).checkpoints))
+    parent = invocation.store.open(config.init)
+    weights = load_weights(find_checkpoint(parent.checkpoints))
+    before = parent.record.config.get("objective", {}).get("name"), parent.record.provenance.data.get("labels")
+    if before != (config.objective.name, dataset.facts.get("labels")):
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("task_head.")}
+    return weights
+
+
+def _untuned(
+    config: TrainConfig, settings: TrainSettings, dataset: Dataset, outcome: Outcome, invocation: Invocation
+) -> Model | None:
+    """The model as it was before the first step, where its answers are asked for too."""
+    if not (isinstance(config.eval.qa, QAConfig) and config.eval.qa.untuned):
+        return None
+    model, _ = starting_model(settings, dataset, _initial_weights(config, dataset, invocation))
+    return model.eval().to(outcome.device)
 
 
 def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Outcome) -> None:

@@ -43,6 +43,7 @@ class Parallel(Source):
 
     source = "your own sentence pairs, .tsv or two text files (.gz): data.path=PATH"
     implies: ClassVar[Mapping[str, str]] = {"eval": "[translation]", "objective": "seq2seq"}
+    scored_by = "translation"
 
     class Config(Source.Config):
         name: Literal["parallel"] = "parallel"
@@ -101,7 +102,7 @@ class Parallel(Source):
     def _columns(self) -> Iterator[Pair]:
         file = self._files["path"]
         source, target = self.config.source_column - 1, self.config.target_column - 1
-        for number, line in enumerate(_lines("path", file), start=1):
+        for number, line in enumerate(file_lines("path", file), start=1):
             columns = line.split("\t")
             if len(columns) <= max(source, target):
                 if not line.strip():
@@ -113,7 +114,7 @@ class Parallel(Source):
             yield Pair(columns[source].strip(), columns[target].strip())
 
     def _apart(self) -> Iterator[Pair]:
-        sources, targets = (_lines(key, file) for key, file in self._files.items())
+        sources, targets = (file_lines(key, file) for key, file in self._files.items())
         done = object()
         for number, source in enumerate(sources, start=1):
             target = next(targets, done)
@@ -166,8 +167,8 @@ def plain(sentence: str) -> str:
     return re.sub(r"\s+", " ", sentence).strip(" .!?\u2026").casefold()
 
 
-def _lines(key: str, file: Path) -> Iterator[str]:
-    """Lines without their ends."""
+def file_lines(key: str, file: Path) -> Iterator[str]:
+    """Lines without their ends, of the file that `data.key` names. Raises DataError, one line, where they are no text."""
     try:
         with opened(file) as stream:
             for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"):

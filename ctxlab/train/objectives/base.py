@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
+from ctxlab.data.by_length import Examples
+from ctxlab.data.labelled.questions import QuestionDataset
+from ctxlab.data.labelled.texts import LabelDataset
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.source import Source
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import Rows
+from ctxlab.model.config import SizesConfig
+from ctxlab.model.heads import TaskHead
 from ctxlab.registry import ComponentConfig, Registry
 
 
 class Objective(ABC):
-    """Makes training rows of what there is to train on. The loss is the same for all: of the targets that a row has."""
+    """Makes training rows of what there is to train on. The loss is the same for all: of the targets that a row has, as the
+    model's head or the objective's own says them."""
 
     paper: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
@@ -41,6 +47,14 @@ class Objective(ABC):
     def rows(self, dataset: TextDataset | TaskDataset, context: int, *, seed: int, packed: bool) -> Rows:
         """Training rows of one context. Of objectives that read windows or examples."""
         raise NotImplementedError
+
+    def examples(self, dataset: QuestionDataset | LabelDataset, split: str, context: int) -> Examples:
+        """The examples of a split, none longer than `context`. Of objectives that read what people have labelled."""
+        raise NotImplementedError
+
+    def head(self, model: SizesConfig, facts: Mapping[str, Any]) -> TaskHead | None:
+        """What is trained in place of the model's own head, fresh; nothing where that is what says it. `facts`: the dataset's."""
+        return None
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "ctxlab.train.objectives")

@@ -6,6 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from ctxlab.data.by_length import Examples
+from ctxlab.data.labelled.prompts import Prompts
+from ctxlab.data.labelled.questions import QuestionDataset
+from ctxlab.data.labelled.squad import Squad
+from ctxlab.data.labelled.texts import LabelDataset
 from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import Source
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
@@ -13,7 +18,8 @@ from ctxlab.train.objectives.base import OBJECTIVES, Objective
 
 @OBJECTIVES.register("seq2seq")
 class SequenceToSequence(Objective):
-    """-sum_t ln p(y_t | y_<t, x) over pairs of sentences, with label smoothing as in the original."""
+    """-sum_t ln p(y_t | y_<t, x) over pairs of sentences, or of questions and answers, with label smoothing as in the
+    original."""
 
     class Config(Objective.Config):
         name: Literal["seq2seq"] = "seq2seq"
@@ -26,4 +32,10 @@ class SequenceToSequence(Objective):
 
     @classmethod
     def why_not(cls, data: type[Source]) -> str:
-        return "" if issubclass(data, Parallel) else "it reads pairs; use data=parallel data.path=FILE"
+        if issubclass(data, Parallel | Squad):
+            return ""
+        return "it reads pairs; use data=parallel data.path=FILE or data=squad data.path=FILE"
+
+    def examples(self, dataset: QuestionDataset | LabelDataset, split: str, context: int) -> Examples:
+        assert isinstance(dataset, QuestionDataset)
+        return Prompts(dataset, split, context, apart=True)

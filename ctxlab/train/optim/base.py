@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from ctxlab.model.heads import TaskHead
 from ctxlab.registry import ComponentConfig, Registry
 
 
@@ -66,8 +67,9 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter, embeddings: set[int]) -
 
 
 def embedding_ids(model: nn.Module) -> set[int]:
-    """ids of the parameters that map to or from the vocabulary: embeddings and the output head."""
+    """ids of the parameters that map to or from the vocabulary, or to the choices of a task: embeddings and output heads."""
     ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    ids |= {id(p) for module in model.modules() if isinstance(module, TaskHead) for p in module.parameters()}
     head = getattr(model, "head", None)
     if isinstance(head, nn.Linear):
         ids.add(id(head.weight))

@@ -24,7 +24,7 @@ from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tasks.base import Task, TextTask, haystack_corpus
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import Tokenizer
-from ctxlab.errors import RecordError
+from ctxlab.errors import IncompatibleError, RecordError
 from ctxlab.evaluation.classification import ClassificationConfig, evaluate_classification
 from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
 from ctxlab.evaluation.ngram import BASELINE, NGramConfig, evaluate_ngram
@@ -62,7 +62,7 @@ _CAUSAL = Causal.Config()
 
 
 def prepare_data(data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console) -> Dataset:
-    """Text, pairs or labelled examples and tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
+    """What a run reads and its tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
     folder = None if cache == "auto" else Path(cache).expanduser()
     with progress_bar(console) as start:
         if isinstance(data, Parallel.Config):
@@ -125,6 +125,10 @@ def score(
     """
     documents: dict[int, DocumentScores] = {}
     sums: Sequence[DocumentSums] = ()
+    if model.task_head is not None and not isinstance(dataset, QuestionDataset | LabelDataset):
+        raise IncompatibleError(
+            f"data: objective={objective_config.name} chooses among labels or places and models no text; leave data out"
+        )
     if isinstance(dataset, PairDataset):
         if isinstance(evaluations.translation, TranslationConfig):
             with progress_bar(console) as start:
@@ -202,7 +206,15 @@ def score_labelled(
     untuned: Model | None,
     **how: Any,
 ) -> tuple[list[Measurement], list[TaskItem]]:
-    """What the evaluation that goes with the data has found; nothing where none is asked for."""
+    """What the evaluation that goes with the data has found; nothing where none is asked for.
+
+    Raises IncompatibleError where the objective of the model reads no such data.
+    """
+    kind: type[Source] = Squad if isinstance(dataset, QuestionDataset) else Classification
+    if reason := objective.why_not(kind):
+        raise IncompatibleError(
+            f"data: objective={objective.config.name} does not go with data={dataset.facts['corpus']}: {reason}"
+        )
     with progress_bar(console) as start:
         if isinstance(dataset, LabelDataset):
             if isinstance(evaluations.classification, ClassificationConfig):

@@ -13,7 +13,6 @@ from ctxlab.data.by_length import even_parts
 from ctxlab.data.labelled.texts import LabelDataset
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.stream import row_batch
-from ctxlab.errors import IncompatibleError
 from ctxlab.evaluation.tasks import wilson_interval
 from ctxlab.fields import Count, OrNone
 from ctxlab.model.base import Model
@@ -56,10 +55,7 @@ def evaluate_classification(
     the accuracy, 1,000 resampled test sets for the mean F1.
     """
     head = model.task_head
-    if not isinstance(head, LabelHead):
-        raise IncompatibleError(
-            "eval.classification: this run chooses no labels; train it first: ctxlab train init=RUN data=classification"
-        )
+    assert isinstance(head, LabelHead)
     texts = dataset.splits[split]
     rows = objective.examples(dataset, split, context)
     assert isinstance(rows, TextRows)

@@ -15,7 +15,6 @@ from ctxlab.data.labelled.prompts import Prompts
 from ctxlab.data.labelled.questions import QuestionDataset
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.stream import row_batch
-from ctxlab.errors import IncompatibleError
 from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.evaluation.squad_scores import Scores, score
 from ctxlab.fields import Count, OrAuto, OrNone
@@ -208,10 +207,7 @@ def _pointed(
     Of no answer a question has the least logit over its segments, start and end at bos (as in BERT's run_squad.py).
     """
     head = model.task_head
-    if not isinstance(head, SpanHead):
-        raise IncompatibleError(
-            "eval.qa: this run points at no answers; train it first: ctxlab train init=RUN data=squad"
-        )
+    assert isinstance(head, SpanHead)
     questions = segments.questions
     rows = np.flatnonzero(np.isin(segments.question, chosen))
     rows = rows[np.argsort(segments.tokens[rows], kind="stable")]

@@ -40,7 +40,7 @@ def score(said: str, golds: Sequence[str]) -> Scores:
 
 
 def word_f1(said: str, gold: str) -> float:
-    """2 p r / (p + r) of the normalized words, each counted as often as it is in both; where either has none, whether both have."""
+    """2 p r / (p + r) of the normalized words, each as often as it is in both; where either has none, whether both have none."""
     ours, theirs = normalized(said).split(), normalized(gold).split()
     if not ours or not theirs:
         return float(ours == theirs)

@@ -91,7 +91,8 @@ def _notes(rows: Sequence[Measurement], *, asked: bool) -> list[str]:
         cut = m.facts.get("cut", 0)
         if asked:
             lines.append(
-                f"{m.split} split, {m.n_targets:,} questions of {m.n_docs:,} texts held out; {m.protocol}; SQuAD's rules; ± is 95% over texts"
+                f"{m.split} split, {m.n_targets:,} questions of {m.n_docs:,} texts held out; {m.protocol}; SQuAD's rules; "
+                "± is 95% over texts"
             )
             lines += [f"{cut:,} passages were cut to fit the context"] if cut else []
         else:

@@ -17,7 +17,7 @@ from ctxlab.train.optim.base import Optimizer, rate_factor
 
 
 class LanguageModel(lightning.LightningModule):
-    """Trains a model to predict tokens: the next of a text, those of a target from its source; or to choose as its task head does.
+    """Trains a model to predict tokens, the next of a text or those of a target from its source, or to choose by a task head.
 
     One optimizer step sees the whole global batch: with N the scored targets of that batch over all ranks and
     micro-batches, the loss is (sum of nats) / N exactly, whatever the micro-batch and however ragged the rows

@@ -62,6 +62,7 @@ def test_every_shipped_yaml_is_valid(group: str, option: str, command: str, tmp_
     # What does not go with the defaults of its own command: linear attention with few schemes, tasks' own parts with text,
     # what reads a source with what has none.
     pairs = ["data=parallel", "model=chapter_example"]
+    questions = ["data=squad", "model.architecture=encoder"]
     needs = {
         ("attention", "linear"): ["position=nope"],
         ("tokenizer", "ids"): ["data=task/mqar"],
@@ -72,6 +73,11 @@ def test_every_shipped_yaml_is_valid(group: str, option: str, command: str, tmp_
         ("eval", "translation"): pairs,
         ("eval", "objective"): ["objective=masked", "model.architecture=encoder"],
         ("objective", "seq2seq"): pairs,
+        ("data", "squad"): questions[1:],
+        ("eval", "qa"): questions,
+        ("objective", "extractive"): questions,
+        ("eval", "classification"): ["data=classification"],
+        ("objective", "classification"): ["data=classification"],
         ("objective", "masked"): ["model.architecture=encoder"],
         ("objective", "span_corruption"): ["model.architecture=encoder_decoder", "tokenizer.sentinels=100"],
     }

@@ -14,6 +14,8 @@ from ctxlab.errors import DataError
 
 _BLOCK = 1 << 20  # characters read at once
 _BLANK = " \t\r\n"
+_ENDS = tuple(",:]}" + _BLANK)
+_LONGEST = 8  # characters of a number's exponent
 
 
 def entries(file: Path, field: str, key: str) -> Iterator[tuple[int, Any]]:
@@ -36,7 +38,8 @@ class _Reader:
 
     def __init__(self, stream: io.TextIOWrapper, file: Path, key: str) -> None:
         self.stream, self.file, self.key = stream, file, key
-        self.text, self.at, self.line = "", 0, 1  # `line` is that of the text's first character
+        self.text, self.at = "", 0
+        self.counted, self.line = 0, 1  # up to where lines are counted, and the line there
         self.ended = False
         self.decoder = json.JSONDecoder()
 
@@ -68,15 +71,17 @@ class _Reader:
 
     def _more(self) -> bool:
         """Reads on, as much again as is held, so that a long entry is not begun anew at every block; lets go of what is done."""
-        self.line = self._line()
+        self._line()
         rest = self.text[self.at :]
         block = self.stream.read(max(_BLOCK, len(rest)))
-        self.text, self.at = rest + block, 0
+        self.text, self.at, self.counted = rest + block, 0, 0
         self.ended = not block
         return not self.ended
 
     def _line(self) -> int:
-        return self.line + self.text.count("\n", 0, self.at)
+        self.line += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return self.line
 
     def _next(self) -> str:
         """The next character that is not blank; it is not passed."""
@@ -98,7 +103,8 @@ class _Reader:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # a number at the end of what is held may go on
+                behind = self.text[end : end + _LONGEST]  # a number at the end of what is held may go on: 12|34, 3e|5
+                if self.ended or behind[:1] in _ENDS or len(behind) == _LONGEST:
                     self.at = end
                     return value
             except json.JSONDecodeError as error:

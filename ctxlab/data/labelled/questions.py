@@ -114,9 +114,10 @@ def token_span(ends: np.ndarray, first: int, last: int) -> tuple[int, int]:
 def _make(folder: Path, squad: Squad, tokenizer: Tokenizer.Config | Tokenizer, progress: Progress) -> dict[str, Any]:
     by, tested_apart = squad.config.held_out_by, "test_path" in squad.files
     advance = progress("reading the questions", 0)
+    instead = "; or give data.test_path" + ("" if by == "passage" else ", or data.held_out_by=passage")
     bounds = held_out(
         (squad.unit(passage) for passage in squad.passages("path")), what=f"{by}s", fewest=_FEWEST,
-        tested_apart=tested_apart, instead="; or give data.test_path" + ("" if by == "passage" else ", or data.held_out_by=passage"),
+        tested_apart=tested_apart, instead=instead,
     )  # fmt: skip
     advance(1)
     advance = progress("training the tokenizer", 0)

@@ -1,0 +1,127 @@
+"""Runs on questions and labelled texts, as a user starts them: from a pretrained run, with frozen parts, killed and resumed."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctxlab.train.checkpoint import open_run
+from tests.data.labelled.builders import articles, lines, write_squad
+from tests.train.builders import TINY, command, computed, last_files, line, the_run
+
+SIZES = ("model=nano", *(f"model.{key}={value}" for key, value in TINY.items()), "tokenizer=byte")
+HOW = (
+    "trainer.max_tokens=none", "trainer.batch_tokens=512", "trainer.precision=fp32", "logger.mode=disabled",
+    "profile.contexts=none",
+)  # fmt: skip
+SQUAD = ("data=squad", "data.path=squad.json")
+LABELS = ("data=classification", "data.path=texts.tsv")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with questions, labelled texts, and a run named pre: an encoder that was trained on hidden words."""
+    folder = tmp_path_factory.mktemp("labelled")
+    write_squad(folder / "squad.json", articles())
+    (folder / "texts.tsv").write_text("\n".join(lines()) + "\n", encoding="utf-8")
+    words = ("objective=masked", "model.architecture=encoder", "trainer.max_steps=2", "trainer.max_tokens=none")
+    done = command(folder, *line(folder, *words, name="pre"))
+    assert done.code == 0, done.stderr
+    return folder
+
+
+def test_a_pretrained_encoder_gets_a_head_and_keeps_what_is_frozen(folder: Path) -> None:
+    parent = the_run(folder, "pre")
+    words = ("context=80", "trainer.max_steps=3", "trainer.freeze=[embedding,blocks.0]", "name=fine")
+    done = command(folder, "train", f"init={parent.id}", *SQUAD, *HOW, *words)
+    assert done.code == 0, done.stderr
+    assert "init: task_head is new and starts from chance; all else from the run" in done.stderr
+    run = the_run(folder, "fine")
+    assert run.record.parent == parent.id
+    assert run.record.config["objective"]["name"] == "extractive"
+    assert run.record.provenance.resolved["fresh"] == ["task_head"]
+    before, after = (load_file(last_files(one) / "weights.safetensors") for one in (parent, run))
+    new = {name for name in after if name.startswith("task_head.")}
+    assert after.keys() - new == before.keys()
+    assert after["task_head.ends.weight"].shape == (2, TINY["d_model"])
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not [name for name in moved if name.startswith(("embedding.", "blocks.0."))]
+    found = {(m.name, m.axes.get("baseline", "")) for m in run.measurements()}
+    assert found == {(name, of) for name in ("exact_match", "f1") for of in ("", "majority", "untuned")}
+    items = run.items()
+    assert len(items) == 12
+    assert all(item.task == "qa" and len(item.wanted) == 2 and item.answer is not None for item in items)
+    assert re.search(r"exact match +f1\n", done.stdout)
+    assert "training's most frequent" in done.stdout
+    loaded = open_run(run)
+    assert torch.equal(loaded.model.task_head.ends.weight, after["task_head.ends.weight"])  # type: ignore[union-attr]
+
+
+def test_a_head_goes_on_where_the_task_does(folder: Path) -> None:
+    """Of the same task and labels a run's head is taken over; the untuned model beside it is then the one before this run."""
+    first = ("context=40", "trainer.max_steps=3", "name=labels", "model.architecture=encoder")
+    assert command(folder, "train", *LABELS, *SIZES, *HOW, *first).code == 0
+    run = the_run(folder, "labels")
+    still = ("optim=adamw", "optim.learning_rate=1e-12", "trainer.max_steps=1", "context=40")
+    done = command(folder, "train", f"init={run.id}", *LABELS, *HOW, *still, "name=on")
+    assert done.code == 0, done.stderr
+    assert "init:" not in done.stderr
+    weights = [load_file(last_files(the_run(folder, name)) / "weights.safetensors") for name in ("labels", "on")]
+    torch.testing.assert_close(
+        weights[0]["task_head.choose.weight"], weights[1]["task_head.choose.weight"], atol=1e-9, rtol=0
+    )
+    # Other labels, as many: the head is another.
+    (folder / "other.tsv").write_text("\n".join(lines()).replace("\tgood", "\tzood") + "\n", encoding="utf-8")
+    done = command(
+        folder, "train", f"init={run.id}", "data=classification", "data.path=other.tsv", *HOW, *still, "name=other"
+    )
+    assert done.code == 0, done.stderr
+    assert "task_head is new" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "extractive",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "seq2seq", "encoder", "decoder")),
+    ],
+)
+def test_killed_and_resumed_it_is_the_same_to_the_last_bit(folder: Path, kind: str) -> None:
+    said = {
+        "extractive": (
+            *SQUAD,
+            "model.architecture=encoder",
+            "context=64",
+            "model.head_layer=true",
+            "model.activation=gelu",
+        ),
+        "causal": (*SQUAD, "objective=causal", "context=160", "eval.qa.max_questions=4"),
+        "seq2seq": (
+            *SQUAD,
+            "objective=seq2seq",
+            "model.architecture=encoder_decoder",
+            "context=96",
+            "eval.qa.max_questions=4",
+        ),
+        "encoder": (*LABELS, "model.architecture=encoder", "context=24", "objective.label_smoothing=0.1"),
+        "decoder": (*LABELS, "context=24"),
+    }[kind]
+    words = ("train", *said, *SIZES, *HOW, "trainer.max_steps=7", "trainer.checkpoint_every=3", "trainer.validate_every=3",
+             "trainer.micro_batch=2", "model.dropout=0.1", "data.workers=1")  # fmt: skip
+    done = command(folder, *words, f"name=whole-{kind}")
+    assert done.code == 0, done.stderr
+    assert command(folder, *words, f"name=killed-{kind}", at_step=5).code == -signal.SIGKILL
+    run = the_run(folder, f"killed-{kind}")
+    done = command(folder, "train", f"resume={run.id}")
+    assert done.code == 0, done.stderr
+    run, whole = the_run(folder, f"killed-{kind}"), the_run(folder, f"whole-{kind}")
+    assert computed(run.metrics()) == computed(whole.metrics())
+    assert [m.value for m in run.measurements()] == [m.value for m in whole.measurements()]
+    for name in ("weights.safetensors", "training.pt"):
+        assert (last_files(run) / name).read_bytes() == (last_files(whole) / name).read_bytes(), name

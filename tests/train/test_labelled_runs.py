@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import signal
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctxlab.train.checkpoint import open_run
-from tests.data.labelled.builders import articles, lines, write_squad
+from tests.data.labelled.builders import articles, lines, question, write_squad
 from tests.train.builders import TINY, command, computed, last_files, line, the_run
 
 SIZES = ("model=nano", *(f"model.{key}={value}" for key, value in TINY.items()), "tokenizer=byte")
@@ -19,6 +20,8 @@ HOW = (
     "trainer.max_tokens=none", "trainer.batch_tokens=512", "trainer.precision=fp32", "logger.mode=disabled",
     "profile.contexts=none",
 )  # fmt: skip
+WORDS = ("we", "say", "what", "they", "do", "not", "know", "of", "you", "and", "me")
+PLACES = ("first", "second", "last")
 SQUAD = ("data=squad", "data.path=squad.json")
 LABELS = ("data=classification", "data.path=texts.tsv")
 
@@ -125,3 +128,45 @@ def test_killed_and_resumed_it_is_the_same_to_the_last_bit(folder: Path, kind: s
     assert [m.value for m in run.measurements()] == [m.value for m in whole.measurements()]
     for name in ("weights.safetensors", "training.pt"):
         assert (last_files(run) / name).read_bytes() == (last_files(whole) / name).read_bytes(), name
+
+
+def write_dialogues(folder: Path) -> None:
+    """Three speeches by three people of made-up names, no play's names in another: who speaks first, second, last?"""
+    draw = random.Random(3)
+    syllables = [a + b for a in "BDFGKLMNPRST" for b in "AEIOU"]
+    data, text = [], []
+    for number in range(60):
+        cast = ["".join(draw.choices(syllables, k=draw.choice((2, 3)))) for _ in range(8)]
+        paragraphs = []
+        for _ in range(30):
+            names = draw.sample(cast, 3)
+            speeches = [f"**{name}**\n{' '.join(draw.choices(WORDS, k=3))}.\n\n" for name in names]
+            passage = "".join(speeches)
+            qas = [question(f"Who speaks {place}?", passage, name) for place, name in zip(PLACES, names, strict=True)]
+            paragraphs.append({"context": passage, "qas": qas})
+            text.append(passage)
+        data.append({"title": f"play {number}", "paragraphs": paragraphs})
+    write_squad(folder / "dialogues.json", data)
+    (folder / "dialogues.txt").write_text("".join(text), encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_fine_tuned_it_answers_what_neither_a_guess_nor_the_untuned_model_does(tmp_path: Path, seed: int) -> None:
+    write_dialogues(tmp_path)
+    sizes = ("model=nano", "model.d_model=64", "model.n_layers=2", "model.architecture=encoder", "tokenizer=bpe",
+             "tokenizer.vocab_size=400")  # fmt: skip
+    how = (*HOW[:1], "trainer.batch_tokens=2048", *HOW[2:], f"seed={seed}", "context=64")
+    pre = ("objective=masked", "data=text", "data.path=dialogues.txt", "trainer.max_steps=100", "name=reader")
+    done = command(tmp_path, "train", *pre, *sizes, *how)
+    assert done.code == 0, done.stderr
+    fine = ("data=squad", "data.path=dialogues.json", "trainer.max_steps=300", "name=answers")
+    done = command(tmp_path, "train", f"init={the_run(tmp_path, 'reader').id}", *fine, *how)
+    assert done.code == 0, done.stderr
+    found = {
+        m.axes.get("baseline", ""): m.value
+        for m in the_run(tmp_path, "answers").measurements()
+        if m.name == "exact_match"
+    }
+    assert found[""] > 0.6  # type: ignore[operator]
+    assert max(found["majority"], found["untuned"]) < 0.1  # type: ignore[type-var, operator]

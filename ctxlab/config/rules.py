@@ -144,7 +144,7 @@ def _tasks(config: TrainConfig | EvalConfig) -> None:
         goes_with = [name for name in SOURCES.names() if SOURCES.get(name).scored_by == part]
         if goes_with and data.name not in goes_with:
             raise IncompatibleError(
-                f"eval.{part}: {data.name} has nothing to be scored by it; use data={goes_with[0]} data.path=FILE"
+                f"eval.{part}: data={data.name} has nothing for it; use data={goes_with[0]} data.path=FILE"
             )
     if kind.scored_by:
         return

@@ -71,7 +71,7 @@ def test_several_runs_stand_side_by_side() -> None:
         (("train", *SQUAD, "objective=causal", "model.architecture=encoder_decoder"), "use objective=seq2seq"),
         (("train", *SQUAD, ENCODER, "eval=perplexity"), "eval.perplexity: data=squad is scored by qa; use eval=qa"),
         (("train", *LABELS, "objective=causal"), "labels are chosen; use objective=classification"),
-        (("train", "data=text", "data.path=plays.txt", "eval=qa"), "eval.qa: text has nothing to be scored by it"),
+        (("train", "data=text", "data.path=plays.txt", "eval=qa"), "eval.qa: data=text has nothing for it; use data=squad"),
         (("train", "data=text", "data.path=plays.txt", "objective=extractive", ENCODER), "it reads questions; use data=squad"),
         (("train", "data=squad", ENCODER), "data.path: it takes a file of questions in SQuAD's JSON"),
         (("train", "data=classification"), "data.path: it takes a file of texts with labels"),

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ctxlab.config import catalog
-from ctxlab.config.overrides import key_of, split, split_selector
+from ctxlab.config.overrides import SELECTOR_KEYS, key_of, split, split_selector
 from ctxlab.errors import ConfigError
 from ctxlab.registry import nearest
 
@@ -249,7 +249,9 @@ def selected(line: Line) -> dict[str, tuple[str, ...]]:
     """The runs that a line asks for, as it writes them: key -> ids, prefixes, `last`."""
     if not _keys(line.command):
         return {}
-    return {key: names for key, names in split(line.command, line.words[1:]).selectors.items() if names != ("none",)}
+    said = split(line.command, line.words[1:])
+    swept = {key_of(o): split_selector(o.partition("=")[2]) for o in said.overrides if key_of(o) in SELECTOR_KEYS}  # -m
+    return {key: names for key, names in {**said.selectors, **swept}.items() if names != ("none",)}
 
 
 def asks_for_several(line: Line, key: str) -> bool:

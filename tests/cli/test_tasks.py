@@ -193,7 +193,7 @@ def test_list_shows_tasks_with_what_they_are(place: Path) -> None:
 def test_help_names_tasks_as_data(place: Path) -> None:
     done = ctxlab("train", "--help")
     assert re.search(r"data +classification, parallel, shakespeare\*, squad, .*task/copy, task/induction", done.out)
-    assert re.search(r"eval +lm_eval,[\s\S]{0,120}\btask,\s+translation", done.out)
+    assert re.search(r"eval +classification, lm_eval,[\s\S]{0,120}\btask,\s+translation", done.out)
 
 
 def test_several_runs_are_asked_at_the_same_lengths_whatever_they_were_trained_at() -> None:

@@ -199,6 +199,12 @@ def test_runs_are_written_out_in_their_place(
     assert with_runs(line, {"run": ("a-1", "b-2")[: len(names)]}) == written
 
 
+def test_a_sweep_starts_from_a_run_of_the_lines_before_it_too() -> None:
+    line = Line("", "ctxlab", ("train", "-m", "init=reader", "data=squad", "seed=1,2"))
+    assert selected(line) == {"init": ("reader",)}
+    assert with_runs(line, {"init": ("reader-a1",)}) == ("train", "-m", "init=reader-a1", "data=squad", "seed=1,2")
+
+
 def test_where_a_script_leaves_its_output() -> None:
     assert Line("", "python", ("experiments/mine/look.py",)).output == "look.txt"
     assert Line("", "python", ("experiments/mine/look.py", "long", "a/../b c")).output == "look-long-a-..-b-c.txt"

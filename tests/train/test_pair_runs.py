@@ -104,7 +104,7 @@ def test_two_ranks_train_and_validate_as_one(tmp_path: Path) -> None:
         (("data=parallel", "model.architecture=encoder_decoder"), "data.path: it takes a file of sentence pairs"),
         (("data=parallel", "data.path=pairs.tsv"), "objective: seq2seq trains model.architecture=encoder_decoder, not decoder"),
         ((*SMALL[1:], "eval=perplexity"), "eval.perplexity: data=parallel is scored by translation; use eval=translation"),
-        (("model=nano", "eval=translation"), "eval.translation: data=shakespeare has nothing for it; use data=parallel data.path=FILE"),
+        (("model=nano", "eval=translation"), "eval.translation: data=shakespeare has nothing for it; use data=parallel"),
         (("objective=masked", "model=nano"), "objective: masked trains model.architecture=encoder, not decoder; use objective="),
         (("objective=masked", "model=nano", "model.architecture=encoder", "eval=perplexity"), "eval.perplexity: objective="),
         (("objective=seq2seq", "model=nano", "model.architecture=encoder_decoder"), "objective: seq2seq does not go with data="),

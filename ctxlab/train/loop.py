@@ -215,7 +215,7 @@ def starting_model(
     body = {name: weight for name, weight in initial.items() if name not in given}
     goes_on = {name: w.shape for name, w in own.items()} == {name: w.shape for name, w in given.items()}
     load_into(model, {**body, **(given if goes_on else own)}, "init")
-    return model, "" if goes_on else _HEAD
+    return model, _HEAD if own and not goes_on else ""
 
 
 def leave_unread(model: Model) -> None:

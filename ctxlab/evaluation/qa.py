@@ -96,7 +96,7 @@ def evaluate_qa(
     measurements: list[Measurement] = []
     for baseline, texts in said.items():
         scores = [score(text, gold.answers) for text, gold in zip(texts, golds, strict=True)]
-        common = {
+        common: dict[str, Any] = {
             "context": context, "split": split, "protocol": "training's majority" if baseline == "majority" else protocol,
             "facts": {"cut": found.cut} if not baseline else {},
         }  # fmt: skip
@@ -106,8 +106,11 @@ def evaluate_qa(
         if not baseline and not all(has):
             for name, wanted in (("answerable", True), ("unanswerable", False)):
                 here = [place for place, one in enumerate(has) if one == wanted]
-                some = [scores[place] for place in here], [units[place] for place in here]
-                measurements += summary(*some, axes={"questions": name}, **common) if here else []
+                if here:
+                    measurements += summary(
+                        [scores[place] for place in here], [units[place] for place in here],
+                        axes={"questions": name}, **common,
+                    )  # fmt: skip
     items = [
         TaskItem(
             task=TASK, context=context, item=index, score=score(text, gold.answers).f1, answer=text,

@@ -73,7 +73,10 @@ def repeats(runs: Sequence[Run]) -> list[Repeats]:
         for m in run.measurements():
             if "baseline" in m.axes:
                 continue
-            whose = by_id.get(str(m.axes.get("run") or run.record.parent), run)
+            evaluated = (
+                run.record.parent if run.record.command == "eval" else ""
+            )  # a training's is what it started from
+            whose = by_id.get(str(m.axes.get("run") or evaluated), run)
             config = {**settings(whose.record.config), **_of_evaluation(run, whose)}
             seed = config.pop("seed", None)
             same = json.dumps([run.record.command, config], sort_keys=True)

@@ -51,6 +51,18 @@ def test_what_was_done_once_is_no_repetition(tmp_path: Path) -> None:
     assert [group.label for group in repeats([*runs[:2], runs[3]])] == [""]
 
 
+def test_trainings_that_start_from_one_run_are_repetitions_of_each_other_and_not_of_it(tmp_path: Path) -> None:
+    first = make_run(tmp_path, config={"seed": 1})
+    first.measure(result("accuracy", 0.1, 64))
+    children = [make_run(tmp_path, config={"seed": seed, "init": first.id}, parent=first.id) for seed in (1, 2, 3)]
+    for run, value in zip(children, (0.5, 0.6, 0.7), strict=True):
+        run.measure(result("accuracy", value, 64))
+    (group,) = repeats([first, *children])
+    assert sorted(group.runs) == [1, 2, 3]
+    (mean,) = group.means()
+    assert mean.value == pytest.approx(0.6, abs=1e-12)
+
+
 def test_a_value_that_is_missing_counts_for_nothing(tmp_path: Path) -> None:
     runs = repetitions(tmp_path)[:2]
     for run, value in zip(runs, (0.5, None), strict=True):

@@ -352,8 +352,9 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     named = list(zip(labels(runs), runs, strict=True))
     show_compared_tasks([(name, run.measurements(), run.items()) for name, run in named], console)
     measured = [m for run in runs for m in run.measurements() if "task" not in m.axes]
-    if labelled_rows(measured):
-        show_labelled([(name, run.measurements(), run.items()) for name, run in named], console)
+    if answering := [run for run in runs if labelled_rows(run.measurements())]:
+        pairs = zip(labels(answering), answering, strict=True)
+        show_labelled([(name, run.measurements(), run.items()) for name, run in pairs], console)
         return
     if measured and not any(m.name in _SCORES for m in measured):
         for grid in cost_tables(runs):

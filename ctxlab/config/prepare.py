@@ -16,7 +16,7 @@ from ctxlab.config.explain import unknown_key
 from ctxlab.config.overrides import SELECTOR_KEYS, Line, key_of, split_selector
 from ctxlab.data.source import SOURCES
 from ctxlab.errors import ConfigError, IncompatibleError, RecordError
-from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths
+from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths, wanted_segment
 from ctxlab.records.store import Run, RunStore
 from ctxlab.train.budget import plan_budget
 from ctxlab.train.checkpoint import find_checkpoint
@@ -136,19 +136,24 @@ class _Work:
         return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line, skipped)
 
     def _same_segments(self, cells: list[Cell]) -> list[Cell]:
-        """Cells that are scored at different lengths get test segments of one length: the longest that any asks for.
+        """Cells that would cut the test text differently get segments of one length: the longest that any asks for.
 
         Left to itself each would cut the test text by its own longest length, and the cells' numbers would not be of
         the same tokens.
         """
-        lengths = [self._lengths(cell) for cell in cells]
-        if len({asked for asked in lengths if asked}) < 2:
+        wanted = [self._wanted_segment(cell) for cell in cells]
+        if len({segment for segment in wanted if segment}) < 2:
             return cells
-        longest = max(length for asked in lengths for length in asked)
+        longest = max(wanted)
         return [
-            _with_segment(cell, longest) if asked and cell.typed.eval.perplexity.segment == "auto" else cell
-            for cell, asked in zip(cells, lengths, strict=True)
+            _with_segment(cell, longest) if segment and cell.typed.eval.perplexity.segment == "auto" else cell
+            for cell, segment in zip(cells, wanted, strict=True)
         ]
+
+    def _wanted_segment(self, cell: Cell) -> int:
+        """The segments that a cell would cut the test text into, 0 where it is not scored."""
+        lengths = self._lengths(cell)
+        return wanted_segment(cell.typed.eval.perplexity, lengths) if lengths else 0
 
     def _lengths(self, cell: Cell) -> tuple[int, ...]:
         """The lengths that a cell is scored at, none where it is not."""

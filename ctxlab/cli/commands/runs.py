@@ -71,10 +71,11 @@ def _list(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="whole records and results, for programs")
     parser.add_argument("--csv", action="store_true", help="the columns, numbers in SI units, for spreadsheets")
     given = parser.read(argv)
+    from ctxlab.records.index import RunIndex
     from ctxlab.report import query
 
     store = _store(given)
-    table = query.rows(store.runs())
+    table = query.rows(RunIndex(store.root).summaries())
     if not table:
         print(f"no runs in {store.root} yet; make one with: ctxlab train", file=sys.stderr)
         return 0
@@ -105,7 +106,7 @@ def _print_json(shown: Sequence[Row], keys: Sequence[Key] | None) -> None:
     from ctxlab.report.query import as_json
 
     if keys is None:
-        print(as_json([row.run for row in shown]))
+        print(as_json([row.run.run() for row in shown]))
         return
     listed = [{_heading(key, exact=True): key.value(row) for key in keys} for row in shown]
     print(json.dumps(listed, indent=1, ensure_ascii=False))
@@ -144,7 +145,8 @@ def _cell(key: Key, row: Row) -> str:
     from ctxlab.units import format_count, format_length, format_seconds
 
     if key.kind == "metric":
-        return cell(row.measurement(key.name, key.context))
+        found = row.result(key.name, key.context)
+        return cell(None if found is None else found.measurement())
     value = key.value(row)
     if value is None:
         return "-"
@@ -171,13 +173,13 @@ def _show(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the whole record and its results, for programs")
     given = parser.read(argv)
     from ctxlab.cli import console
-    from ctxlab.report.query import rows
+    from ctxlab.report.query import as_json
     from ctxlab.report.screens import show_run
 
     store = _store(given)
     found = store.resolve(given.run)
     if given.json:
-        _print_json(rows([found]), None)
+        print(as_json([found]))
         return 0
     show_run(found, store.runs(), console.stdout())
     return 0

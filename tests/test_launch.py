@@ -253,7 +253,7 @@ def test_memory_of_this_process_group() -> None:
 
 def test_last_metrics_reads_past_a_torn_line(store: RunStore) -> None:
     run = cell(store)
-    assert last_metrics(run) == {}
+    assert last_metrics(run.path) == {}
     rows = [
         '{"split": "train", "step": 1}',
         '{"split": "train", "step": 2}',
@@ -261,7 +261,7 @@ def test_last_metrics_reads_past_a_torn_line(store: RunStore) -> None:
         '{"split": "tra',
     ]
     (run.path / "metrics.jsonl").write_text("\n".join(rows))
-    assert last_metrics(run) == {"split": "train", "step": 2}
+    assert last_metrics(run.path) == {"split": "train", "step": 2}
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -221,6 +221,7 @@ class SweepView:
     console: Console
     sweep: Sweep
     runs: dict[str, Run]
+    heading: str = ""  # in place of how many cells there are, where that is not known
     _live: Live | None = None
     _ended: dict[str, str] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
@@ -230,10 +231,8 @@ class SweepView:
     def shown(self) -> Iterator[None]:
         """Draws in place in a terminal, in lines elsewhere."""
         self._ended = {run.id: run.record.status for run in self.runs.values() if run.record.status in FINAL}
-        text = (
-            f"sweep {self.sweep.id}: {len(self.sweep.cells)} cells, {len(self.sweep.cells) - len(self._ended)} to run"
-        )
-        self.console.print(Text(text))
+        cells = f"{len(self.sweep.cells)} cells, {len(self.sweep.cells) - len(self._ended)} to run"
+        self.console.print(Text(f"sweep {self.sweep.id}: {self.heading or cells}"))
         for run in self.runs.values():
             if run.record.status == "skipped":
                 self.console.print(Text(f"{self.label(run)}: skipped: {run.record.reason}"), soft_wrap=True)

@@ -16,6 +16,7 @@ import pytest
 
 from ctxlab.launch import Pool, read_sweep
 from ctxlab.records.run import Run
+from ctxlab.records.schema import is_headline
 from ctxlab.records.store import RunStore
 from tests.cli.lines import SMALL, Outcome, ctxlab
 from tests.records import leet
@@ -277,3 +278,42 @@ def test_a_sweep_goes_on_under_another_launcher(place: Path) -> None:
     assert "1 cells to run, by hydra/launcher=basic" in done.err
     assert json.loads(second.read_text(encoding="utf-8"))["status"] == "done"
     assert first.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.slow
+def test_cells_of_several_processes_side_by_side(place: Path) -> None:
+    """Each cell's ranks join that cell: two cells of two ranks each, at once, and two runs come of it."""
+    words = (*QUIET, "eval=perplexity", "trainer.devices=2", "trainer.strategy=ddp", "seed=1,2", "sweep.jobs=2")
+    done = elsewhere("train", "-m", *words)
+    assert done.code == 0, done.err
+    runs = cells()
+    assert [(run.record.status, run.record.config["seed"]) for run in runs] == [("done", 1), ("done", 2)]
+    for run in runs:
+        steps = [row["step"] for row in run.metrics() if row["split"] == "train"]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 3
+    made = {path.parent.name for path in Path("runs").glob("*/run.json")}
+    assert len(made - {run.id for run in runs}) == 1, "the run that was there before"
+    if Path("/proc/self/cwd").exists():
+        assert processes_in(place) == []
+
+
+@pytest.mark.slow
+def test_the_mirrors_alone_give_every_curve_of_a_sweep(place: Path) -> None:
+    """Perplexity and memory by context of each cell, and loss by tokens, from its .wandb file and nothing else."""
+    words = [word for word in SMALL if not word.startswith("profile.")]
+    done = ctxlab("train", "-m", *words, "eval=perplexity", "profile.contexts=[64,128]", "position=rope,alibi")
+    assert done.code == 0, done.err
+    for run in cells():
+        rows = leet.history(leet.inspect(run.path))
+        for drawn, axis, wanted in (
+            ("eval/perplexity", "context", by_context(run, "perplexity")),
+            ("scaling/peak_memory_bytes", "context", by_context(run, "peak_memory_bytes")),
+            ("train/loss", "tokens", [(r["tokens"], r["loss"]) for r in run.metrics() if r["split"] == "train"]),
+        ):
+            assert [(row[axis], row[drawn]) for row in rows if drawn in row] == wanted
+            assert len(wanted) > 1
+
+
+def by_context(run: Run, name: str) -> list[tuple[int | None, float | None]]:
+    return [(m.context, m.value) for m in run.measurements() if m.name == name and is_headline(m.axes)]

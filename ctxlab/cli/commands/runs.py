@@ -43,10 +43,9 @@ _EXAMPLES = """other words:
 
 def run(argv: list[str]) -> int:
     """Does what one `ctxlab runs` line says and returns its exit code. Raises RecordError for what it cannot do."""
-    words = {"show": _show, "diff": _diff, "tag": _tag, "note": _note, "rm": _remove, "restore": _restore}
     try:
-        if argv and argv[0] in words:
-            return words[argv[0]](argv[1:])
+        if argv and argv[0] in WORDS:
+            return WORDS[argv[0]](argv[1:])
         return _list(argv)
     except SystemExit as stop:  # argparse has printed its help
         return int(stop.code or 0)
@@ -191,6 +190,7 @@ def _show(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the whole record and its results, for programs")
     given = parser.read(argv)
     from ctxlab.cli import console
+    from ctxlab.records.index import RunIndex
     from ctxlab.report.query import as_json
     from ctxlab.report.screens import show_run
 
@@ -199,7 +199,7 @@ def _show(argv: list[str]) -> int:
     if given.json:
         print(as_json([found]))
         return 0
-    show_run(found, store.runs(), console.stdout())
+    show_run(found, RunIndex(store.root).summaries(), console.stdout())
     return 0
 
 
@@ -273,3 +273,6 @@ def _restore(argv: list[str]) -> int:
         found = store.restore(name)
         print(f"{found.id}: back in {found.path}")
     return 0
+
+
+WORDS = {"show": _show, "diff": _diff, "tag": _tag, "note": _note, "rm": _remove, "restore": _restore}

@@ -17,7 +17,7 @@ from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import METRICS, Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import Band, loss_curves, loss_figure, save, trained_contexts
-from ctxlab.report.results import differing_keys, number, settings, title, value_at, way_of
+from ctxlab.report.results import differing_keys, labels, number, settings, title, value_at, way_of
 from ctxlab.units import format_length
 
 # The same numbers again in another form: tables leave them to the rows that are saved.
@@ -135,7 +135,8 @@ def curves_with_means(runs: Sequence[Run]) -> tuple[dict[str, list[tuple[int, fl
     groups = repeats(runs)
     curves, bands = mean_curves(groups)
     repeated = {run_id for group in groups for run_id in group.runs.values()}
-    return curves | loss_curves([run for run in runs if run.id not in repeated]), bands
+    once = {name for name, run in zip(labels(runs), runs, strict=True) if run.id not in repeated}
+    return curves | {name: points for name, points in loss_curves(runs).items() if name in once}, bands
 
 
 def save_compared(runs: Sequence[Run], path: Path) -> Path | None:

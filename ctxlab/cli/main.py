@@ -50,6 +50,7 @@ COMMANDS = (
 # Called by ctxlab itself and by the shell: module and function below ctxlab.cli.commands.
 _HIDDEN = {
     "_run": ("run_cell", "run"), "_complete": ("completion", "answer"), "_check": ("experiment", "check"),
+    "_need": ("need", "run"),
 }  # fmt: skip
 _EXAMPLES = (
     ("ctxlab train", "a small decoder on a real book corpus, minutes on 2 cores"),

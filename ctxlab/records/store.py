@@ -133,6 +133,28 @@ class RunStore:
             raise RecordError(f"run: {run.path} cannot be moved to {trash}: {error.strerror or error}") from error
         return target
 
+    def restore(self, name: str) -> Run:
+        """Moves a run back from .trash: its folder's name there, or a unique prefix. Raises RecordError where it cannot."""
+        trash = self.root / _TRASH
+        thrown = sorted(path.name for path in trash.glob("*") if (path / RUN).is_file())
+        matches = [name] if name in thrown else [found for found in thrown if found.startswith(name)]
+        if len(matches) != 1:
+            many = f"'{name}' begins {len(matches)} runs in {trash}: {', '.join(matches[:5])}"
+            raise RecordError(
+                f"run: {many if matches else f'there is no run {name!r} in {trash}{nearest(name, thrown)}'}"
+            )
+        run_id = Run(
+            trash / matches[0]
+        ).id  # one of two that were thrown away under the same name lies there under another
+        target = self.root / run_id
+        try:
+            if target.exists():
+                raise RecordError(f"run: {target} is there already")
+            os.rename(trash / matches[0], target)
+        except OSError as error:
+            raise RecordError(f"run: {trash / matches[0]} cannot be moved back: {error.strerror or error}") from error
+        return Run(target)
+
     def _new_folder(self, stem: str) -> Path:
         """A folder that was not there before: of two processes that draw the same name one draws again."""
         words = re.sub(r"[^A-Za-z0-9._]+", "-", stem)[:_LONGEST_STEM].strip("-._") or "run"

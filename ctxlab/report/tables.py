@@ -16,7 +16,8 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.denoising import denoising_rows, show_denoising
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
-from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
+from ctxlab.report.plots import curve, loss_chart, memory_chart, save_loss_by_length, trained_contexts
+from ctxlab.report.repeats import curves_with_means
 from ctxlab.report.results import (
     by_context,
     cell,
@@ -358,7 +359,8 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     for line in lines:
         console.print(Text(line, style="dim"))
     trained = trained_contexts(runs)
-    chart = loss_chart(loss_curves(runs), trained=trained[0] if len(trained) == 1 else None)
+    curves, _ = curves_with_means(runs)
+    chart = loss_chart(curves, trained=trained[0] if len(trained) == 1 else None)
     if chart is not None:
         console.print()
         console.print(chart)

@@ -181,6 +181,8 @@ class _Drawing:
         within = vega.domain(everything, log=bool(y.log), outliers=self.view.outliers, also=[v for v, _ in levels])
         if within.beyond:
             said.append(f"{within.beyond} points lie outside of what is drawn")
+        elif within.cut:
+            said.append("wide intervals are cut at the frame")
         xs = [p.x for _, points in drawn for p in points]
         if x.log:
             x = Axis(x.title, x.kind, x.log, vega.powers(min(xs), max(xs), x.log))
@@ -249,11 +251,11 @@ class _Drawing:
                 p = points.get((trained or 0) * multiple)
                 if p is not None:
                     text = _with_interval(p, lambda y: number(y, METRICS[metric].unit, name=metric))
-                    rows.append((group.label, f"{multiple}× the trained length", p, text))
+                    rows.append((group.label, f"{multiple}×", p, text))
         return self._dots(
             f"{_slug(metric)}-by-scheme", f"{_words(metric)} at the trained length and beyond", rows,
             Axis(f"{_QUALITY[metric]}{', log scale' if self.view.log_y else ''}", log=10 if self.view.log_y else 0),
-            ["best at the trained length first"],
+            ["best at the trained length first"], legend="trained length",
         )  # fmt: skip
 
     def _ratio(self) -> Figure | None:
@@ -276,7 +278,7 @@ class _Drawing:
 
     def _dots(
         self, name: str, heading: str, rows: list[tuple[str, str, Point, str]], x: Axis, caption: list[str],
-        *, falling: bool = False,
+        *, falling: bool = False, legend: str = "",
     ) -> Figure | None:  # fmt: skip
         labels = list(dict.fromkeys(row[0] for row in rows))
         if len(labels) < 2:
@@ -289,7 +291,7 @@ class _Drawing:
         within = vega.domain(
             [Series("", "", [p for _, _, p, _ in rows])], log=bool(x.log), outliers=self.view.outliers
         )  # fmt: skip
-        spec = vega.dots(rows, x, Colours(tuple(kinds)), within=within)
+        spec = vega.dots(rows, x, Colours(tuple(kinds)), within=within, legend=legend)
         words = {(of, kind): text for of, kind, _, text in rows}
         table = tuple((label, *(words.get((label, kind), "-") for kind in kinds)) for label in labels)
         said = [*caption, *([f"{within.beyond} points lie outside of what is drawn"] if within.beyond else [])]
@@ -308,7 +310,7 @@ class _Drawing:
                     if m.name == "nats_per_token" and m.context and m.value is not None and not way_of(m.axes)
                     and not {"from", "task", "top", "late"} & m.axes.keys()
                 }  # fmt: skip
-                start = at.get(one.trained)
+                start = at.get(one.trained or 0)
                 if one.trained and start is not None:
                     each.append([
                         (context / one.trained, _plain("nats_per_token", value - start)) for context, value in at.items()

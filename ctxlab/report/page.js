@@ -18,6 +18,14 @@ const colourOf = (spec, name) => {
   return null;
 };
 
+const shorter = (value, most) => {  // labels beside a narrow plot leave it the better part of the width
+  if (Array.isArray(value)) return value.map((one) => shorter(one, most));
+  if (!value || typeof value !== "object") return value;
+  const copy = Object.fromEntries(Object.entries(value).map(([k, v]) => [k, k === "values" ? v : shorter(v, most)]));
+  if (copy.labelLimit) copy.labelLimit = Math.min(copy.labelLimit, most);
+  return copy;
+};
+
 const key = (names, spec) => {  // on a narrow plot, what the names at the lines' ends are on a wide one
   const list = document.createElement("ul");
   list.className = "key";
@@ -41,6 +49,7 @@ const draw = async (plot) => {
   const names = (given.usermeta && given.usermeta.names) || [];
   const small = width < NARROW && names.length > 1 && (spec.layer || []).some((layer) => layer.name === page.narrow);
   if (small) spec = { ...spec, layer: spec.layer.filter((layer) => layer.name !== page.narrow) };
+  if (width < NARROW) spec = shorter(spec, Math.round(width * 0.36));
   plot.dataset.width = width;
   if (plot.view) plot.view.finalize();
   const options = { actions: false, ast: true, renderer: "svg", config: theme.config, tooltip: { theme: "custom" } };

@@ -173,7 +173,7 @@ class _Cell:
 
 def _runs(listed: Sequence[Subject], chosen: Sequence[Subject]) -> Html:
     """Every run in a table that its script sorts and filters; beneath a run's name is why it has no results."""
-    keys = [key for key in telling(listed) if not key.startswith("eval.")][:_SETTINGS]
+    keys = [key for key in telling(listed) if key != "run" and not key.startswith("eval.")][:_SETTINGS]
     if any("seed" in one.settings for one in listed) and len({str(one.settings.get("seed")) for one in listed}) > 1:
         keys.append("seed")
     columns: list[tuple[str, Callable[[Subject], _Cell]]] = [("status", _status)]

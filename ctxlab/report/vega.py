@@ -87,6 +87,7 @@ class Domain:
     low: float
     high: float
     beyond: int = 0
+    cut: bool = False  # some intervals go on beyond
 
 
 def domain(series: Sequence[Series], *, log: bool, outliers: bool, also: Sequence[float] = ()) -> Domain:
@@ -111,7 +112,8 @@ def domain(series: Sequence[Series], *, log: bool, outliers: bool, also: Sequenc
     low, high = min([low, *map(to, also)]), max([high, *map(to, also)])
     room = 0.06 * (high - low) or 0.5
     beyond = sum(not low - room <= value <= high + room for value in values)
-    return Domain(back(low - room), back(high + room), beyond)
+    cut = any(not low - room <= end <= high + room for end in ends)
+    return Domain(back(low - room), back(high + room), beyond, cut)
 
 
 def _not_far_out(values: Sequence[float]) -> list[float]:
@@ -135,7 +137,7 @@ def lines(
     labelled: bool = True,
 ) -> Spec:
     """Lines with their intervals, each named at its end. marks: upright rules, levels: level ones; fits: dashed lines."""
-    data = [
+    data: list[dict[str, Any]] = [
         {"line": one.name, "colour": one.colour, "x": p.x, "y": p.y, "low": p.low, "high": p.high, "at": at, "is": what}
         for one in series
         for p, (at, what) in zip(one.points, one.texts or [("", "")] * len(one.points), strict=True)
@@ -238,9 +240,11 @@ def _names(series: Sequence[Series], within: Domain, y: Axis, colour: Spec) -> l
     return [{"layer": layers, "name": AT_THE_END}]
 
 
-def dots(rows: Sequence[tuple[str, str, Point, str]], x: Axis, colours: Colours, *, within: Domain) -> Spec:
+def dots(
+    rows: Sequence[tuple[str, str, Point, str]], x: Axis, colours: Colours, *, within: Domain, legend: str = ""
+) -> Spec:
     """(row, colour, point, its words): a value and its interval a dot, one row of them a name, in the order given."""
-    data = [
+    data: list[dict[str, Any]] = [
         {"row": row, "colour": colour, "x": p.y, "low": p.low, "high": p.high, "is": text}
         for row, colour, p, text in rows
     ]
@@ -253,9 +257,9 @@ def dots(rows: Sequence[tuple[str, str, Point, str]], x: Axis, colours: Colours,
         "axis": {"title": None, "labelLimit": 250, "domain": False, "ticks": False, "labelPadding": 8},
     }  # fmt: skip
     offset = {"yOffset": {"field": "colour", "type": "nominal", "sort": list(colours.names)}} if several else {}
-    legend = {"title": None, "orient": "top", "columns": 4} if several else None
-    colour = {"field": "colour", "type": "nominal", "scale": colours.scale("colour"), "legend": legend}
-    shape = {"field": "colour", "type": "nominal", "scale": colours.scale("shape"), "legend": legend}
+    key = {"title": legend or None, "titleOrient": "left", "orient": "top"} if several else None
+    colour = {"field": "colour", "type": "nominal", "scale": colours.scale("colour"), "legend": key}
+    shape = {"field": "colour", "type": "nominal", "scale": colours.scale("shape"), "legend": key}
     base = {"y": y, "color": colour, **offset}
     said = [{"field": "row", "title": "what"}, {"field": "is", "title": x.title.partition(" (")[0]}]
     spans = [row for row in data if row["low"] is not None]
@@ -277,7 +281,7 @@ def dots(rows: Sequence[tuple[str, str, Point, str]], x: Axis, colours: Colours,
 
 def score_map(cells: Sequence[tuple[int, float, float | None, str]], *, across: str, down: str) -> Spec:
     """(length, depth in %, score from 0 to 1, its words): a square each, its number in it, grey where there is none."""
-    data = [{"length": a, "depth": d, "score": s, "is": text} for a, d, s, text in cells]
+    data: list[dict[str, Any]] = [{"length": a, "depth": d, "score": s, "is": text} for a, d, s, text in cells]
     lengths, depths = sorted({row["length"] for row in data}), sorted({row["depth"] for row in data})
     x = {
         "field": "length", "type": "ordinal", "sort": lengths,
@@ -285,7 +289,7 @@ def score_map(cells: Sequence[tuple[int, float, float | None, str]], *, across: 
     }  # fmt: skip
     y = {"field": "depth", "type": "ordinal", "sort": depths, "axis": {"title": down, "domain": False, "ticks": False}}
     scale = {"domain": [0, 1], "scheme": "viridis"}
-    ink = {"condition": {"test": "datum.score > 0.55", "value": "#000000"}, "value": "#ffffff"}
+    ink = {"condition": {"test": "datum.score > 0.55", "value": "black"}, "value": "white"}
     said = [
         {"field": "length", "title": "length"}, {"field": "depth", "title": "depth (%)"},
         {"field": "is", "title": "share right"},
@@ -372,9 +376,9 @@ class Theme:
             "legend": {"labelColor": self.ink, "titleColor": self.ink, "labelFontSize": 12, "titleFontWeight": "normal"},
             "title": {"color": self.ink, "fontSize": 13, "anchor": "start"},
             "style": {
-                "mark": {"stroke": self.soft, "strokeDash": [4, 4], "strokeWidth": 1},
-                "note": {"fill": self.soft, "fontSize": 11}, "name": {"fill": self.ink, "fontSize": 12},
-                "gap": {"fill": self.gap},
+                "mark": {"color": self.soft, "strokeDash": [4, 4], "strokeWidth": 1},
+                "note": {"color": self.soft, "fontSize": 11}, "name": {"color": self.ink, "fontSize": 12},
+                "gap": {"color": self.gap},
             },
         }  # fmt: skip
 
@@ -402,12 +406,15 @@ def alone(panels: Sequence[tuple[str, Spec]], heading: str, caption: Sequence[st
 
 def bundle(cache: Path | None) -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, from vl-convert; kept in `cache`, for making it takes seconds."""
-    import vl_convert
+    import importlib.metadata
 
-    kept = None if cache is None else cache / f"vega-{vl_convert.__version__}.js"
+    version = importlib.metadata.version("vl-convert-python")
+    kept = None if cache is None else cache / f"vega-{version}.js"
     if kept is not None and kept.is_file():
         return kept.read_text(encoding="utf-8")
-    text: str = vl_convert.javascript_bundle()
+    import vl_convert
+
+    text = str(vl_convert.javascript_bundle(snippet="window.vegaEmbed = vegaEmbed;"))
     text = text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     if kept is not None:
         with suppress(OSError):  # nowhere to keep it: made again the next time

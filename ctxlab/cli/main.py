@@ -44,6 +44,7 @@ COMMANDS = (
     Command(
         "report", "[RUN|SWEEP|EXPERIMENT ...] [-o FILE]", "runs as one page of figures and tables; --figures: SVG, PNG"
     ),
+    Command("dashboard", "[DIR] [--port N] [--open]", "the same page in the browser, live while runs train"),
     Command("experiment", "list|run|status|report NAME", "studies: a question, the lines that answer it, its findings"),
     Command("sync", "[RUN...]", "upload the Weights & Biases mirrors of offline runs"),
     Command("list", "[KIND]", "what can be composed, one line each, with its paper"),

@@ -6,7 +6,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlencode
 
 from ctxlab.errors import ConfigError
@@ -123,24 +124,37 @@ def grouped(subjects: Sequence[Subject], view: View = AS_IT_IS) -> list[Group]:
     return groups
 
 
-def telling(subjects: Sequence[Subject]) -> list[str]:
+class Set(Protocol):
+    """Whatever has settings."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+
+
+def telling(subjects: Sequence[Set]) -> list[str]:
     """The settings, but for the seed, by which subjects can be told apart: each separates some that those before it do not."""
     flats = [one.settings for one in subjects]
-    keys = dict.fromkeys(key for key in (*_FIRST, *(key for flat in flats for key in flat)) if key != "seed")
-    texts = {key: [json.dumps(flat.get(key), sort_keys=True, default=str) for flat in flats] for key in keys}
+    differ = differing(flats)
     parts = [""] * len(subjects)
     found = []
-    for key in keys:
-        if len(set(texts[key])) < 2:
+    for key in dict.fromkeys((*(key for key in _FIRST if key in differ), *differ)):
+        if key == "seed":
             continue
-        finer = [f"{part}\n{text}" for part, text in zip(parts, texts[key], strict=True)]
+        texts = [repr(flat.get(key)) for flat in flats]
+        finer = [f"{part}\n{text}" for part, text in zip(parts, texts, strict=True)]
         if len(set(finer)) > len(set(parts)):
             found.append(key)
             parts = finer
     return found
 
 
-def shown(one: Subject, key: str) -> str:
+def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not the same in all."""
+    keys = dict.fromkeys(chain.from_iterable(flats))
+    return [key for key in keys if any(flat.get(key) != flats[0].get(key) for flat in flats)]
+
+
+def shown(one: Set, key: str) -> str:
     """A setting as a label says it."""
     value = one.settings.get(key, "-")
     if key == "context" and isinstance(value, int):
@@ -148,7 +162,7 @@ def shown(one: Subject, key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def panel_of(one: Subject, keys: Sequence[str]) -> str:
+def panel_of(one: Set, keys: Sequence[str]) -> str:
     """The values of some settings in one line, the names of those whose values say little by themselves before them."""
     words = []
     for key in keys:

@@ -48,5 +48,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, name: str, keys
     return tag("div", body, class_="wide", tabindex="0", role="region", aria_label=name)
 
 
+def cell(text: str, value: float | None = None) -> Html:
+    """A cell of a long table, and the number that it is sorted by."""
+    return Html(
+        f"<td>{html.escape(text)}</td>" if value is None else f'<td data-v="{value!r}">{html.escape(text)}</td>'
+    )
+
+
 def _safe(text: str) -> str:
     return text if isinstance(text, Html) else html.escape(text, quote=False)

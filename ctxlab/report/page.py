@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ctxlab.records.run import Run
-from ctxlab.records.schema import Measurement, Provenance
+from ctxlab.records.schema import METRICS, Provenance
 from ctxlab.report import vega
 from ctxlab.report.figures import SECTIONS, Figure
 from ctxlab.report.groups import shown, telling
-from ctxlab.report.markup import Html, join, table, tag
+from ctxlab.report.markup import Html, cell, join, table, tag
 from ctxlab.report.results import by_context, number, settings, training_speed
 from ctxlab.report.subjects import Subject
 from ctxlab.units import format_bytes, format_count, format_length, format_seconds
@@ -28,6 +29,9 @@ _TEMPLATE, _STYLE, _SCRIPT = "page.html", "page.css", "page.js"
 _SETTINGS = 6  # columns of the table of runs that are settings
 _DETAILS = 60  # runs that are told in full: more are a list, not a page
 _ITEMS = 6  # answers of a run that are shown
+_NONE = Html("")
+# What a browser may do with a page: nothing is fetched, and what is drawn needs no `eval`.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _MOST_PICTURE = 4 << 20  # bytes of a picture that is taken into a page
 
 
@@ -39,30 +43,44 @@ class Told:
     figures: dict[str, list[vega.Spec]]
 
 
-def tell(subjects: Sequence[Subject], figures: Sequence[Figure], *, of: Sequence[Subject] = ()) -> Told:
-    """What there is to see of some subjects. `of` are all that could be chosen, for the table; else the same."""
-    listed = list(of) or list(subjects)
+def tell(subjects: Sequence[Subject], figures: Sequence[Figure], *, of: Sequence[Listed] = ()) -> Told:
+    """What there is to see of some subjects. `of` are all runs that could be chosen, for the table; else the same."""
     runs = list({one.run.id: one.run for one in subjects if one.run is not None}.values())
     parts = [_figures(section, [f for f in figures if f.section == section]) for section in SECTIONS]
-    parts += [_attention(runs), _samples(subjects), _runs(listed, subjects), _differences(subjects), _provenance(runs)]
+    parts += [
+        _attention(runs),
+        _samples(subjects),
+        _runs(of or [listed(one) for one in subjects], [one.id for one in subjects]),
+        _differences(subjects),
+        _provenance(runs),
+    ]
     parts.append(_again(runs))
     return Told(join(parts), {figure.name: [spec for _, spec in figure.panels] for figure in figures})
 
 
 def page(told: Told, *, heading: str, facts: Sequence[str], script: str) -> str:
     """The self-contained page. `script` is what draws: `vega.bundle`."""
-    style, own = (_file(name) for name in (_STYLE, _SCRIPT))
+    policy = f"{_POLICY}; script-src 'unsafe-inline'"
+    return fill(told, heading=heading, facts=facts, scripts=[script, file_text(_SCRIPT)], policy=policy)
+
+
+def fill(
+    told: Told, *, heading: str, facts: Sequence[str], scripts: Sequence[str], policy: str | None, nonce: str | None = None,
+    controls: Html = _NONE,
+) -> str:  # fmt: skip
+    """The template with everything in it. `policy` is what the browser may do; `controls` stand above the figures."""
     data = {"figures": told.figures, **themes()}
     inside = {
+        "POLICY": tag("meta", http_equiv="Content-Security-Policy", content=policy) if policy else _NONE,
+        "CONTROLS": controls,
+        "DATA": tag("script", Html(as_json(data)), type="application/json", id="data"),
+        "SCRIPTS": join([tag("script", Html(f"\n{text}\n"), nonce=nonce) for text in scripts], "\n"),
         "TITLE": tag("title", heading),
-        "STYLE": Html(style),
+        "STYLE": Html(file_text(_STYLE)),
         "HEADER": join([tag("h1", heading), *(tag("p", fact, class_="soft") for fact in facts)]),
         "MAIN": told.main,
-        "DATA": Html(as_json(data)),
-        "VEGA": Html(script),
-        "SCRIPT": Html(own),
     }
-    text = _file(_TEMPLATE)
+    text = file_text(_TEMPLATE)
     parts = text.split("%%")
     return "".join(inside.get(part, part) for part in parts)
 
@@ -164,43 +182,81 @@ def _samples(subjects: Sequence[Subject]) -> Html | None:
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """A cell of the table of runs: its text, and what it is sorted by."""
+class Listed:
+    """A row of the table of runs: plain values, so that thousands are made in no time."""
 
-    text: str
-    value: Any = None
+    id: str
+    status: str
+    settings: Mapping[str, Any]
+    results: Mapping[str, float]  # at the trained context
+    trained: int | None = None
+    whose: str | None = None
+    reason: str = ""
+    parameters: int | None = None
+    seconds: float | None = None
+    started: str = ""
+    note: str = ""
 
 
-def _runs(listed: Sequence[Subject], chosen: Sequence[Subject]) -> Html:
+def listed(one: Subject) -> Listed:
+    """A subject as a row."""
+    rows = by_context([m for m in one.measurements if not {"from", "task"} & m.axes.keys()]).get(one.trained or -1, {})
+    results = {name: m.value for name, m in rows.items() if m.value is not None}
+    answers = [m.value for m in one.measurements if m.name == "accuracy" and m.value is not None]
+    if answers:
+        results["accuracy"] = statistics.fmean(answers)
+    if one.run is None:
+        return Listed(one.id, "saved", one.settings, results, one.trained)
+    speed = training_speed(one.run) if one.own is None else None
+    if speed is not None:
+        results["tokens_per_second"] = speed
+    record = one.run.record
+    return Listed(
+        one.id, record.status, one.settings, results, one.trained, one.whose, record.reason, record.parameters.get("all"),
+        record.wall_seconds, record.started or "", noted(record.tags, record.note),
+    )  # fmt: skip
+
+
+def noted(tags: Sequence[str], note: str) -> str:
+    """What somebody has said of a run."""
+    return " ".join([*(f"#{word}" for word in tags), note]).strip()
+
+
+_Cell = tuple[str, float | None]  # its text, and the number that it is sorted by
+_RESULTS = {
+    "perplexity": "perplexity", "bits_per_byte": "bits/byte", "accuracy": "accuracy", "peak_memory_bytes": "memory",
+    "step_seconds": "step", "tokens_per_second": "tokens/s",
+}  # fmt: skip
+_NOTHING: _Cell = ("-", None)
+
+
+def _runs(rows: Sequence[Listed], chosen: Sequence[str]) -> Html:
     """Every run in a table that its script sorts and filters; beneath a run's name is why it has no results."""
-    keys = [key for key in telling(listed) if key != "run" and not key.startswith("eval.")][:_SETTINGS]
-    if any("seed" in one.settings for one in listed) and len({str(one.settings.get("seed")) for one in listed}) > 1:
+    keys = [key for key in telling(rows) if key != "run" and not key.startswith("eval.")][:_SETTINGS]
+    if len({repr(row.settings.get("seed")) for row in rows}) > 1:
         keys.append("seed")
-    columns: list[tuple[str, Callable[[Subject], _Cell]]] = [("status", _status)]
-    columns += [(key.rpartition(".")[2] if len(key) > 18 else key, _setting(key)) for key in keys]
-    columns += [
-        ("at", _trained), ("perplexity", _result("perplexity")), ("bits/byte", _result("bits_per_byte")),
-        ("accuracy", _accuracy), ("memory", _result("peak_memory_bytes")), ("step", _result("step_seconds")),
-        ("tokens/s", _speed), ("parameters", _parameters), ("took", _took), ("started", _started), ("note", _note),
-    ]  # fmt: skip
-    cells = [[column(one) for _, column in columns] for one in listed]
-    kept = [n for n in range(len(columns)) if any(row[n].text not in ("-", "") for row in cells)]
+    heads = ["status", *(key.rpartition(".")[2] if len(key) > 18 else key for key in keys), "at", *_RESULTS.values()]
+    heads += ["parameters", "took", "started", "note"]
+    cells = [_cells_of(row, keys) for row in rows]
+    kept = [n for n in range(len(heads)) if any(row[n][0] not in ("-", "") for row in cells)]
     head = tag(
         "tr", tag("th", tag("button", "run", type="button"), scope="col", class_="word", aria_sort="none"),
-        *(tag("th", tag("button", columns[n][0], type="button"), scope="col", aria_sort="none") for n in kept),
+        *(tag("th", tag("button", heads[n], type="button"), scope="col", aria_sort="none") for n in kept),
     )  # fmt: skip
-    ids = {one.id for one in chosen}
+    picked = set(chosen)
     body = []
-    for one, row in zip(listed, cells, strict=True):
-        made = [tag("td", row[n].text, data_v=None if row[n].value is None else str(row[n].value)) for n in kept]
-        reason = one.run.record.reason if one.run is not None else ""
-        name = [one.id if not one.whose else f"{one.id} of {one.whose}", tag("small", reason) if reason else None]
-        body.append(tag("tr", tag("th", *name, scope="row", class_="word"), *made, data_run=one.id,
-                        class_="chosen" if one.id in ids and len(ids) < len(listed) else None))  # fmt: skip
+    for row, texts in zip(rows, cells, strict=True):
+        made = [cell(*texts[n]) for n in kept]
+        name = [
+            row.id if not row.whose else f"{row.id} of {row.whose}",
+            tag("small", row.reason) if row.reason else None,
+        ]
+        body.append(tag("tr", tag("th", *name, scope="row", class_="word"), *made, data_run=row.id,
+                        class_="chosen" if row.id in picked and len(picked) < len(rows) else None))  # fmt: skip
     find = tag(
         "label", "Filter ", tag("input", type="search", id="filter", placeholder="alibi done", autocomplete="off")
     )
-    count = tag("output", f"{len(listed)} of {len(listed)}", id="found", for_="filter")
+    count = tag("output", f"{len(rows)} of {len(rows)}", id="found", for_="filter")
     wide = tag(
         "div", tag("table", tag("thead", head), tag("tbody", *body), id="runs-table"), class_="wide tall", tabindex="0",
         role="region", aria_label="Table of runs",
@@ -211,6 +267,23 @@ def _runs(listed: Sequence[Subject], chosen: Sequence[Subject]) -> Html:
         class_="soft",
     )
     return _section("runs", "Runs", text, tag("p", find, " ", count, class_="find"), wide)
+
+
+def _cells_of(row: Listed, keys: Sequence[str]) -> list[_Cell]:
+    cells: list[_Cell] = [(row.status.replace("_", " "), None)]
+    for key in keys:
+        value = row.settings.get(key)
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        cells.append((shown(row, key), value if plain else None))
+    cells.append(_NOTHING if row.trained is None else (format_length(row.trained), row.trained))
+    for name in _RESULTS:
+        found = row.results.get(name)
+        cells.append(_NOTHING if found is None else (number(found, METRICS[name].unit, name=name), found))
+    cells.append(_NOTHING if row.parameters is None else (format_count(row.parameters), row.parameters))
+    cells.append(_NOTHING if row.seconds is None else (format_seconds(row.seconds), row.seconds))
+    cells.append((row.started[:16].replace("T", " ") or "-", None))
+    cells.append((row.note, None))
+    return cells
 
 
 def _differences(subjects: Sequence[Subject]) -> Html | None:
@@ -319,64 +392,6 @@ def _section(name: str, heading: str, *children: Html) -> Html:
     return tag("section", tag("h2", heading, id=f"{name}-head"), *children, id=name, aria_labelledby=f"{name}-head")
 
 
-def _status(one: Subject) -> _Cell:
-    return _Cell("saved" if one.run is None else one.run.record.status.replace("_", " "))
-
-
-def _setting(key: str) -> Callable[[Subject], _Cell]:
-    def cell(one: Subject) -> _Cell:
-        value = one.settings.get(key)
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        return _Cell(shown(one, key), value if plain else None)
-
-    return cell
-
-
-def _at_trained(one: Subject, name: str) -> Measurement | None:
-    rows = by_context([m for m in one.measurements if not {"from", "task"} & m.axes.keys()])
-    return rows.get(one.trained or -1, {}).get(name)
-
-
-def _result(name: str) -> Callable[[Subject], _Cell]:
-    def cell(one: Subject) -> _Cell:
-        m = _at_trained(one, name)
-        return _Cell("-") if m is None or m.value is None else _Cell(number(m.value, m.unit, name=name), m.value)
-
-    return cell
-
-
-def _accuracy(one: Subject) -> _Cell:
-    values = [m.value for m in one.measurements if m.name == "accuracy" and m.value is not None]
-    return _Cell(f"{sum(values) / len(values):.3f}", sum(values) / len(values)) if values else _Cell("-")
-
-
-def _trained(one: Subject) -> _Cell:
-    return _Cell("-" if one.trained is None else format_length(one.trained), one.trained)
-
-
-def _speed(one: Subject) -> _Cell:
-    speed = training_speed(one.run) if one.run is not None and one.own is None else None
-    return _Cell("-") if speed is None else _Cell(format_count(speed), speed)
-
-
-def _parameters(one: Subject) -> _Cell:
-    count = one.run.record.parameters.get("all") if one.run is not None else None
-    return _Cell("-") if count is None else _Cell(format_count(count), count)
-
-
-def _took(one: Subject) -> _Cell:
-    seconds = one.run.record.wall_seconds if one.run is not None else None
-    return _Cell("-") if seconds is None else _Cell(format_seconds(seconds), seconds)
-
-
-def _started(one: Subject) -> _Cell:
-    return _Cell("-" if one.run is None else (one.run.record.started or "-")[:16].replace("T", " "))
-
-
-def _note(one: Subject) -> _Cell:
-    record = one.run.record if one.run is not None else None
-    return _Cell("" if record is None else " ".join([*(f"#{tag}" for tag in record.tags), record.note]).strip())
-
-
-def _file(name: str) -> str:
+def file_text(name: str) -> str:
+    """A file beside this one."""
     return Path(str(files("ctxlab.report").joinpath(name))).read_text(encoding="utf-8")

@@ -409,12 +409,13 @@ def bundle(cache: Path | None) -> str:
     import importlib.metadata
 
     version = importlib.metadata.version("vl-convert-python")
-    kept = None if cache is None else cache / f"vega-{version}.js"
+    kept = None if cache is None else cache / f"vega-embed-{version}.js"
     if kept is not None and kept.is_file():
         return kept.read_text(encoding="utf-8")
     import vl_convert
 
     text = str(vl_convert.javascript_bundle(snippet="window.vegaEmbed = vegaEmbed;"))
+    text = f"(() => {{\n{text}\n}})();"  # its names are its own
     text = text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
     if kept is not None:
         with suppress(OSError):  # nowhere to keep it: made again the next time

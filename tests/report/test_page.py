@@ -156,7 +156,7 @@ def test_every_figure_is_drawn_without_a_browser(tmp_path: Path) -> None:
         assert len(set(image.convert("RGB").resize((64, 64)).tobytes())) > 8
 
 
-class _Elements(HTMLParser):
+class Elements(HTMLParser):
     """Every element with its attributes, and the text of scripts, as a browser's parser finds them."""
 
     def __init__(self, text: str) -> None:
@@ -202,9 +202,9 @@ def written(subjects: list[Subject], heading: str = "title") -> str:
 
 
 def test_nothing_of_a_record_becomes_an_element_or_a_script(tmp_path: Path) -> None:
-    plain = _Elements(written(subjects_of(with_everything(tmp_path / "plain"))))
+    plain = Elements(written(subjects_of(with_everything(tmp_path / "plain"))))
     text = written(subjects_of(hostile(tmp_path / "evil")), heading=EVIL)
-    evil = _Elements(text)
+    evil = Elements(text)
     assert text.count("&lt;script&gt;alert(2)") > 10  # it is there, as text
     assert len(evil.scripts) == len(plain.scripts) == 3
     assert evil.scripts[1:] == plain.scripts[1:]
@@ -217,7 +217,7 @@ def test_nothing_of_a_record_becomes_an_element_or_a_script(tmp_path: Path) -> N
 
 def test_the_page_asks_nothing_of_anybody(tmp_path: Path) -> None:
     text = written(subjects_of(with_everything(tmp_path)))
-    elements = _Elements(text).elements
+    elements = Elements(text).elements
     assert not [tag for tag, _ in elements if tag in ("link", "iframe", "object", "embed", "form", "base")]
     assert not [a for _, a in elements if "srcset" in a or (a.get("src") or "data:").partition(":")[0] != "data"]
     (policy,) = (a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")

@@ -1,10 +1,6 @@
 "use strict";
 const EVERY = 2000;  // milliseconds between two looks at whether anything has changed
-const OURS = ["filter", "sort"];  // parts of the view that this page sees to by itself
-const address = new URLSearchParams(location.search);
-const token = address.get("token");
-address.delete("token");
-let seen = { stamp: "", sections: {}, chosen: [] }, asking = 0, timer = 0;
+let seen = { stamp: "", sections: {}, chosen: [], found: [] }, asking = 0, timer = 0;
 const el = (id) => document.getElementById(id);
 const say = (text) => { if (el("state").textContent !== text) el("state").textContent = text; };
 
@@ -51,18 +47,21 @@ const put = (told) => {
     placed.push(fresh);
     queueMicrotask(() => {
       [...fresh.querySelectorAll(".wide")].forEach((wide, n) => { if (scrolled[n]) [wide.scrollLeft, wide.scrollTop] = scrolled[n]; });
-      if (focus && el(focus)) el(focus).focus();
+      if (focus && el(focus)) {
+        el(focus).focus();
+        if (focus === "filter") el(focus).setSelectionRange(el(focus).value.length, el(focus).value.length);
+      }
     });
   }
   main.replaceChildren(...placed);
   for (const one of main.querySelectorAll("details")) if (open.has(nameOf(one))) one.open = true;
-  seen = { stamp: told.stamp, sections, chosen: told.chosen };
+  seen = { stamp: told.stamp, sections, chosen: told.chosen, found: told.found };
   head(told.facts);
   choices(told.keys);
   boxes();
   for (const plot of main.querySelectorAll(".plot")) {
     const { figure, panel } = plot.dataset;
-    if (plot.view && JSON.stringify((before[figure] || [])[panel]) !== JSON.stringify((told.figures[figure] || [])[panel])) draw(plot);
+    if (plot.view && JSON.stringify((before[figure] || [])[panel]) !== JSON.stringify((told.figures[figure] || [])[panel])) inTurn(plot);
   }
   drawAll(false);
 };
@@ -104,20 +103,17 @@ const boxes = () => {  // a box a run: which are drawn
     box.checked = chosen.has(row.dataset.run);
     row.classList.toggle("chosen", box.checked);
   }
-  if (find.value !== (address.get("filter") || "") && document.activeElement !== find) find.value = address.get("filter") || "";
-  const [column, direction] = (address.get("sort") || "").split(":");
-  const sorted = [...table.tHead.rows[0].cells].find((cell) => cell.textContent === column);
-  if (sorted && sorted.getAttribute("aria-sort") !== direction) sortBy(sorted, direction === "descending" ? direction : "ascending");
-  filterRows();
+  const typed = address.get("filter") || "";  // what has been typed since it was asked for
+  if (find.value !== typed) find.value = typed;
 };
 
 const look = async (now) => {
   clearTimeout(timer);
   const mine = ++asking, query = new URLSearchParams(address);
-  OURS.forEach((name) => query.delete(name));
   if (!now) query.set("stamp", seen.stamp);
   try {
-    const answer = await fetch(`/api/view?${query}`, { headers: { "x-ctxlab-token": token }, cache: "no-store" });
+    const answer = await (first || ask(query));
+    first = null;
     if (mine !== asking) return;
     if (answer.ok) {
       const told = await answer.json();
@@ -132,10 +128,7 @@ const look = async (now) => {
 
 const pressed = {
   "draw-newest": () => change("runs", ""),
-  "draw-found": () => {
-    const rows = [...el("runs-table").tBodies[0].rows].filter((row) => !row.hidden);
-    change("runs", rows.map((row) => row.dataset.run).join(","));
-  },
+  "draw-found": () => change("runs", seen.found.join(",")),
   "copy-link": async () => {
     remember();
     try { await navigator.clipboard.writeText(location.href); say("Copied."); } catch { say("Copy the address from the browser's own field."); }
@@ -144,9 +137,9 @@ const pressed = {
 
 let pause = 0;
 document.addEventListener("click", (event) => { const act = pressed[event.target.id]; if (act) act(); });
-document.addEventListener("sorted", ({ detail: [column, up] }) => set("sort", `${column}:${up ? "ascending" : "descending"}`));
+document.addEventListener("sorted", ({ detail: [column, up] }) => change("sort", `${column}:${up ? "ascending" : "descending"}`));
 document.addEventListener("input", ({ target }) => {
-  if (target.id === "filter") set("filter", target.value);
+  if (target.id === "filter") { set("filter", target.value); clearTimeout(pause); pause = setTimeout(() => look(true), 150); }
   if (target.id === "smooth") { clearTimeout(pause); pause = setTimeout(() => change("smooth", Number(target.value) ? target.value : ""), 120); }
 });
 document.addEventListener("change", ({ target }) => {

@@ -32,13 +32,15 @@ from ctxlab.records.index import RunIndex, Summary
 from ctxlab.records.run import MEASUREMENTS_FILE, METRICS_FILE, RUN, Run
 from ctxlab.report.figures import figures
 from ctxlab.report.groups import METRICS, View, differing
+from ctxlab.report.listing import Listed, noted, runs_table
 from ctxlab.report.markup import Html, tag
-from ctxlab.report.page import Listed, Told, file_text, fill, noted, tell
+from ctxlab.report.page import Told, file_text, fill, tell
 from ctxlab.report.results import settings
 from ctxlab.report.subjects import SPLITS, Curve, Subject, subjects_of
 
 HEADER = "x-ctxlab-token"
 MOST = 100  # runs that are drawn at once
+_ROWS = 200  # of the table of runs; the others are found by its filter
 _NEWEST = 12  # that are drawn when none is chosen
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -67,6 +69,11 @@ class Library:
         self.root = root
         self.index = RunIndex(root)
         self._rows: dict[str, tuple[str, str, Listed]] = {}
+        self._differing: tuple[list[Listed], list[str]] = ([], [])
+
+    def read(self) -> None:
+        """Reads all that a first view wants to know of every run."""
+        self.differing(self.rows(self.summaries()))
 
     def summaries(self) -> list[Summary]:
         return self.index.summaries()
@@ -81,6 +88,14 @@ class Library:
             now[one.id] = known
         self._rows = now
         return [row for _, _, row in now.values()]
+
+    def differing(self, rows: list[Listed]) -> list[str]:
+        """The settings in which rows differ, what they can be grouped by; looked for anew when a row is another."""
+        known, keys = self._differing
+        if len(known) != len(rows) or any(a is not b for a, b in zip(known, rows)):
+            keys = differing([row.settings for row in rows])
+            self._differing = (rows, keys)
+        return keys
 
     def subjects(self, chosen: Sequence[Summary]) -> list[Subject]:
         """The chosen runs with their results and thinned curves, oldest first."""
@@ -141,8 +156,8 @@ class Dashboard:
         policy = _POLICY.format(nonce=nonce)
         text = fill(
             Told(tag("p", "Reading the runs …", class_="soft"), {}), heading=f"Runs in {self.root}", facts=(),
-            scripts=[self.script, file_text("page.js"), file_text("dashboard.js")], policy=None, nonce=nonce,
-            controls=_controls(),
+            scripts=[file_text("dashboard_first.js"), self.script, file_text("page.js"), file_text("dashboard.js")],
+            policy=None, nonce=nonce, controls=_controls(),
         )  # fmt: skip
         return HTMLResponse(text, headers={"content-security-policy": policy})
 
@@ -165,10 +180,12 @@ class Dashboard:
             return stamp, None
         rows = self.library.rows(summaries)
         subjects = self.library.subjects(chosen)
-        told = tell(subjects, figures(subjects, view), of=rows)
-        keys = differing([row.settings for row in rows])
+        ids = [one.id for one in chosen]
+        keys = self.library.differing(rows)
+        table = runs_table(rows, ids, words=view.filter, sort=view.sort, most=_ROWS, differ=keys)
+        told = tell(subjects, figures(subjects, view), table_of_runs=table.html)
         return stamp, {
-            "main": told.main, "figures": told.figures, "chosen": [one.id for one in chosen], "keys": keys,
+            "main": told.main, "figures": told.figures, "chosen": ids, "found": table.found[:MOST], "keys": keys,
             "facts": _facts(rows, chosen, view, subjects),
         }  # fmt: skip
 

@@ -367,6 +367,8 @@ class _Drawing:
         of = {"peak_memory_bytes": "activation memory", "step_seconds": "time"}.get(metric)
         limit = self._limit() if metric == "peak_memory_bytes" else None
         highest = max((p.y for _, points in series for p in points), default=0.0)
+        if not highest:
+            return None
         near = limit is not None and highest * 256 >= limit
         caption = ["log scales, less is better"]
         laws = {}

@@ -36,6 +36,8 @@ class View:
     log_x: bool = False
     log_y: bool = False
     outliers: bool = True
+    filter: str = ""  # words that a run of the table has to have
+    sort: str = ""  # a column of the table, `:descending` behind it
 
     @classmethod
     def of_query(cls, query: Mapping[str, str]) -> View:
@@ -58,6 +60,8 @@ class View:
             log_x="x" in log,
             log_y="y" in log,
             outliers=query.get("outliers") != "hide",
+            filter=query.get("filter", ""),
+            sort=query.get("sort", ""),
         )
 
     def query(self) -> str:
@@ -69,6 +73,8 @@ class View:
             "smooth": f"{self.smooth:g}" if self.smooth else "",
             "log": "x" * self.log_x + "y" * self.log_y,
             "outliers": "" if self.outliers else "hide",
+            "filter": self.filter,
+            "sort": self.sort,
         }
         return urlencode({key: value for key, value in said.items() if value}, safe=",")
 
@@ -101,7 +107,7 @@ class Point(NamedTuple):
 
 
 def grouped(subjects: Sequence[Subject], view: View = AS_IT_IS) -> list[Group]:
-    """The groups of a view, in order of first appearance.
+    """The groups of a view, key by key: numbers by size, names in order of first appearance.
 
     Where there are more than can be told apart by colour, one key gives the colour and the others a panel each.
     """
@@ -116,7 +122,10 @@ def grouped(subjects: Sequence[Subject], view: View = AS_IT_IS) -> list[Group]:
     if len(by_key) <= MOST_COLOURS or colour_key is None or len(panels) > _MOST_PANELS:
         rest = []
     groups = []
-    for members in by_key.values():
+    ranks = {key: _ranks([one.settings.get(key) for one in subjects]) for key in keys}
+    for members in sorted(
+        by_key.values(), key=lambda some: [ranks[key][repr(some[0].settings.get(key))] for key in keys]
+    ):
         first = members[0]
         label = panel_of(first, keys) or _alone(members)
         colour = label if not rest else shown(first, colour_key or "")
@@ -131,10 +140,13 @@ class Set(Protocol):
     def settings(self) -> Mapping[str, Any]: ...
 
 
-def telling(subjects: Sequence[Set]) -> list[str]:
-    """The settings, but for the seed, by which subjects can be told apart: each separates some that those before it do not."""
+def telling(subjects: Sequence[Set], differ: Sequence[str] | None = None) -> list[str]:
+    """The settings, but for the seed, by which subjects can be told apart: each separates some that those before it do not.
+
+    `differ` are the keys that may, where that is known.
+    """
     flats = [one.settings for one in subjects]
-    differ = differing(flats)
+    differ = differing(flats) if differ is None else differ
     parts = [""] * len(subjects)
     found = []
     for key in dict.fromkeys((*(key for key in _FIRST if key in differ), *differ)):
@@ -146,6 +158,15 @@ def telling(subjects: Sequence[Set]) -> list[str]:
             found.append(key)
             parts = finer
     return found
+
+
+def _ranks(values: Sequence[Any]) -> dict[str, int]:
+    """The place of each value: numbers by size, whatever else in order of first appearance."""
+    several = list(dict.fromkeys(map(repr, values)))
+    by_text = {repr(value): value for value in values}
+    if all(isinstance(by_text[text], int | float) for text in several):
+        several.sort(key=lambda text: by_text[text])
+    return {text: n for n, text in enumerate(several)}
 
 
 def differing(flats: Sequence[Mapping[str, Any]]) -> list[str]:

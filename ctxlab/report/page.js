@@ -60,14 +60,19 @@ const draw = async (plot) => {
   if (small) plot.before(key(names, spec));
 };
 
+let drawing = Promise.resolve();
+const inTurn = (plot) => {  // one after another, so that the first is seen while the others are made
+  drawing = drawing.then(() => new Promise((next) => setTimeout(next))).then(() => draw(plot)).catch((error) => console.error(error));
+};
+
 let watcher = null;
 const drawAll = (again) => {  // each when it comes near to what is seen: a hundred panels are not drawn at once
   if (watcher) watcher.disconnect();
   watcher = new IntersectionObserver((seen) => {
     for (const { target, isIntersecting } of seen) {
-      if (isIntersecting) { watcher.unobserve(target); draw(target).catch((error) => console.error(error)); }
+      if (isIntersecting) { watcher.unobserve(target); inTurn(target); }
     }
-  }, { rootMargin: "600px" });
+  }, { rootMargin: "400px" });
   for (const plot of document.querySelectorAll(".plot")) {
     if (again || !plot.view) watcher.observe(plot);
   }

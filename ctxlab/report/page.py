@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import base64
 import json
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ctxlab.records.run import Run
-from ctxlab.records.schema import METRICS, Provenance
+from ctxlab.records.schema import Provenance
 from ctxlab.report import vega
 from ctxlab.report.figures import SECTIONS, Figure
-from ctxlab.report.groups import shown, telling
-from ctxlab.report.markup import Html, cell, join, table, tag
-from ctxlab.report.results import by_context, number, settings, training_speed
+from ctxlab.report.groups import shown
+from ctxlab.report.listing import listed, runs_table
+from ctxlab.report.markup import Html, join, table, tag
+from ctxlab.report.results import settings
 from ctxlab.report.subjects import Subject
-from ctxlab.units import format_bytes, format_count, format_length, format_seconds
+from ctxlab.units import format_bytes, format_length, format_seconds
 
 _TEMPLATE, _STYLE, _SCRIPT = "page.html", "page.css", "page.js"
-_SETTINGS = 6  # columns of the table of runs that are settings
 _DETAILS = 60  # runs that are told in full: more are a list, not a page
 _ITEMS = 6  # answers of a run that are shown
 _NONE = Html("")
@@ -43,18 +42,14 @@ class Told:
     figures: dict[str, list[vega.Spec]]
 
 
-def tell(subjects: Sequence[Subject], figures: Sequence[Figure], *, of: Sequence[Listed] = ()) -> Told:
-    """What there is to see of some subjects. `of` are all runs that could be chosen, for the table; else the same."""
+def tell(subjects: Sequence[Subject], figures: Sequence[Figure], *, table_of_runs: Html | None = None) -> Told:
+    """What there is to see of some subjects. `table_of_runs`: of all that could be chosen; else it is of the same."""
     runs = list({one.run.id: one.run for one in subjects if one.run is not None}.values())
     parts = [_figures(section, [f for f in figures if f.section == section]) for section in SECTIONS]
-    parts += [
-        _attention(runs),
-        _samples(subjects),
-        _runs(of or [listed(one) for one in subjects], [one.id for one in subjects]),
-        _differences(subjects),
-        _provenance(runs),
-    ]
-    parts.append(_again(runs))
+    if table_of_runs is None:
+        table_of_runs = runs_table([listed(one) for one in subjects], [one.id for one in subjects]).html
+    parts += [_attention(runs), _samples(subjects), _section("runs", "Runs", table_of_runs)]
+    parts += [_differences(subjects), _provenance(runs), _again(runs)]
     return Told(join(parts), {figure.name: [spec for _, spec in figure.panels] for figure in figures})
 
 
@@ -179,111 +174,6 @@ def _samples(subjects: Sequence[Subject]) -> Html | None:
     head = ("run", "task", "length", "depth", "wanted", "answered", "score")
     text = tag("p", "What was generated: of each run some that were right and some that were wrong.", class_="soft")
     return _section("samples", "Samples", text, table(head, rows, name="Table of samples", keys=7))
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A row of the table of runs: plain values, so that thousands are made in no time."""
-
-    id: str
-    status: str
-    settings: Mapping[str, Any]
-    results: Mapping[str, float]  # at the trained context
-    trained: int | None = None
-    whose: str | None = None
-    reason: str = ""
-    parameters: int | None = None
-    seconds: float | None = None
-    started: str = ""
-    note: str = ""
-
-
-def listed(one: Subject) -> Listed:
-    """A subject as a row."""
-    rows = by_context([m for m in one.measurements if not {"from", "task"} & m.axes.keys()]).get(one.trained or -1, {})
-    results = {name: m.value for name, m in rows.items() if m.value is not None}
-    answers = [m.value for m in one.measurements if m.name == "accuracy" and m.value is not None]
-    if answers:
-        results["accuracy"] = statistics.fmean(answers)
-    if one.run is None:
-        return Listed(one.id, "saved", one.settings, results, one.trained)
-    speed = training_speed(one.run) if one.own is None else None
-    if speed is not None:
-        results["tokens_per_second"] = speed
-    record = one.run.record
-    return Listed(
-        one.id, record.status, one.settings, results, one.trained, one.whose, record.reason, record.parameters.get("all"),
-        record.wall_seconds, record.started or "", noted(record.tags, record.note),
-    )  # fmt: skip
-
-
-def noted(tags: Sequence[str], note: str) -> str:
-    """What somebody has said of a run."""
-    return " ".join([*(f"#{word}" for word in tags), note]).strip()
-
-
-_Cell = tuple[str, float | None]  # its text, and the number that it is sorted by
-_RESULTS = {
-    "perplexity": "perplexity", "bits_per_byte": "bits/byte", "accuracy": "accuracy", "peak_memory_bytes": "memory",
-    "step_seconds": "step", "tokens_per_second": "tokens/s",
-}  # fmt: skip
-_NOTHING: _Cell = ("-", None)
-
-
-def _runs(rows: Sequence[Listed], chosen: Sequence[str]) -> Html:
-    """Every run in a table that its script sorts and filters; beneath a run's name is why it has no results."""
-    keys = [key for key in telling(rows) if key != "run" and not key.startswith("eval.")][:_SETTINGS]
-    if len({repr(row.settings.get("seed")) for row in rows}) > 1:
-        keys.append("seed")
-    heads = ["status", *(key.rpartition(".")[2] if len(key) > 18 else key for key in keys), "at", *_RESULTS.values()]
-    heads += ["parameters", "took", "started", "note"]
-    cells = [_cells_of(row, keys) for row in rows]
-    kept = [n for n in range(len(heads)) if any(row[n][0] not in ("-", "") for row in cells)]
-    head = tag(
-        "tr", tag("th", tag("button", "run", type="button"), scope="col", class_="word", aria_sort="none"),
-        *(tag("th", tag("button", heads[n], type="button"), scope="col", aria_sort="none") for n in kept),
-    )  # fmt: skip
-    picked = set(chosen)
-    body = []
-    for row, texts in zip(rows, cells, strict=True):
-        made = [cell(*texts[n]) for n in kept]
-        name = [
-            row.id if not row.whose else f"{row.id} of {row.whose}",
-            tag("small", row.reason) if row.reason else None,
-        ]
-        body.append(tag("tr", tag("th", *name, scope="row", class_="word"), *made, data_run=row.id,
-                        class_="chosen" if row.id in picked and len(picked) < len(rows) else None))  # fmt: skip
-    find = tag(
-        "label", "Filter ", tag("input", type="search", id="filter", placeholder="alibi done", autocomplete="off")
-    )
-    count = tag("output", f"{len(rows)} of {len(rows)}", id="found", for_="filter")
-    wide = tag(
-        "div", tag("table", tag("thead", head), tag("tbody", *body), id="runs-table"), class_="wide tall", tabindex="0",
-        role="region", aria_label="Table of runs",
-    )  # fmt: skip
-    text = tag(
-        "p",
-        "Results at the context that is named under at: the trained one. A head sorts by its column.",
-        class_="soft",
-    )
-    return _section("runs", "Runs", text, tag("p", find, " ", count, class_="find"), wide)
-
-
-def _cells_of(row: Listed, keys: Sequence[str]) -> list[_Cell]:
-    cells: list[_Cell] = [(row.status.replace("_", " "), None)]
-    for key in keys:
-        value = row.settings.get(key)
-        plain = isinstance(value, int | float) and not isinstance(value, bool)
-        cells.append((shown(row, key), value if plain else None))
-    cells.append(_NOTHING if row.trained is None else (format_length(row.trained), row.trained))
-    for name in _RESULTS:
-        found = row.results.get(name)
-        cells.append(_NOTHING if found is None else (number(found, METRICS[name].unit, name=name), found))
-    cells.append(_NOTHING if row.parameters is None else (format_count(row.parameters), row.parameters))
-    cells.append(_NOTHING if row.seconds is None else (format_seconds(row.seconds), row.seconds))
-    cells.append((row.started[:16].replace("T", " ") or "-", None))
-    cells.append((row.note, None))
-    return cells
 
 
 def _differences(subjects: Sequence[Subject]) -> Html | None:

@@ -17,7 +17,7 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from ctxlab.report.dashboard import HEADER, MOST, Dashboard
-from ctxlab.report.page import Listed
+from ctxlab.report.listing import Listed
 from tests.records.builders import make_run
 from tests.report.builders import repetitions
 from tests.report.test_page import EVIL, Elements, hostile, with_everything
@@ -59,7 +59,7 @@ def test_the_page_brings_its_own_script_and_lets_no_other_run(tmp_path: Path) ->
     assert "unsafe-eval" not in policies[0]
     assert "frame-ancestors 'none'" in policies[0]
     scripts = [a for tag, a in Elements(first.text).elements if tag == "script" and a.get("type") != "application/json"]
-    assert len(scripts) == 3
+    assert len(scripts) == 4
     assert {a["nonce"] for a in scripts} == {nonce}
     assert first.headers["referrer-policy"] == "no-referrer"  # the token is in the address
     assert first.headers["cache-control"] == "no-store"
@@ -76,6 +76,7 @@ def test_a_view_is_what_the_query_says(tmp_path: Path) -> None:
     assert {row["line"] for row in drawn(told, "bits-per-byte-by-context")} == {"seed 1", "seed 2"}
     assert all(run.id in told["main"] for run in runs)  # the table has every run, to choose from
     assert {"position", "seed"} <= set(told["keys"])
+    assert ">position</button>" in told["main"]
 
 
 def test_a_copied_link_shows_the_same_in_another_browser(tmp_path: Path) -> None:
@@ -111,6 +112,29 @@ def test_a_new_run_and_one_that_is_gone(tmp_path: Path) -> None:
     assert view(tmp_path, "runs=nowhere-abcd")["chosen"] == []
     assert view(tmp_path, f"runs={first.id},nowhere-abcd")["chosen"] == [first.id]
     assert "There are no runs here yet" in view(tmp_path / "empty")["facts"][0]
+
+
+def test_the_table_is_filtered_and_sorted_where_all_runs_are_known(tmp_path: Path) -> None:
+    """Best first, those without a result last, either way round; a filter's words are all asked for, of any column."""
+    runs = repetitions(tmp_path)  # three seeds of rope, then of alibi, each a little better
+    waiting = make_run(tmp_path, status="waiting", config={"position": {"name": "alibi"}})
+    best = [runs[n].id for n in (3, 0, 4, 1, 5, 2)]
+    assert view(tmp_path, "sort=perplexity")["found"] == [*best, waiting.id]
+    assert view(tmp_path, "sort=perplexity:descending")["found"] == [*best[::-1], waiting.id]
+    assert view(tmp_path, "sort=perplexity&filter=ALIBI%20done")["found"] == [runs[n].id for n in (3, 4, 5)]
+    told = view(tmp_path, "filter=no-such-word")
+    assert told["found"] == []
+    assert "0 of 7" in told["main"]
+    assert view(tmp_path, f"runs={runs[2].id}")["found"][0] == runs[2].id  # the chosen ones first
+
+
+def test_of_many_runs_the_table_has_some_and_the_filter_finds_the_others(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, status="done", note=f"number-{n}-") for n in range(205)]
+    told = view(tmp_path)
+    assert told["main"].count("data-run=") == 200
+    assert "205 of 205, the first 200 shown" in told["main"]
+    for n in (0, 204):
+        assert view(tmp_path, f"filter=number-{n}-")["found"] == [runs[n].id]
 
 
 def test_so_many_runs_and_no_more_are_drawn_at_once(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_more_groups_than_colours_get_a_panel_for_each_of_the_rest(tmp_path: Pat
     runs = [
         make_run(tmp_path, config={"position": {"name": name}, "context": context})
         for name in ("rope", "alibi", "nope")
-        for context in (128, 256, 512)
+        for context in (512, 128, 256)
     ]
     groups = grouped(subjects_of(runs))
     assert {group.colour for group in groups} == {"rope", "alibi", "nope"}
@@ -102,6 +102,8 @@ def test_a_view_may_group_by_any_key(tmp_path: Path) -> None:
         log_x=st.booleans(),
         log_y=st.booleans(),
         outliers=st.booleans(),
+        filter=st.text(max_size=8),
+        sort=st.sampled_from(["", "perplexity", "started:descending"]),
     )
 )
 def test_a_view_is_its_query(view: View) -> None:

@@ -46,6 +46,7 @@ def _dashboard(argv: list[str]) -> int:
     with _listening(given.port) as listener:
         port = listener.getsockname()[1]
         dashboard = Dashboard(root, secrets.token_urlsafe(24), port, bundle(default_cache()))
+        dashboard.library.read()  # before anybody waits for it
         print(f"{dashboard.address()}\n{root}, on this machine alone; Ctrl-C ends it", flush=True)
         if given.open:
             import webbrowser

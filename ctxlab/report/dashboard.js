@@ -23,37 +23,44 @@ const section = (html) => {  // the server's own markup, in which everything fro
   return made.content;
 };
 
+const replaced = (there, fresh, plots) => {
+  for (const plot of fresh.querySelectorAll(".plot")) {  // what is drawn stays until it is drawn anew
+    const old = plots.get(`${plot.dataset.figure}/${plot.dataset.panel}`);
+    if (!old || !old.view) continue;
+    const names = old.previousElementSibling;
+    old.setAttribute("aria-label", plot.getAttribute("aria-label"));
+    plot.replaceWith(old);
+    if (names && names.className === "key") old.before(names);
+  }
+  if (!there) return fresh;
+  const typing = there.contains(el("filter")) ? el("filter") : null;
+  const focused = typing && document.activeElement === typing, caret = focused ? typing.selectionStart : 0;
+  const scrolled = [...there.querySelectorAll(".wide")].map((wide) => [wide.scrollLeft, wide.scrollTop]);
+  if (typing) fresh.querySelector("#filter").replaceWith(typing);
+  there.replaceWith(fresh);
+  [...fresh.querySelectorAll(".wide")].forEach((wide, n) => { if (scrolled[n]) [wide.scrollLeft, wide.scrollTop] = scrolled[n]; });
+  if (focused) { typing.focus(); typing.setSelectionRange(caret, caret); }
+  return fresh;
+};
+
 const put = (told) => {
   const before = page.figures;
   page.figures = told.figures;
   const main = document.querySelector("main"), content = section(told.main);
   const plots = new Map([...main.querySelectorAll(".plot")].map((plot) => [`${plot.dataset.figure}/${plot.dataset.panel}`, plot]));
   const open = new Set([...main.querySelectorAll("details[open]")].map(nameOf));
-  const sections = {}, placed = [];
-  for (const fresh of [...content.children]) {
+  const sections = {};
+  let last = null;
+  for (const fresh of [...content.children]) {  // a section that is as it was is left alone: nobody loses their place in it
     const html = fresh.outerHTML, there = el(fresh.id);
     sections[fresh.id] = html;
-    if (there && seen.sections[fresh.id] === html) { placed.push(there); continue; }
-    const focus = there && there.contains(document.activeElement) ? document.activeElement.id : null;
-    const scrolled = there ? [...there.querySelectorAll(".wide")].map((wide) => [wide.scrollLeft, wide.scrollTop]) : [];
-    for (const plot of fresh.querySelectorAll(".plot")) {  // what is drawn stays until it is drawn anew
-      const old = plots.get(`${plot.dataset.figure}/${plot.dataset.panel}`);
-      if (!old || !old.view) continue;
-      const kept = old.previousElementSibling;
-      plot.replaceWith(old);
-      old.setAttribute("aria-label", plot.getAttribute("aria-label"));
-      if (kept && kept.className === "key") old.before(kept);
+    const node = there && seen.sections[fresh.id] === html ? there : replaced(there, fresh, plots);
+    if (last ? last.nextElementSibling !== node : main.firstElementChild !== node) {
+      if (last) last.after(node); else main.prepend(node);
     }
-    placed.push(fresh);
-    queueMicrotask(() => {
-      [...fresh.querySelectorAll(".wide")].forEach((wide, n) => { if (scrolled[n]) [wide.scrollLeft, wide.scrollTop] = scrolled[n]; });
-      if (focus && el(focus)) {
-        el(focus).focus();
-        if (focus === "filter") el(focus).setSelectionRange(el(focus).value.length, el(focus).value.length);
-      }
-    });
+    last = node;
   }
-  main.replaceChildren(...placed);
+  while (last && last.nextElementSibling) last.nextElementSibling.remove();
   for (const one of main.querySelectorAll("details")) if (open.has(nameOf(one))) one.open = true;
   seen = { stamp: told.stamp, sections, chosen: told.chosen, found: told.found };
   head(told.facts);
@@ -104,7 +111,7 @@ const boxes = () => {  // a box a run: which are drawn
     row.classList.toggle("chosen", box.checked);
   }
   const typed = address.get("filter") || "";  // what has been typed since it was asked for
-  if (find.value !== typed) find.value = typed;
+  if (find.value !== typed && document.activeElement !== find) find.value = typed;
 };
 
 const look = async (now) => {

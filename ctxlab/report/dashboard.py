@@ -286,7 +286,7 @@ def _facts(rows: Sequence[Listed], chosen: Sequence[Summary], view: View, subjec
         return ["There are no runs here yet; make one with: ctxlab train"]
     statuses = [row.status.replace("_", " ") for row in rows]
     counts = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
-    lines = [f"{len(rows)} runs: {counts}"]
+    lines = [f"{len(rows)} run{'' if len(rows) == 1 else 's'}: {counts}"]
     missing = len(set(view.runs)) - len(chosen)
     if view.runs:
         lines.append(

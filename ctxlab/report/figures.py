@@ -5,10 +5,11 @@ A figure is panels for the eye and a table of the same numbers; a page, the dash
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,6 @@ def figures(subjects: Sequence[Subject], view: View = AS_IT_IS) -> list[Figure]:
 
 def save_figures(found: Sequence[Figure], folder: Path) -> list[Path]:
     """Each figure as NAME.svg and NAME.png in a folder that is there."""
-    import json
-
     import vl_convert
 
     paths = []
@@ -372,6 +371,7 @@ class _Drawing:
         near = limit is not None and highest * 256 >= limit
         caption = ["log scales, less is better"]
         laws = {}
+        by_label = {group.label: points for group, points in series}
         for group, points in series if of else ():
             law = _exponent(group, of or "")
             if law is not None and len(points) > 1:
@@ -395,7 +395,7 @@ class _Drawing:
             Axis({"bytes": "bytes", "seconds": "seconds"}[kind], kind, 10 if kind == "seconds" else 2),
             x_text=lambda x: format_length(int(x)), y_text=lambda y: number(y, unit, name=metric), caption=caption,
             levels=[(limit, f"this machine's {format_bytes(limit)}")] if near and limit else [],
-            fits=lambda group: _fitted(laws.get(group.label), dict(_by_label(series))[group.label]),
+            fits=lambda group: _fitted(laws.get(group.label), by_label[group.label]),
         )  # fmt: skip
 
     def _limit(self) -> float | None:
@@ -443,7 +443,7 @@ class _Drawing:
             ["more is better"],
             falling=True,
         )
-        return None if dotted is None else Figure(**{**dotted.__dict__, "section": ANSWERS})
+        return None if dotted is None else replace(dotted, section=ANSWERS)
 
     def _depths(self, task: str) -> Figure | None:
         panels, table = [], []
@@ -468,10 +468,6 @@ def _trained(group: Group) -> list[tuple[float, str]]:
 
 def _with_interval(p: Point, text: Callable[[float], str]) -> str:
     return text(p.y) if p.low is None or p.high is None else f"{text(p.y)} ({text(p.low)} to {text(p.high)})"
-
-
-def _by_label(series: Sequence[tuple[Group, Sequence[Point]]]) -> Iterator[tuple[str, Sequence[Point]]]:
-    return ((group.label, points) for group, points in series)
 
 
 def _exponent(group: Group, of: str) -> Measurement | None:

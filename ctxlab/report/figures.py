@@ -15,6 +15,7 @@ from typing import Any
 
 from ctxlab.records.schema import METRICS, Measurement
 from ctxlab.report import vega
+from ctxlab.report.costs import exponent_line
 from ctxlab.report.groups import (
     AS_IT_IS,
     MOST_COLOURS,
@@ -378,9 +379,7 @@ class _Drawing:
                 laws[group.label] = law
         several = len(series) > 1
         caption += [
-            f"{of} grows as context^{law.value:.2f}"
-            + (f" ({label})" if several else "")
-            + _reach(law, group, points, limit)
+            (f"{label}: " if several else "") + exponent_line(law) + _reach(law, points, limit)
             for group, points in series
             for label, law in laws.items()
             if label == group.label and law.value is not None
@@ -499,7 +498,7 @@ def _fitted(law: Measurement | None, points: Sequence[Point]) -> list[Point]:
     return [Point(x, standing + law.facts["factor"] * x ** (law.value or 0)) for x in xs]
 
 
-def _reach(law: Measurement, group: Group, points: Sequence[Point], limit: float | None) -> str:
+def _reach(law: Measurement, points: Sequence[Point], limit: float | None) -> str:
     """At which context the law meets the machine's memory."""
     if limit is None or not law.value or limit <= (standing := _standing(law, points)):
         return ""

@@ -93,6 +93,10 @@ def complete(words: list[str]) -> list[str]:
         return [word for word in found if word.startswith(current)]
     if command == "sync":
         return [word for word in ("last", *_run_ids()) if word.startswith(current)]
+    if command == "report":
+        from ctxlab.study.readme import studies
+
+        return [word for word in ("last", *_run_ids(), *studies()) if word.startswith(current)]
     if command == "experiment":
         return [word for word in _of_experiment(words) if word.startswith(current)]
     if not any(c.name == command and c.composed for c in COMMANDS):

@@ -29,6 +29,7 @@ from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.beam import beam_search
 from ctxlab.model.generation import DecodingConfig, decode, generate
 from ctxlab.records.store import Run, RunStore
+from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.train.pairs import encode
 
 WEIGHTS, TRAINING, FACTS = "weights.safetensors", "training.pt", "checkpoint.json"
@@ -286,7 +287,9 @@ def open_run(
             raise IncompatibleError(f"attention: {run.id} has none (model={config['model']['name']}); leave it out")
         config = {**config, "attention": attention}
     with torch.device("meta"):
-        model = build_model(read_parts(config), vocab_size=tokenizer.vocab_size, context=config["context"])
+        model = build_model(
+            read_parts(config), vocab_size=tokenizer.vocab_size, context=config["context"], prefix=_has_prefix(config)
+        )
     weights = load_weights(found, device)
     try:
         model.load_state_dict(weights, assign=True)
@@ -294,6 +297,10 @@ def open_run(
         reason = str(error).strip().splitlines()[-1].strip()
         raise RecordError(f"{found.path / WEIGHTS} does not fit the run's config: {reason}") from error
     return LoadedRun(run, model.eval(), tokenizer, found)
+
+
+def _has_prefix(config: dict[str, Any]) -> bool:
+    return OBJECTIVES.get(config.get("objective", {"name": "causal"})["name"]).prefix
 
 
 def load_run(selector: str, *, runs: str | Path | None = None, checkpoint: str = "last") -> LoadedRun:

@@ -123,7 +123,8 @@ def fit(
 
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
-    model = build_model(parts, vocab_size=vocab_size, context=settings.context)
+    prefix = OBJECTIVES.get(settings.objective.name).prefix
+    model = build_model(parts, vocab_size=vocab_size, context=settings.context, prefix=prefix)
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:

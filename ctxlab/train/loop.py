@@ -47,6 +47,7 @@ from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
 from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
+from ctxlab.train.initial import Begun, Initial, begin, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
@@ -106,12 +107,14 @@ def fit(
     console: Console,
     attempt: int = 1,
     resume: bool = False,
-    initial: dict[str, torch.Tensor] | None = None,
+    initial: Initial | None = None,
+    begun: Callable[[Begun], None] = lambda _: None,
 ) -> Outcome:
     """Trains until the budget or a signal ends it; every state on disk can be resumed bitwise.
 
     `folder` is the checkpoints folder. With `resume` the run goes on from its last checkpoint: weights, optimizer,
-    random generators and the data's one integer. `initial` are weights of another run to start from.
+    random generators and the data's one integer. `initial` are weights of another run to start from; `begun` hears what
+    became of them before the first step.
     """
     _quieten()
     config = settings.trainer
@@ -130,7 +133,7 @@ def fit(
     if saved:
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
-        load_into(model, initial, "init")
+        begun(begin(model, initial, dataset.tokenizer))
     freeze(model, config.freeze)
     if config.compile:
         require_compiler(device)
@@ -287,20 +290,6 @@ def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: 
     )
 
 
-def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
-    """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-    if wrong:
-        first = wrong[0]
-        raise ConfigError(
-            f"{key}: the weights do not fit this model: {first} is {_shape(given.get(first))} there, "
-            f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
-        )
-    model.load_state_dict(weights)
-
-
 def freeze(model: Model, patterns: Sequence[str]) -> None:
     """Takes parameters out of training: those with one of these names, below one of them, or matched by a pattern.
 
@@ -434,10 +423,6 @@ def _validation(
     if isinstance(objective, Denoising):
         return objective_validation(objective, dataset, context, max_tokens=most, precision=precision)
     return Validation(dataset, context, max_tokens=most, precision=precision)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _every(setting: str | int, budget: Budget, in_a_run: int) -> int | None:

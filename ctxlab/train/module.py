@@ -110,7 +110,8 @@ class LanguageModel(lightning.LightningModule):
             total = self.trainer.strategy.reduce(total, reduce_op="sum")
         # One synchronisation a step (matters on CUDA); nothing else reads a tensor.
         self.step_loss, self.step_nats, self.gradient_norm = torch.cat([total.float(), norm.float()[None]]).tolist()
-        self.rate = optimizer.param_groups[0]["lr"]
+        first = optimizer.param_groups[0]
+        self.rate = first["lr"] / first.get("layer_share", 1.0)
         self.step += 1
         self._micro = 0
         self._sums = None

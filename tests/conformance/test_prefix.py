@@ -119,7 +119,7 @@ def test_a_prefix_of_one_token_is_a_causal_decoder(position: str, attention: str
 def test_a_cached_prompt_equals_the_full_forward(position: str, attention: str, settings: dict[str, Any]) -> None:
     """The prompt, read at once both ways, then tokens one by one and some together: the rows of one forward."""
     model, ids = prefix_lm(position, attention, settings), tokens(2, T)
-    whole = model(ids, prefix=torch.tensor([17, 17]))
+    whole = model.logits(model.hidden(ids, prefix=torch.tensor([17, 17])))
     cache = model.new_cache()
     parts = [model.logits(model.hidden(ids[:, :17], cache=cache, prefix="all"))]
     edges = [17, 18, 19, 26, T]
@@ -137,8 +137,8 @@ def test_a_text_goes_on_from_its_prompt_as_the_prefix(position: str) -> None:
     for prompt, new in zip(prompts, said, strict=True):
         text = list(prompt)
         for token in new:
-            logits = model(torch.tensor([text]), prefix=torch.tensor([len(prompt)]))[0, -1]
-            assert int(logits.argmax()) == token
+            hidden = model.hidden(torch.tensor([text]), prefix=torch.tensor([len(prompt)]))
+            assert int(model.logits(hidden)[0, -1].argmax()) == token
             text.append(token)
         assert list(generate(model, prompt, greedy)) == new
     beams = DecodingConfig(num_beams=3, max_new_tokens=6)

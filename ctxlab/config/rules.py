@@ -89,6 +89,8 @@ def check(config: CommandConfig) -> None:
             mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+        if config.trainer.lora.r != "none" and config.init == "none":
+            raise IncompatibleError("trainer.lora.r: adapters are trained on the weights of another run; add init=RUN")
 
 
 def _objective(config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints: a new folder a step, a pointer replaced atomically; safetensors, the rest loaded weights-only.
 
 checkpoints/step-000220/weights.safetensors   names that know no parallelism
+checkpoints/step-000220/adapters.safetensors  where adapters are trained: they alone, on the weights of another run
 checkpoints/step-000220/training.pt           optimizer state, random generators, a recurrent model's memory: what a resume needs
 checkpoints/step-000220/checkpoint.json       step, tokens, seconds, validation loss
 checkpoints/last, checkpoints/best            text files that hold the name of a folder
@@ -8,6 +9,7 @@ checkpoints/last, checkpoints/best            text files that hold the name of a
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -29,6 +31,7 @@ from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.beam import beam_search
 from ctxlab.model.generation import DecodingConfig, decode, generate
 from ctxlab.records.store import Run, RunStore
+from ctxlab.train.lora import ADAPTERS, is_adapted, plain_weights, save_adapters
 from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.train.pairs import encode
 
@@ -55,9 +58,11 @@ def save_checkpoint(
     tokens: int,
     seconds: float,
     validation_loss: float | None,
+    base: str = "",
 ) -> Checkpoint:
     """Writes one checkpoint folder so that it is there whole or not at all.
 
+    Adapters are written merged, and beside that by themselves: `base` is the sha256 of the weights that they belong to.
     Raises RunError with the system's reason (a full disk, say); what was there before stays untouched.
     """
     draft = folder / f".step-{step:06d}"
@@ -65,11 +70,13 @@ def save_checkpoint(
     try:
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed while it wrote this very step
         draft.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in plain_weights(model).items()}, draft / WEIGHTS)
+        if is_adapted(model):
+            save_adapters(model, draft / ADAPTERS, base)
         with open(draft / TRAINING, "wb") as file:  # torch's own writer would not say why it failed
             torch.save(training, file)
         (draft / FACTS).write_text(json.dumps(facts))
-        for path in (draft / WEIGHTS, draft / TRAINING, draft / FACTS, draft):
+        for path in (*draft.iterdir(), draft):
             _flush(path)
         final = _free_name(folder, step)
         os.replace(draft, final)
@@ -151,6 +158,12 @@ def load_weights(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> 
         return load_file(path, device=str(device))
     except (OSError, SafetensorError) as error:
         raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """Of the file, by which it is known again."""
+    with open(checkpoint.path / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Any]:

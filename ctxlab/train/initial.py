@@ -26,6 +26,7 @@ class Initial:
     weights: Mapping[str, Tensor]
     position: str | None = None
     tokenizer: Tokenizer | None = None
+    sha256: str = ""  # of the file of weights, where it matters
 
 
 @dataclass(frozen=True)

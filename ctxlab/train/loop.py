@@ -38,6 +38,7 @@ from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.registry import nearest
+from ctxlab.train import lora
 from ctxlab.train.answers import objective_validation, task_validation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
@@ -46,7 +47,7 @@ from ctxlab.train.callbacks.interrupt import StopOnSignal
 from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
-from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
+from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
 from ctxlab.train.initial import Begun, Initial, begin, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
@@ -113,8 +114,8 @@ def fit(
     """Trains until the budget or a signal ends it; every state on disk can be resumed bitwise.
 
     `folder` is the checkpoints folder. With `resume` the run goes on from its last checkpoint: weights, optimizer,
-    random generators and the data's one integer. `initial` are weights of another run to start from; `begun` hears what
-    became of them before the first step.
+    random generators and the data's one integer. `initial` are weights of another run to start from, which adapters need to
+    go on too; `begun` hears what became of them before the first step.
     """
     _quieten()
     config = settings.trainer
@@ -130,11 +131,15 @@ def fit(
     model = build_model(parts, vocab_size=vocab_size, context=settings.context, prefix=prefix)
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
-    if saved:
+    if config.lora.r != "none":
+        assert initial is not None, "rules.py comes first"
+        _adapt(model, settings, initial, dataset, saved)
+    elif saved:
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
         begun(begin(model, initial, dataset.tokenizer))
     freeze(model, config.freeze)
+    trained = lora.n_trained(model)
     if config.compile:
         require_compiler(device)
         model.compile_blocks()
@@ -167,6 +172,7 @@ def fit(
         attempt=attempt,
         micro_rows={stage.context: stage.micro_rows for stage in budget.stages},
         saved=saved,
+        base=initial.sha256 if initial is not None else "",
     )
     callbacks: list[lightning.Callback] = [RequireFinite(), clock, interrupt, SetState(settings.seed, state)]
     if launched.is_global_zero:
@@ -176,6 +182,7 @@ def fit(
     model.train()
     _run(launched, module, train_loader(stream, module.step, settings.workers))
     model.to(device)  # Lightning has put it back on the CPU
+    lora.merge(model)
     return Outcome(
         model=model,
         device=device,
@@ -192,8 +199,22 @@ def fit(
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
             **({"attention_kernel": native.ran()} if native.ran() else {}),
+            **({"trained_parameters": trained} if config.lora.r != "none" else {}),
         },
     )
+
+
+def _adapt(model: Model, settings: TrainSettings, initial: Initial, dataset: Dataset, saved: Checkpoint | None) -> None:
+    """The weights of another run and adapters on them, new or as they were saved."""
+    found = begin(model, initial, dataset.tokenizer)
+    if found.new or found.rows.get("new"):
+        raise ConfigError(
+            f"trainer.lora.r: adapters alone are trained, and {' and '.join(found.new or found.rows_of)} would stay as "
+            "drawn; train without adapters first, or leave positions and tokenizer as they are in the run"
+        )
+    lora.adapt(model, settings.trainer.lora)
+    if saved is not None:
+        lora.load_adapters(model, saved.path / lora.ADAPTERS, initial.sha256)
 
 
 def _prepare_attention(

@@ -25,6 +25,17 @@ class ContextStage(ComponentConfig):
     share: float = Field(gt=0, lt=1, description="part of the whole token budget spent at this context")
 
 
+class LoraConfig(ComponentConfig):
+    """Adapters that are trained in place of the weights of another run (see lora.py)."""
+
+    r: OrNone | Count = Field("none", description="rank of what is added to a matrix; none: no adapters")
+    alpha: float = Field(16.0, gt=0, description="what is added is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapters read")
+    targets: tuple[str, ...] = Field(
+        ("query", "value"), min_length=1, description="matrices: query, key, value, out, gate, up, down"
+    )
+
+
 class TrainerConfig(ComponentConfig):
     """Budget, batch, machine, validation and checkpoints of a training run.
 
@@ -45,6 +56,7 @@ class TrainerConfig(ComponentConfig):
     freeze: tuple[str, ...] = Field(
         (), description="parameters that stay as they are, by name or pattern: embedding, blocks.0, '*.attention.*'"
     )
+    lora: LoraConfig = LoraConfig()
     context_schedule: tuple[ContextStage, ...] = Field((), description="length curriculum before the final context")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

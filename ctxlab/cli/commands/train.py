@@ -15,11 +15,11 @@ from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
-from ctxlab.errors import DataError, RunError
+from ctxlab.errors import DataError, RecordError, RunError
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
-from ctxlab.train.checkpoint import find_checkpoint, load_weights
+from ctxlab.train.checkpoint import find_checkpoint, load_weights, weights_sha256
 from ctxlab.train.initial import Begun, Initial
 from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
 
@@ -92,7 +92,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         console=console,
         attempt=run.record.attempt,
         resume=resume,
-        initial=None if resume else _initial(config, invocation),
+        initial=None if resume and config.trainer.lora.r == "none" else _initial(config, run, invocation),
         begun=lambda found: _say_begun(run, found, console),
     )
     if outcome.rank > 0:
@@ -135,15 +135,27 @@ def _require_same_text(run: Run, dataset: Dataset) -> None:
         raise DataError(f"data: the text has changed since {run.id} read it (sha256 {before[:12]}, now {now[:12]})")
 
 
-def _initial(config: TrainConfig, invocation: Invocation) -> Initial | None:
+def _initial(config: TrainConfig, run: Run, invocation: Invocation) -> Initial | None:
     if config.init == "none":
         return None
-    parent = invocation.store.open(config.init)
+    adapted = config.trainer.lora.r != "none"
+    try:
+        parent = invocation.store.open(config.init)
+        saved = find_checkpoint(parent.checkpoints)
+        weights = load_weights(saved)
+    except RecordError as error:
+        if not (adapted and run.has_weights):
+            raise
+        raise RecordError(
+            f"resume: {run.id} trains adapters on the weights of {config.init}, which cannot be read ({error}); put that run "
+            f"back, or start from what it has learned, merged: init={run.id}"
+        ) from error
     position = parent.record.config["position"]
     return Initial(
-        load_weights(find_checkpoint(parent.checkpoints)),
+        weights,
         None if position == "none" else position["name"],
         load_tokenizer(parent.path / "tokenizer"),
+        weights_sha256(saved) if adapted else "",
     )
 
 

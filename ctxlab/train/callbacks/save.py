@@ -41,8 +41,10 @@ class ValidateAndSave(lightning.Callback):
         attempt: int,
         micro_rows: dict[int, int],
         saved: Checkpoint | None,
+        base: str = "",
     ) -> None:
-        """`saved` is the checkpoint that the run goes on from."""
+        """`saved` is the checkpoint that the run goes on from, `base` the sha256 of the weights that adapters belong to."""
+        self.base = base
         self.folder = folder
         self.sink = sink
         self.clock = clock
@@ -124,6 +126,7 @@ class ValidateAndSave(lightning.Callback):
                 tokens=module.budget.tokens_before(module.step),
                 seconds=module.seconds,
                 validation_loss=self.latest if self.validated_step == module.step else None,
+                base=self.base,
             )
             # `best` first: a run that dies between the two goes on from an older `last` and finds this one named.
             if best:

@@ -173,6 +173,7 @@ def fit(
         micro_rows={stage.context: stage.micro_rows for stage in budget.stages},
         saved=saved,
         base=initial.sha256 if initial is not None else "",
+        average=0 if config.average == "none" else config.average,
     )
     callbacks: list[lightning.Callback] = [RequireFinite(), clock, interrupt, SetState(settings.seed, state)]
     if launched.is_global_zero:

@@ -73,6 +73,9 @@ class TrainerConfig(ComponentConfig):
     checkpoint_every: OrAuto | OrNone | Count = Field(
         "auto", description="steps between checkpoints; auto: 10 in a run"
     )
+    average: OrNone | int = Field(
+        "none", description="last checkpoints whose weights are kept, to be averaged by checkpoint=average"
+    )
 
     @model_validator(mode="after")
     def _some_budget(self) -> TrainerConfig:
@@ -80,6 +83,8 @@ class TrainerConfig(ComponentConfig):
             raise ValueError("trainer: set one of max_tokens, max_steps, max_time")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             raise ValueError(f"micro_batch: expected a number >= 1 or auto, got {self.micro_batch}")
+        if isinstance(self.average, int) and self.average < 2:
+            raise ValueError(f"average: expected a number >= 2 or none, got {self.average}")
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 1:
             raise ValueError(f"loss_chunk: expected a number >= 1 or auto, got {self.loss_chunk}")
         if sum(stage.share for stage in self.context_schedule) >= 1:

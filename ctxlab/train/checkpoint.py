@@ -345,7 +345,10 @@ def open_run(
         config = {**config, "attention": attention}
     with torch.device("meta"):
         model = build_model(
-            read_parts(config), vocab_size=tokenizer.vocab_size, context=config["context"], prefix=_has_prefix(config)
+            read_parts(config),
+            vocab_size=tokenizer.vocab_size,
+            context=config["context"],
+            prefix=reads_both_ways(config),
         )
     weights = load_weights(found, device)
     try:
@@ -356,7 +359,8 @@ def open_run(
     return LoadedRun(run, model.eval(), tokenizer, found)
 
 
-def _has_prefix(config: dict[str, Any]) -> bool:
+def reads_both_ways(config: dict[str, Any]) -> bool:
+    """Whether a run of this config was trained to read a prefix both ways."""
     return OBJECTIVES.get(config.get("objective", {"name": "causal"})["name"]).prefix
 
 

@@ -26,6 +26,7 @@ class Initial:
     weights: Mapping[str, Tensor]
     position: str | None = None
     tokenizer: Tokenizer | None = None
+    causal: bool | None = None  # whether all of the run's model looks back only
     sha256: str = ""  # of the file of weights, where it matters
 
 
@@ -68,9 +69,10 @@ def begin(model: Model, initial: Initial, tokenizer: Tokenizer) -> Begun:
     """Gives a fresh model another run's weights, and says which are not as they were.
 
     Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind: no other
-    weight is a function of them. Of another tokenizer every token that the run knew has its row, and a new one the mean of
-    the run's rows (Hewitt 2021, nlp.stanford.edu/~johnhew/vocab-expansion.html: no new token is then likelier than the mean
-    over the old ones). Everything else has to fit. Raises ConfigError, one line.
+    weight is a function of them. So does the same one where they mean something else, as T5's buckets do in an encoder. Of
+    another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
+    nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average).
+    Everything else has to fit. Raises ConfigError, one line.
     """
     weights, rows = dict(initial.weights), {}
     index = None if initial.tokenizer is None else shared_rows(initial.tokenizer, tokenizer)
@@ -81,10 +83,9 @@ def begin(model: Model, initial: Initial, tokenizer: Tokenizer) -> Begun:
                 weights[name] = _by_token(weights[name], index)
     new: dict[str, tuple[int, ...]] = {}
     dropped: dict[str, tuple[int, ...]] = {}
-    schemes = {name: module for name, module in model.named_modules() if isinstance(module, Position)}
-    if initial.position is not None and any(s.config.name != initial.position for s in schemes.values()):
-        own = model.state_dict()
-        for scheme in schemes:
+    own = model.state_dict()
+    for scheme, module in model.named_modules():
+        if isinstance(module, Position) and _means_other(module, initial):
             for name in [name for name in weights if name.startswith(f"{scheme}.")]:
                 dropped[name] = tuple(weights.pop(name).shape)
             added = {name: tensor for name, tensor in own.items() if name.startswith(f"{scheme}.")}
@@ -92,6 +93,11 @@ def begin(model: Model, initial: Initial, tokenizer: Tokenizer) -> Begun:
             new |= {name: tuple(tensor.shape) for name, tensor in added.items()}
     load_into(model, weights, "init")
     return Begun(new, dropped, rows, tuple(name for name in VOCABULARY if rows and name in weights))
+
+
+def _means_other(scheme: Position, initial: Initial) -> bool:
+    turned = scheme.directed and initial.causal is not None and scheme.causal != initial.causal
+    return initial.position is not None and (scheme.config.name != initial.position or turned)
 
 
 def shared_rows(old: Tokenizer, new: Tokenizer) -> Tensor | None:

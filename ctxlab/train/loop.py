@@ -133,7 +133,7 @@ def fit(
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if config.lora.r != "none":
         assert initial is not None, "rules.py comes first"
-        _adapt(model, settings, initial, dataset, saved)
+        _adapt(model, settings, initial, dataset, saved, begun)
     elif saved:
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
@@ -205,7 +205,14 @@ def fit(
     )
 
 
-def _adapt(model: Model, settings: TrainSettings, initial: Initial, dataset: Dataset, saved: Checkpoint | None) -> None:
+def _adapt(
+    model: Model,
+    settings: TrainSettings,
+    initial: Initial,
+    dataset: Dataset,
+    saved: Checkpoint | None,
+    begun: Callable[[Begun], None],
+) -> None:
     """The weights of another run and adapters on them, new or as they were saved."""
     found = begin(model, initial, dataset.tokenizer)
     if found.new or found.rows.get("new"):
@@ -214,7 +221,9 @@ def _adapt(model: Model, settings: TrainSettings, initial: Initial, dataset: Dat
             "drawn; train without adapters first, or leave positions and tokenizer as they are in the run"
         )
     lora.adapt(model, settings.trainer.lora)
-    if saved is not None:
+    if saved is None:
+        begun(found)
+    else:
         lora.load_adapters(model, saved.path / lora.ADAPTERS, initial.sha256)
 
 

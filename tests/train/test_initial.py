@@ -124,6 +124,17 @@ def test_another_scheme_begins_afresh_and_all_else_is_as_it_was(
     ]
 
 
+def test_the_buckets_of_t5_begin_afresh_where_they_mean_other_distances() -> None:
+    theirs = Initial(build("t5").state_dict(), "t5", BYTES, causal=True)
+    assert begin(build("t5"), theirs, BYTES) == Begun()
+    for model in (build("t5", prefix=True, seed=3), build("t5", architecture="encoder", seed=3)):
+        assert list(begin(model, theirs, BYTES).new) == ["position.weight"]
+        assert not torch.equal(model.position.weight, theirs.weights["position.weight"])
+    assert (
+        begin(build("rope", prefix=True), Initial(build().state_dict(), "rope", BYTES, causal=True), BYTES) == Begun()
+    )
+
+
 def test_both_stacks_of_an_encoder_decoder_change_their_scheme() -> None:
     settings: dict[str, Any] = {"architecture": "encoder_decoder"}
     theirs, model = build("t5", **settings), build("rope", **settings)

@@ -40,7 +40,7 @@ def base(tmp_path: Path) -> Trained:
 
 
 def on(base: Trained, sha256: str = "abc") -> Initial:
-    return Initial(base.weights, "rope", BYTES, sha256)
+    return Initial(base.weights, "rope", BYTES, sha256=sha256)
 
 
 def test_nothing_changes_before_the_first_step_and_merged_is_apart() -> None:

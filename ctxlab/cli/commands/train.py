@@ -16,10 +16,11 @@ from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
 from ctxlab.errors import DataError, RecordError, RunError
+from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
-from ctxlab.train.checkpoint import find_checkpoint, load_weights, weights_sha256
+from ctxlab.train.checkpoint import find_checkpoint, load_weights, reads_both_ways, weights_sha256
 from ctxlab.train.initial import Begun, Initial
 from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
 
@@ -150,11 +151,13 @@ def _initial(config: TrainConfig, run: Run, invocation: Invocation) -> Initial |
             f"resume: {run.id} trains adapters on the weights of {config.init}, which cannot be read ({error}); put that run "
             f"back, or start from what it has learned, merged: init={run.id}"
         ) from error
-    position = parent.record.config["position"]
+    before = parent.record.config
+    position, architecture = before["position"], ARCHITECTURES.get(architecture_of(before["model"]))
     return Initial(
         weights,
         None if position == "none" else position["name"],
         load_tokenizer(parent.path / "tokenizer"),
+        None if architecture.reads_source else architecture.causal and not reads_both_ways(before),
         weights_sha256(saved) if adapted else "",
     )
 

@@ -43,10 +43,10 @@ def beam_search(
     check_prompts(prompts)
     if len(groups := begun_together(model, prompts)) > 1:
         found: list[list[Hypothesis]] = [[] for _ in prompts]
-        for rows in groups:
-            some = None if limits is None else [limits[i] for i in rows]
-            best = beam_search(model, [prompts[i] for i in rows], config, stop_ids=stop_ids, limits=some)
-            for i, hypotheses in zip(rows, best, strict=True):
+        for alike in groups:
+            some = None if limits is None else [limits[i] for i in alike]
+            best = beam_search(model, [prompts[i] for i in alike], config, stop_ids=stop_ids, limits=some)
+            for i, hypotheses in zip(alike, best, strict=True):
                 found[i] = hypotheses
         return found
     K = config.num_beams

@@ -95,7 +95,7 @@ class Reader:
         )
         self.capacity = config.cache_sinks + config.cache_window if config.cache == "streaming" else None
         self.more = {} if encoded is None else {"encoded": encoded}
-        self.prefix = {"prefix": "all"} if model.prefix else {}  # of what is read first
+        self.prefix: dict[str, Any] = {"prefix": "all"} if model.prefix else {}  # of what is read first
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ class EncoderDecoder(Transformer):
         encoded: Encoded | None = None,
     ) -> Tensor:
         if segments is not None or memory is not None or prefix is not None:
-            raise ValueError("EncoderDecoder: each row has a source; it takes no packed batch, no memory and no prefix")
+            raise ValueError(
+                "EncoderDecoder: each row has a source; it takes neither a packed batch nor a memory, nor a prefix"
+            )
         if (source is None) == (encoded is None):
             raise ValueError("EncoderDecoder: expected a source, or what it was encoded to")
         if encoded is None:

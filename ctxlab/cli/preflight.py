@@ -20,12 +20,15 @@ def check(config: Any, progress: Progress) -> None:
     from ctxlab.data.source import SOURCES
     from ctxlab.evaluation.harness import check_harness
     from ctxlab.records.sinks import check_mirror
+    from ctxlab.train.lora import check_installed
     from ctxlab.train.precision import resolve_device
 
     if hasattr(config, "trainer") and not hasattr(config, "plan"):  # a device that is planned for need not be here
         resolve_device(config.trainer.accelerator)
     if hasattr(config, "logger"):
         check_mirror(config.logger)
+    if getattr(getattr(getattr(config, "trainer", None), "lora", None), "r", "none") != "none":
+        check_installed()
     harness: Any = getattr(getattr(config, "eval", None), "lm_eval", "none")
     if harness != "none":
         check_harness(harness, progress)

@@ -131,7 +131,8 @@ def score(
                     context=context, device=device, precision=precision, progress=start,
                 )  # fmt: skip
             sink.measure(along(rows, axes))
-        return sums
+        if not objective.continues:
+            return sums
     score_tasks(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,

@@ -89,6 +89,8 @@ def check(config: CommandConfig) -> None:
             mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+        if config.trainer.lora.r != "none" and config.init == "none":
+            raise IncompatibleError("trainer.lora.r: adapters are trained on the weights of another run; add init=RUN")
 
 
 def _objective(config: TrainConfig) -> None:
@@ -106,7 +108,7 @@ def _objective(config: TrainConfig) -> None:
         )
     denoising = issubclass(objective, Denoising)
     asked = [part for part, settings in config.eval if settings != "none" and part != "objective"]
-    if denoising and asked:
+    if issubclass(objective, Denoising) and asked and not objective.continues:
         raise IncompatibleError(
             f"eval.{asked[0]}: objective={config.objective.name} trains no model of what comes next; use eval=objective"
         )
@@ -114,8 +116,25 @@ def _objective(config: TrainConfig) -> None:
         raise IncompatibleError(f"eval.objective: {config.objective.name} is scored by perplexity; use eval=perplexity")
     if denoising and config.data.packs:
         raise IncompatibleError(f"data.packed: {config.objective.name} makes its rows of one document each; use false")
+    if objective.prefix:
+        _prefix(config)
     if isinstance(config.data, Parallel.Config) and config.trainer.context_schedule:
         raise IncompatibleError("trainer.context_schedule: pairs are as long as they are; leave the schedule out")
+
+
+def _prefix(config: TrainConfig) -> None:
+    """A prefix is read both ways, as an encoder reads."""
+    if isinstance(config.position, Position.Config) and not POSITIONS.get(config.position.name).bidirectional:
+        fitting = [name for name in POSITIONS.names() if POSITIONS.get(name).bidirectional]
+        raise IncompatibleError(
+            f"position.name: {config.position.name} tells no order without a causal mask, and objective="
+            f"{config.objective.name} has none within the prefix; use {', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
+    if config.attention != "none" and ATTENTIONS.get(config.attention.name).carried_tokens(config.attention):
+        raise IncompatibleError(
+            f"attention.name: {config.attention.name} attention carries a memory from row to row, and a row of objective="
+            f"{config.objective.name} begins with its prefix; use full or sliding_window"
+        )
 
 
 def _tasks(config: TrainConfig | EvalConfig) -> None:

@@ -60,6 +60,9 @@ class Model(nn.Module):
     reads_source: ClassVar[bool] = False
     """Whether it reads a source beside its tokens: `hidden` takes source and source_lengths, or what `encode` made of them."""
 
+    prefix = False
+    """Whether it attends both ways within a prefix: `hidden` takes the prefix' length, of each row (B,) int64, or `all`."""
+
     embedding: nn.Embedding
     head: nn.Linear | None
 
@@ -197,14 +200,16 @@ def read_parts(config: Mapping[str, Any]) -> Parts:
     )
 
 
-def build_model(parts: Parts, *, vocab_size: int, context: int) -> Model:
+def build_model(parts: Parts, *, vocab_size: int, context: int, prefix: bool = False) -> Model:
     """The model of these settings, with fresh weights from torch's current random state.
 
+    prefix: of a decoder, whether it attends both ways within a prefix.
     Raises IncompatibleError when the parts do not go together.
     """
     architecture: Any = ARCHITECTURES.get(parts.model.architecture)
     chosen = (getattr(parts, part) for part in architecture.parts)
-    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context)
+    more = {"prefix": True} if prefix else {}
+    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context, **more)
     return model
 
 

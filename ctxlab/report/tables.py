@@ -216,7 +216,9 @@ def show_training(run: Run, console: Console) -> None:
         show_next(console, (prompt, "translate"), (more, "score it again"), look)
         return
     if denoising_rows(measurements):
-        show_next(console, (f"{where}ctxlab eval {record.id}", "score it again"), look)
+        writes = record.config["model"].get("architecture", "decoder") == "decoder"
+        goes_on = [(prompt, "go on from a prompt")] if writes else []
+        show_next(console, *goes_on, (f"{where}ctxlab eval {record.id}", "score it again"), look)
         return
     position = value_at(record.config, "position")
     other = "alibi" if position != "alibi" else "rope"

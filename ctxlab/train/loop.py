@@ -38,6 +38,7 @@ from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.registry import nearest
+from ctxlab.train import lora
 from ctxlab.train.answers import objective_validation, task_validation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
@@ -46,7 +47,8 @@ from ctxlab.train.callbacks.interrupt import StopOnSignal
 from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
-from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
+from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
+from ctxlab.train.initial import Begun, Initial, begin, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
@@ -106,12 +108,14 @@ def fit(
     console: Console,
     attempt: int = 1,
     resume: bool = False,
-    initial: dict[str, torch.Tensor] | None = None,
+    initial: Initial | None = None,
+    begun: Callable[[Begun], None] = lambda _: None,
 ) -> Outcome:
     """Trains until the budget or a signal ends it; every state on disk can be resumed bitwise.
 
     `folder` is the checkpoints folder. With `resume` the run goes on from its last checkpoint: weights, optimizer,
-    random generators and the data's one integer. `initial` are weights of another run to start from.
+    random generators and the data's one integer. `initial` are weights of another run to start from, which adapters need to
+    go on too; `begun` hears what became of them before the first step.
     """
     _quieten()
     config = settings.trainer
@@ -123,14 +127,19 @@ def fit(
 
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
-    model = build_model(parts, vocab_size=vocab_size, context=settings.context)
+    prefix = OBJECTIVES.get(settings.objective.name).prefix
+    model = build_model(parts, vocab_size=vocab_size, context=settings.context, prefix=prefix)
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
-    if saved:
+    if config.lora.r != "none":
+        assert initial is not None, "rules.py comes first"
+        _adapt(model, settings, initial, dataset, saved, begun)
+    elif saved:
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
-        load_into(model, initial, "init")
+        begun(begin(model, initial, dataset.tokenizer))
     freeze(model, config.freeze)
+    trained = lora.n_trained(model)
     if config.compile:
         require_compiler(device)
         model.compile_blocks()
@@ -163,6 +172,8 @@ def fit(
         attempt=attempt,
         micro_rows={stage.context: stage.micro_rows for stage in budget.stages},
         saved=saved,
+        base=initial.sha256 if initial is not None else "",
+        average=0 if config.average == "none" else config.average,
     )
     callbacks: list[lightning.Callback] = [RequireFinite(), clock, interrupt, SetState(settings.seed, state)]
     if launched.is_global_zero:
@@ -172,6 +183,7 @@ def fit(
     model.train()
     _run(launched, module, train_loader(stream, module.step, settings.workers))
     model.to(device)  # Lightning has put it back on the CPU
+    lora.merge(model)
     return Outcome(
         model=model,
         device=device,
@@ -188,8 +200,31 @@ def fit(
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
             **({"attention_kernel": native.ran()} if native.ran() else {}),
+            **({"trained_parameters": trained} if config.lora.r != "none" else {}),
         },
     )
+
+
+def _adapt(
+    model: Model,
+    settings: TrainSettings,
+    initial: Initial,
+    dataset: Dataset,
+    saved: Checkpoint | None,
+    begun: Callable[[Begun], None],
+) -> None:
+    """The weights of another run and adapters on them, new or as they were saved."""
+    found = begin(model, initial, dataset.tokenizer)
+    if found.new or found.rows.get("new"):
+        raise ConfigError(
+            f"trainer.lora.r: adapters alone are trained, and {' and '.join(found.new or found.rows_of)} would stay as "
+            "drawn; train without adapters first, or leave positions and tokenizer as they are in the run"
+        )
+    lora.adapt(model, settings.trainer.lora)
+    if saved is None:
+        begun(found)
+    else:
+        lora.load_adapters(model, saved.path / lora.ADAPTERS, initial.sha256)
 
 
 def _prepare_attention(
@@ -284,20 +319,6 @@ def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: 
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
         memory=ACTIVATION_SHARE * memory,
     )
-
-
-def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
-    """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-    if wrong:
-        first = wrong[0]
-        raise ConfigError(
-            f"{key}: the weights do not fit this model: {first} is {_shape(given.get(first))} there, "
-            f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
-        )
-    model.load_state_dict(weights)
 
 
 def freeze(model: Model, patterns: Sequence[str]) -> None:
@@ -433,10 +454,6 @@ def _validation(
     if isinstance(objective, Denoising):
         return objective_validation(objective, dataset, context, max_tokens=most, precision=precision)
     return Validation(dataset, context, max_tokens=most, precision=precision)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _every(setting: str | int, budget: Budget, in_a_run: int) -> int | None:

@@ -50,10 +50,11 @@ def test_it_learns_to_translate(tmp_path: Path) -> None:
     assert all(row["loss"] > row["nats_per_token"] for row in rows[len(rows) // 2 :]), "smoothed loss, plain nats"
 
 
-@pytest.mark.parametrize("kind", ["pairs", "masked", "spans"])
+@pytest.mark.parametrize("kind", ["pairs", "masked", "spans", "prefix"])
 def test_killed_and_resumed_it_is_the_same_to_the_last_bit(tmp_path: Path, kind: str) -> None:
     said = {
         "pairs": SMALL,
+        "prefix": ("train", "objective=prefix"),
         "masked": ("train", "objective=masked", "model.architecture=encoder"),
         "spans": ("train", "objective=span_corruption", "model.architecture=encoder_decoder", "tokenizer.sentinels=40"),
     }[kind]

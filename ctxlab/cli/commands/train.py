@@ -7,7 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-import torch
+from rich.console import Console
 from rich.text import Text
 
 from ctxlab.cli.execute import is_first_rank
@@ -15,11 +15,13 @@ from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
 from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
-from ctxlab.errors import DataError, RunError
+from ctxlab.errors import DataError, RecordError, RunError
+from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
-from ctxlab.train.checkpoint import find_checkpoint, load_weights
+from ctxlab.train.checkpoint import find_checkpoint, load_weights, reads_both_ways, weights_sha256
+from ctxlab.train.initial import Begun, Initial
 from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
 
 if TYPE_CHECKING:
@@ -64,7 +66,12 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     if is_first_rank():
         if not resume:
             dataset.tokenizer.save(run.path / "tokenizer")
-        run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins))
+        begun = {
+            name: run.record.provenance.resolved[name]
+            for name in ("init",)
+            if resume and name in run.record.provenance.resolved
+        }
+        run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins, resolved=begun))
     if config.resume != "none" and not resume and is_first_rank():
         console.print(Text(f"{run.id} was stopped before its first checkpoint: it starts over"), soft_wrap=True)
     outcome = fit(
@@ -86,7 +93,8 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         console=console,
         attempt=run.record.attempt,
         resume=resume,
-        initial=None if resume else _initial_weights(config, invocation),
+        initial=None if resume and config.trainer.lora.r == "none" else _initial(config, run, invocation),
+        begun=lambda found: _say_begun(run, found, console),
     )
     if outcome.rank > 0:
         return DONE
@@ -115,8 +123,9 @@ def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokeniz
         return load_tokenizer(run.path / "tokenizer")
     if config.init != "none":
         parent = invocation.store.open(config.init)
-        if parent.record.config["tokenizer"] == config.tokenizer.model_dump(mode="json"):
-            return load_tokenizer(parent.path / "tokenizer")
+        sentinels = {"sentinels": config.tokenizer.sentinels}  # more of them change no other piece
+        if parent.record.config["tokenizer"] | sentinels == config.tokenizer.model_dump(mode="json"):
+            return load_tokenizer(parent.path / "tokenizer").with_sentinels(config.tokenizer.sentinels)
     return config.tokenizer
 
 
@@ -127,10 +136,40 @@ def _require_same_text(run: Run, dataset: Dataset) -> None:
         raise DataError(f"data: the text has changed since {run.id} read it (sha256 {before[:12]}, now {now[:12]})")
 
 
-def _initial_weights(config: TrainConfig, invocation: Invocation) -> dict[str, torch.Tensor] | None:
+def _initial(config: TrainConfig, run: Run, invocation: Invocation) -> Initial | None:
     if config.init == "none":
         return None
-    return load_weights(find_checkpoint(invocation.store.open(config.init).checkpoints))
+    adapted = config.trainer.lora.r != "none"
+    try:
+        parent = invocation.store.open(config.init)
+        saved = find_checkpoint(parent.checkpoints)
+        weights = load_weights(saved)
+    except RecordError as error:
+        if not (adapted and run.has_weights):
+            raise
+        raise RecordError(
+            f"resume: {run.id} trains adapters on the weights of {config.init}, which cannot be read ({error}); put that run "
+            f"back, or start from what it has learned, merged: init={run.id}"
+        ) from error
+    before = parent.record.config
+    position, architecture = before["position"], ARCHITECTURES.get(architecture_of(before["model"]))
+    return Initial(
+        weights,
+        None if position == "none" else position["name"],
+        load_tokenizer(parent.path / "tokenizer"),
+        None if architecture.reads_source else architecture.causal and not reads_both_ways(before),
+        weights_sha256(saved) if adapted else "",
+    )
+
+
+def _say_begun(run: Run, begun: Begun, console: Console) -> None:
+    if not begun.facts or not is_first_rank():
+        return
+    for line in begun.lines:
+        console.print(Text(line), soft_wrap=True)
+    provenance = run.record.provenance
+    resolved = {**provenance.resolved, "init": begun.facts}
+    run.update(provenance=provenance.model_copy(update={"resolved": resolved}))
 
 
 def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Outcome) -> None:
@@ -144,7 +183,7 @@ def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Ou
                 "precision": outcome.precision,
                 "device": outcome.device.type,
                 "memory_source": memory_source(outcome.device),
-                "resolved": outcome.resolved,
+                "resolved": {**run.record.provenance.resolved, **outcome.resolved},
             }
         ),
         artifacts={name: name for name in ("tokenizer", "checkpoints", "wandb") if (run.path / name).is_dir()},

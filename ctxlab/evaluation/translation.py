@@ -78,6 +78,7 @@ def evaluate_translation(
     BLEU (Papineni et al. 2002, P02-1040) and chrF2 (Popovic 2015, W15-3049) are sacrebleu's over the whole set, of text as it
     is written; the protocol is its signature. Intervals are of 1,000 resampled test sets, those of nats over pairs.
     """
+    model.eval()
     chosen = chosen_pairs(dataset, config, split)
     pairs = [dataset.text(split, index) for index in chosen.tolist()]
     tokens = int((dataset.splits[split].target.sizes[chosen] - 1).sum())

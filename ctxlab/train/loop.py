@@ -27,6 +27,7 @@ from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
@@ -123,13 +124,20 @@ def fit(
 
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
-    model = build_model(parts, vocab_size=vocab_size, context=settings.context)
+    model = build_model(
+        parts,
+        vocab_size=vocab_size,
+        context=settings.context,
+        source_vocab_size=tokenizers_of(dataset).source.vocab_size,
+    )
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if saved:
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
         load_into(model, initial, "init")
+    else:
+        model.take_pretrained()
     freeze(model, config.freeze)
     if config.compile:
         require_compiler(device)
@@ -251,6 +259,13 @@ def plan(
         pad_id=dataset.tokenizer.pad_id,
         in_order=in_order,
     )
+
+
+def tokenizers_of(dataset: Dataset) -> Tokenizers:
+    """Of what is read and of what is written, which of everything but pairs is one."""
+    if isinstance(dataset, PairDataset):
+        return dataset.tokenizers
+    return Tokenizers(dataset.tokenizer, dataset.tokenizer)
 
 
 def fitting_rows(

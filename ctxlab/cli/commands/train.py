@@ -14,13 +14,14 @@ from ctxlab.cli.execute import is_first_rank
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
-from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import SOURCE, TARGET, Tokenizers, are_apart, load_tokenizers
 from ctxlab.errors import DataError, RunError
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
 from ctxlab.train.checkpoint import find_checkpoint, load_weights
-from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
+from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit, tokenizers_of
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -63,7 +64,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         _require_same_text(run, dataset)
     if is_first_rank():
         if not resume:
-            dataset.tokenizer.save(run.path / "tokenizer")
+            tokenizers_of(dataset).save(run.path)
         run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins))
     if config.resume != "none" and not resume and is_first_rank():
         console.print(Text(f"{run.id} was stopped before its first checkpoint: it starts over"), soft_wrap=True)
@@ -99,8 +100,13 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         run=run, sink=opened.sink, console=console, objective_config=config.objective,
         learned=training_corpora(run, invocation.store),
     )  # fmt: skip
+    said = tokenizers_of(dataset)
     point = step_point(
-        config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device
+        config,
+        vocab_size=said.target.vocab_size,
+        source_vocab_size=said.source.vocab_size,
+        precision=outcome.precision,
+        device=outcome.device,
     )
     measure_cost(config.profile, point, config.eval, sink=opened.sink, console=console)
     run.finish("done")
@@ -109,14 +115,15 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     return DONE
 
 
-def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizer | Tokenizer.Config:
+def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizers | Tokenizer.Config:
     """The run's own tokenizer when it goes on, the parent's when it starts from one, else what the config says."""
+    apart = are_apart(config.tokenizer.model_dump())
     if run.has_weights:
-        return load_tokenizer(run.path / "tokenizer")
+        return load_tokenizers(run.path, apart=apart)
     if config.init != "none":
         parent = invocation.store.open(config.init)
         if parent.record.config["tokenizer"] == config.tokenizer.model_dump(mode="json"):
-            return load_tokenizer(parent.path / "tokenizer")
+            return load_tokenizers(parent.path, apart=apart)
     return config.tokenizer
 
 
@@ -147,7 +154,7 @@ def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Ou
                 "resolved": outcome.resolved,
             }
         ),
-        artifacts={name: name for name in ("tokenizer", "checkpoints", "wandb") if (run.path / name).is_dir()},
+        artifacts={name: name for name in (TARGET, SOURCE, "checkpoints", "wandb") if (run.path / name).is_dir()},
     )
 
 

@@ -40,6 +40,11 @@ def check(config: Any, progress: Progress) -> None:
     has_a_copy = any(getattr(config, key, "none") != "none" for key in ("resume", "init"))
     if file is not None and not has_a_copy and not Path(file).expanduser().is_file():
         raise ConfigError(f"tokenizer.path: there is no file {file}")
+    pretrained = getattr(getattr(config, "model", None), "pretrained", "none")
+    if pretrained != "none" and not has_a_copy:
+        from ctxlab.model.bert_weights import check_folder
+
+        check_folder(Path(pretrained).expanduser())
 
 
 def check_cells(cells: Iterable[Cell], progress: Progress) -> None:
@@ -53,6 +58,7 @@ def check_cells(cells: Iterable[Cell], progress: Progress) -> None:
         if cell.skipped:
             continue
         parts = {key: cell.config.get(key) for key in ("trainer", "logger", "data", "tokenizer", "eval", "paths")}
+        parts["pretrained"] = cell.config.get("model", {}).get("pretrained")
         asked = json.dumps(parts, sort_keys=True)
         if asked not in problems:
             problems[asked] = _problem(cell.typed, progress)

@@ -17,7 +17,7 @@ from ctxlab.registry import nearest
 
 # Values that are text, not Hydra's grammar: whole keys, every key under a prefix, and every key with such a last part.
 FREE_TEXT_KEYS = frozenset(
-    {"prompt", "text", "target", "note", "name", "data.field", "logger.project", "logger.entity"}
+    {"prompt", "text", "target", "note", "name", "data.field", "model.pretrained", "logger.project", "logger.entity"}
 )
 FREE_TEXT_PREFIXES = ("paths.",)
 FREE_TEXT_ENDINGS = frozenset(

@@ -19,6 +19,7 @@ from ctxlab.config.schema import (
 from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
+from ctxlab.data.tokenizers.sides import are_apart
 from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.evaluation.tasks import TaskEvaluation, ruler_names
 from ctxlab.model.attention.base import ATTENTIONS
@@ -68,6 +69,7 @@ def check(config: CommandConfig) -> None:
     if isinstance(config, AttentionConfig) and config.text and config.text_file != "none":
         raise ConfigError("text_file: is given beside text; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig):
+        ARCHITECTURES.get(config.model.architecture).check_installed()
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,
             packed=isinstance(config, TrainConfig) and config.data.packs,
@@ -80,6 +82,7 @@ def check(config: CommandConfig) -> None:
         _lengths(config)
     if isinstance(config, TrainConfig):
         _objective(config)
+        _separate(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _tasks(config)
     if isinstance(config, TrainConfig):
@@ -134,6 +137,25 @@ def _prefix(config: TrainConfig) -> None:
         raise IncompatibleError(
             f"attention.name: {config.attention.name} attention carries a memory from row to row, and a row of objective="
             f"{config.objective.name} begins with its prefix; use full or sliding_window"
+        )
+
+
+def _separate(config: TrainConfig) -> None:
+    """Tokens of their own are for sources that somebody else's matrix does not have to embed."""
+    if not are_apart(config.tokenizer.model_dump()):
+        return
+    if not isinstance(config.data, Parallel.Config):
+        raise IncompatibleError(
+            f"tokenizer.separate: {config.data.name} has no sources and targets; use data=parallel data.path=FILE, or false"
+        )
+    if not ARCHITECTURES.get(config.model.architecture).reads_source:
+        raise IncompatibleError(
+            f"tokenizer.separate: {config.model.architecture} reads source and target as one text; use false"
+        )
+    if isinstance(config.model, ModelConfig) and config.model.share_embeddings:
+        raise IncompatibleError(
+            "model.share_embeddings: source and target have tokens of their own (tokenizer.separate=true), which one matrix "
+            "cannot embed; use false"
         )
 
 

@@ -268,10 +268,7 @@ class Transformer(Stack, Model):
     def losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         if self.head_layer is None:
             return super().losses(hidden, targets, smoothing)
-        read = self.head_layer(hidden)
-        one = read.new_ones(*read.shape[:-1], 1)  # the bias is one more column of the matrix
-        weight = torch.cat([self._head_weight, self.head_layer.bias[:, None]], dim=1)
-        return self._losses(torch.cat([read, one], dim=-1), weight, targets, smoothing)
+        return self._losses(self.head_layer(hidden), self._head_weight, targets, smoothing, self.head_layer.bias)
 
     @classmethod
     def carrying(cls, config: ModelConfig, attention: Attention.Config) -> str:
@@ -281,6 +278,10 @@ class Transformer(Stack, Model):
     @property
     def carries(self) -> bool:
         return self.carried_tokens > 0
+
+    @property
+    def n_positions(self) -> int | None:
+        return self.position.n_positions
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.n_layers)

@@ -113,7 +113,10 @@ class Predictor:
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)
         shapes = count.parameters(
-            *read_parts(point.__dict__), vocab_size=point.vocab_size, context=context
+            *read_parts(point.__dict__),
+            vocab_size=point.vocab_size,
+            context=context,
+            source_vocab_size=point.source_vocab_size,
         )  # of a learned table those change with the context
         key = repr((point.model, point.position, point.attention, point.optim, shapes))
         if key not in self.updates:
@@ -123,7 +126,13 @@ class Predictor:
 
     def _closed(self, context: int) -> dict[str, float]:
         parts = read_parts(self.point.__dict__)
-        weights = 4 * count.parameters(*parts, vocab_size=self.point.vocab_size, context=context).total
+        shapes = count.parameters(
+            *parts,
+            vocab_size=self.point.vocab_size,
+            context=context,
+            source_vocab_size=self.point.source_vocab_size,
+        )
+        weights = 4 * shapes.total
         activations = count.activation_bytes(
             *parts,
             vocab_size=self.point.vocab_size,

@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers, are_apart, load_tokenizers
 from ctxlab.data.tokenizers.until import Until
 from ctxlab.errors import IncompatibleError, RecordError, RunError
 from ctxlab.model.base import Model, build_model, read_parts
@@ -227,11 +228,21 @@ def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
 class LoadedRun:
     """A trained run, ready to use from Python: `.model`, `.tokenizer`, `.config`, `.generate(...)`, `.nats(text)`."""
 
-    def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    def __init__(self, run: Run, model: Model, tokenizers: Tokenizers, checkpoint: Checkpoint) -> None:
         self.run = run
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizers = tokenizers
         self.checkpoint = checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of what it writes, and of all that it reads but sources with tokens of their own (`tokenizers.source`)."""
+        return self.tokenizers.target
+
+    @property
+    def reading(self) -> Tokenizer:
+        """Of a prompt."""
+        return self.tokenizers.source if self.translates else self.tokenizer
 
     @property
     def config(self) -> dict[str, Any]:
@@ -273,7 +284,7 @@ class LoadedRun:
         """The continuation of each prompt, `batch` of them side by side: prompt i as `generate` has it with seed + i."""
         decoding = DecodingConfig() if decoding is None else decoding
         stop_ids, stops = (self.tokenizer.eos_id,), decoding.stops
-        lengths = [self.tokenizer.count(prompt) for prompt in prompts]
+        lengths = [self.reading.count(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lengths.__getitem__)  # those side by side have like lengths
         reach = max((len(stop.encode()) for stop in stops), default=0)  # tokens: each has a byte at least
 
@@ -304,11 +315,11 @@ class LoadedRun:
 
     def _begun(self, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
         """What is gone on from, and what an encoder has made of the prompts where they are sources."""
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [self.reading.encode(prompt) for prompt in prompts]
         if not self.translates:
             return [one or [self.tokenizer.bos_id] for one in ids], None
         with torch.inference_mode():
-            encoded = encode(self.model, [[*one, self.tokenizer.eos_id] for one in ids], self.tokenizer.pad_id)
+            encoded = encode(self.model, [[*one, self.reading.eos_id] for one in ids], self.reading.pad_id)
         return [[self.tokenizer.bos_id]] * len(prompts), encoded
 
     @torch.inference_mode()
@@ -332,13 +343,13 @@ def open_run(
     device: torch.device | str = "cpu",
     attention: dict[str, Any] | None = None,
 ) -> LoadedRun:
-    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer.
+    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer, or of both.
 
     `attention` takes the place of the recorded mechanism, where one without weights of its own is to be tried.
     """
     found = find_checkpoint(run.checkpoints, checkpoint)
-    tokenizer = load_tokenizer(run.path / "tokenizer")
     config = run.record.config
+    tokenizers = load_tokenizers(run.path, apart=are_apart(config["tokenizer"]))
     if attention is not None:
         if config["attention"] == "none":
             raise IncompatibleError(f"attention: {run.id} has none (model={config['model']['name']}); leave it out")
@@ -346,8 +357,9 @@ def open_run(
     with torch.device("meta"):
         model = build_model(
             read_parts(config),
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=tokenizers.target.vocab_size,
             context=config["context"],
+            source_vocab_size=tokenizers.source.vocab_size,
             prefix=reads_both_ways(config),
         )
     weights = load_weights(found, device)
@@ -356,7 +368,7 @@ def open_run(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise RecordError(f"{found.path / WEIGHTS} does not fit the run's config: {reason}") from error
-    return LoadedRun(run, model.eval(), tokenizer, found)
+    return LoadedRun(run, model.eval(), tokenizers, found)
 
 
 def reads_both_ways(config: dict[str, Any]) -> bool:

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
 from ctxlab.model.base import Model
 from ctxlab.model.position.base import Position
 
-VOCABULARY = ("embedding.weight", "head.weight", "head_layer.bias", "encoder.embedding.weight")
-"""Parameters that have a row for each token, in the models that have them."""
+VOCABULARY = {
+    "embedding.weight": "target", "head.weight": "target", "head_layer.bias": "target",
+    "encoder.embedding.weight": "source",
+}  # fmt: skip
+"""Parameters that have a row for each token, in the models that have them, and of which side: one where both have the same."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Initial:
 
     weights: Mapping[str, Tensor]
     position: str | None = None
-    tokenizer: Tokenizer | None = None
+    tokenizers: Tokenizers | None = None
     causal: bool | None = None  # whether all of the run's model looks back only
     sha256: str = ""  # of the file of weights, where it matters
 
@@ -65,7 +69,7 @@ class Begun:
         return lines
 
 
-def begin(model: Model, initial: Initial, tokenizer: Tokenizer) -> Begun:
+def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     """Gives a fresh model another run's weights, and says which are not as they were.
 
     Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind: no other
@@ -74,13 +78,8 @@ def begin(model: Model, initial: Initial, tokenizer: Tokenizer) -> Begun:
     nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average).
     Everything else has to fit. Raises ConfigError, one line.
     """
-    weights, rows = dict(initial.weights), {}
-    index = None if initial.tokenizer is None else shared_rows(initial.tokenizer, tokenizer)
-    if initial.tokenizer is not None and index is not None:
-        rows = _check_shared(index, initial.tokenizer, tokenizer)
-        for name in VOCABULARY:
-            if name in weights and len(weights[name]) == initial.tokenizer.vocab_size:
-                weights[name] = _by_token(weights[name], index)
+    weights = dict(initial.weights)
+    rows, rows_of = _move_rows(weights, initial.tokenizers, tokenizers)
     new: dict[str, tuple[int, ...]] = {}
     dropped: dict[str, tuple[int, ...]] = {}
     own = model.state_dict()
@@ -92,7 +91,27 @@ def begin(model: Model, initial: Initial, tokenizer: Tokenizer) -> Begun:
             weights |= added
             new |= {name: tuple(tensor.shape) for name, tensor in added.items()}
     load_into(model, weights, "init")
-    return Begun(new, dropped, rows, tuple(name for name in VOCABULARY if rows and name in weights))
+    return Begun(new, dropped, rows, rows_of)
+
+
+def _move_rows(
+    weights: dict[str, Tensor], old: Tokenizers | None, new: Tokenizers
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters."""
+    rows: Counter[str] = Counter()
+    moved = []
+    for side in () if old is None else ("target", "source") if old.apart else ("target",):
+        theirs, ours = getattr(old, side), getattr(new, side)
+        index = shared_rows(theirs, ours)
+        if index is None:
+            continue
+        rows.update(_check_shared(index, theirs, ours))
+        for name, of in VOCABULARY.items():
+            mine = of == side or not (old is not None and old.apart)
+            if mine and name in weights and len(weights[name]) == theirs.vocab_size:
+                weights[name] = _by_token(weights[name], index)
+                moved.append(name)
+    return dict(rows), tuple(moved)
 
 
 def _means_other(scheme: Position, initial: Initial) -> bool:

@@ -27,6 +27,7 @@ from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
@@ -127,8 +128,13 @@ def fit(
 
     torch.manual_seed(settings.seed)  # initial weights and dropout; the order of the data has a key of its own
     parts = Parts(settings.model, settings.position, settings.attention)
-    prefix = OBJECTIVES.get(settings.objective.name).prefix
-    model = build_model(parts, vocab_size=vocab_size, context=settings.context, prefix=prefix)
+    model = build_model(
+        parts,
+        vocab_size=vocab_size,
+        context=settings.context,
+        source_vocab_size=tokenizers_of(dataset).source.vocab_size,
+        prefix=OBJECTIVES.get(settings.objective.name).prefix,
+    )
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if config.lora.r != "none":
@@ -137,7 +143,9 @@ def fit(
     elif saved:
         load_into(model, load_weights(saved), "resume")
     elif initial is not None:
-        begun(begin(model, initial, dataset.tokenizer))
+        begun(begin(model, initial, tokenizers_of(dataset)))
+    else:
+        model.take_pretrained()
     freeze(model, config.freeze)
     trained = lora.n_trained(model)
     if config.compile:
@@ -214,7 +222,7 @@ def _adapt(
     begun: Callable[[Begun], None],
 ) -> None:
     """The weights of another run and adapters on them, new or as they were saved."""
-    found = begin(model, initial, dataset.tokenizer)
+    found = begin(model, initial, tokenizers_of(dataset))
     if found.new or found.rows.get("new"):
         raise ConfigError(
             f"trainer.lora.r: adapters alone are trained, and {' and '.join(found.new or found.rows_of)} would stay as "
@@ -286,6 +294,13 @@ def plan(
         pad_id=dataset.tokenizer.pad_id,
         in_order=in_order,
     )
+
+
+def tokenizers_of(dataset: Dataset) -> Tokenizers:
+    """Of what is read and of what is written, which of everything but pairs is one."""
+    if isinstance(dataset, PairDataset):
+        return dataset.tokenizers
+    return Tokenizers.joint(dataset.tokenizer)
 
 
 def fitting_rows(

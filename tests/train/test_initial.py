@@ -10,6 +10,7 @@ import torch
 
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.byte import Byte
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
 from ctxlab.train.initial import Begun, Initial, begin, shared_rows
 from tests.model.builders import build, tokens
@@ -75,7 +76,7 @@ def test_rows_go_with_their_tokens_and_new_ones_are_the_mean(tied: bool) -> None
     new = Listed(b"ab", b"c", b"a", b"b", b"a", b"d", sentinels=3)
     theirs = build(vocab_size=OLD.vocab_size, tie_embeddings=tied)
     model = build(vocab_size=new.vocab_size, tie_embeddings=tied, seed=5)
-    begun = begin(model, Initial(theirs.state_dict(), "rope", OLD), new)
+    begun = begin(model, Initial(theirs.state_dict(), "rope", Tokenizers.joint(OLD)), Tokenizers.joint(new))
     assert begun.rows == {"kept": 10, "new": 3, "dropped": 0}
     index = torch.tensor([0, 1, 2, 3, 7, -1, 4, 5, 6, -1, -1, 8, 9])
     kept = index >= 0
@@ -94,7 +95,11 @@ def test_rows_go_with_their_tokens_and_new_ones_are_the_mean(tied: bool) -> None
 def test_a_tokenizer_with_little_in_common_is_refused() -> None:
     said = r"init: of the 4 pieces that the run has learned, only 1 are among the 3 of tokenizer=listed; leave the tokenizer out"
     with pytest.raises(ConfigError, match=said):
-        begin(build(vocab_size=7), Initial(build(vocab_size=10).state_dict(), "rope", OLD), Listed(b"b", b"x", b"y"))
+        begin(
+            build(vocab_size=7),
+            Initial(build(vocab_size=10).state_dict(), "rope", Tokenizers.joint(OLD)),
+            Tokenizers.joint(Listed(b"b", b"x", b"y")),
+        )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +118,7 @@ def test_another_scheme_begins_afresh_and_all_else_is_as_it_was(
     before: str, now: str, dropped: dict[str, Any], new: dict[str, Any]
 ) -> None:
     theirs, model, fresh = build(before), build(now, seed=3), build(now, seed=3)
-    begun = begin(model, Initial(theirs.state_dict(), before, BYTES), BYTES)
+    begun = begin(model, Initial(theirs.state_dict(), before, Tokenizers.joint(BYTES)), Tokenizers.joint(BYTES))
     assert (begun.dropped, begun.new, begun.rows) == (dropped, new, {})
     for name, weight in model.state_dict().items():
         source = fresh if name.startswith("position.") else theirs
@@ -125,20 +130,25 @@ def test_another_scheme_begins_afresh_and_all_else_is_as_it_was(
 
 
 def test_the_buckets_of_t5_begin_afresh_where_they_mean_other_distances() -> None:
-    theirs = Initial(build("t5").state_dict(), "t5", BYTES, causal=True)
-    assert begin(build("t5"), theirs, BYTES) == Begun()
+    theirs = Initial(build("t5").state_dict(), "t5", Tokenizers.joint(BYTES), causal=True)
+    assert begin(build("t5"), theirs, Tokenizers.joint(BYTES)) == Begun()
     for model in (build("t5", prefix=True, seed=3), build("t5", architecture="encoder", seed=3)):
-        assert list(begin(model, theirs, BYTES).new) == ["position.weight"]
+        assert list(begin(model, theirs, Tokenizers.joint(BYTES)).new) == ["position.weight"]
         assert not torch.equal(model.position.weight, theirs.weights["position.weight"])
     assert (
-        begin(build("rope", prefix=True), Initial(build().state_dict(), "rope", BYTES, causal=True), BYTES) == Begun()
+        begin(
+            build("rope", prefix=True),
+            Initial(build().state_dict(), "rope", Tokenizers.joint(BYTES), causal=True),
+            Tokenizers.joint(BYTES),
+        )
+        == Begun()
     )
 
 
 def test_both_stacks_of_an_encoder_decoder_change_their_scheme() -> None:
     settings: dict[str, Any] = {"architecture": "encoder_decoder"}
     theirs, model = build("t5", **settings), build("rope", **settings)
-    begun = begin(model, Initial(theirs.state_dict(), "t5", None), BYTES)
+    begun = begin(model, Initial(theirs.state_dict(), "t5", None), Tokenizers.joint(BYTES))
     assert sorted(begun.dropped) == ["encoder.position.weight", "position.weight"]
 
 
@@ -152,9 +162,15 @@ def test_both_stacks_of_an_encoder_decoder_change_their_scheme() -> None:
 )  # fmt: skip
 def test_what_would_be_lost_in_silence_is_refused(here: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        begin(build("learned", **here), Initial(build("learned").state_dict(), "learned", BYTES), BYTES)
+        begin(
+            build("learned", **here),
+            Initial(build("learned").state_dict(), "learned", Tokenizers.joint(BYTES)),
+            Tokenizers.joint(BYTES),
+        )
 
 
 def test_nothing_is_said_where_all_was_taken_over() -> None:
-    begun = begin(build(seed=2), Initial(build().state_dict(), "rope", BYTES), BYTES)
+    begun = begin(
+        build(seed=2), Initial(build().state_dict(), "rope", Tokenizers.joint(BYTES)), Tokenizers.joint(BYTES)
+    )
     assert (begun, begun.facts, begun.lines) == (Begun(), {}, [])

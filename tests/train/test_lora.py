@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ctxlab.config.overrides import split
 from ctxlab.config.prepare import prepare
 from ctxlab.data.tokenizers.byte import Byte
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, RecordError
 from ctxlab.train import lora
 from ctxlab.train.initial import Initial
@@ -40,7 +41,7 @@ def base(tmp_path: Path) -> Trained:
 
 
 def on(base: Trained, sha256: str = "abc") -> Initial:
-    return Initial(base.weights, "rope", BYTES, sha256=sha256)
+    return Initial(base.weights, "rope", Tokenizers.joint(BYTES), sha256=sha256)
 
 
 def test_nothing_changes_before_the_first_step_and_merged_is_apart() -> None:

@@ -14,7 +14,8 @@ from ctxlab.cli.execute import is_first_rank
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
-from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import SOURCE, TARGET, Tokenizers, are_apart, load_tokenizers
 from ctxlab.errors import DataError, RecordError, RunError
 from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.records.provenance import collect
@@ -22,7 +23,7 @@ from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
 from ctxlab.train.checkpoint import find_checkpoint, load_weights, reads_both_ways, weights_sha256
 from ctxlab.train.initial import Begun, Initial
-from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit
+from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit, tokenizers_of
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -65,7 +66,7 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         _require_same_text(run, dataset)
     if is_first_rank():
         if not resume:
-            dataset.tokenizer.save(run.path / "tokenizer")
+            tokenizers_of(dataset).save(run.path)
         begun = {
             name: run.record.provenance.resolved[name]
             for name in ("init",)
@@ -107,8 +108,13 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         run=run, sink=opened.sink, console=console, objective_config=config.objective,
         learned=training_corpora(run, invocation.store),
     )  # fmt: skip
+    said = tokenizers_of(dataset)
     point = step_point(
-        config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device
+        config,
+        vocab_size=said.target.vocab_size,
+        source_vocab_size=said.source.vocab_size,
+        precision=outcome.precision,
+        device=outcome.device,
     )
     measure_cost(config.profile, point, config.eval, sink=opened.sink, console=console)
     run.finish("done")
@@ -117,15 +123,16 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     return DONE
 
 
-def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizer | Tokenizer.Config:
+def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizers | Tokenizer.Config:
     """The run's own tokenizer when it goes on, the parent's when it starts from one, else what the config says."""
+    apart = are_apart(config.tokenizer.model_dump())
     if run.has_weights:
-        return load_tokenizer(run.path / "tokenizer")
+        return load_tokenizers(run.path, apart=apart)
     if config.init != "none":
         parent = invocation.store.open(config.init)
         sentinels = {"sentinels": config.tokenizer.sentinels}  # more of them change no other piece
         if parent.record.config["tokenizer"] | sentinels == config.tokenizer.model_dump(mode="json"):
-            return load_tokenizer(parent.path / "tokenizer").with_sentinels(config.tokenizer.sentinels)
+            return load_tokenizers(parent.path, apart=apart).with_sentinels(config.tokenizer.sentinels)
     return config.tokenizer
 
 
@@ -156,7 +163,7 @@ def _initial(config: TrainConfig, run: Run, invocation: Invocation) -> Initial |
     return Initial(
         weights,
         None if position == "none" else position["name"],
-        load_tokenizer(parent.path / "tokenizer"),
+        load_tokenizers(parent.path, apart=are_apart(before["tokenizer"])),
         None if architecture.reads_source else architecture.causal and not reads_both_ways(before),
         weights_sha256(saved) if adapted else "",
     )
@@ -186,7 +193,7 @@ def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Ou
                 "resolved": {**run.record.provenance.resolved, **outcome.resolved},
             }
         ),
-        artifacts={name: name for name in ("tokenizer", "checkpoints", "wandb") if (run.path / name).is_dir()},
+        artifacts={name: name for name in (TARGET, SOURCE, "checkpoints", "wandb") if (run.path / name).is_dir()},
     )
 
 

@@ -107,6 +107,18 @@ class RunStore:
             )
         return self.open(matches[0] if matches else selector)
 
+    def resolve_all(self, selectors: Sequence[str]) -> list[Run]:
+        """The runs that several selectors name, oldest first, each once; a prefix is of all finished runs that it begins.
+
+        Raises RecordError where a selector fits none, as `resolve` does.
+        """
+        found: dict[str, Run] = {}
+        for selector in selectors:
+            begun = [run for run in self.runs() if run.id.startswith(selector) and run.record.status == "done"]
+            for run in begun or [self.resolve(selector)]:
+                found[run.id] = run
+        return sorted(found.values(), key=lambda run: (run.record.started or "", run.id))
+
     def runs(self) -> list[Run]:
         """All readable runs, newest first. A folder that is no run is passed over; runs that wait come last."""
         found = []

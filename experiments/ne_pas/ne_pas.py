@@ -4,7 +4,8 @@ Of up to 200 different held-out sentences with the word "ne" and a word "pas" be
 split, then those of the validation split, on which no weight was trained either). A word's weight to another is the mean over
 its pieces of the sum over the other's pieces (Clark et al. 2019, arXiv:1906.04341, section 4.1). Beside it stands the mean of
 that over all other pairs of words of the sentence, punctuation among them, that are as many words apart in the same
-direction; a sentence without such a pair is not counted.
+direction, each of as many pieces as "ne" and "pas": attention that is the same everywhere gives both the same. A sentence
+without such a pair is left out.
 
 A row is a run, head and direction, with the 95% interval of the difference, paired over sentences; then rows of all runs by
 layer and direction: means over their heads, with the interval over runs by Student's t, and how many heads are above the
@@ -56,23 +57,34 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Sentence:
-    """The tokens of a source, eos behind them; the word of each token but eos; and which words are "ne" and "pas"."""
+    """The tokens of a source, eos behind them; the word of each token but eos; which words are "ne" and "pas", and which are
+    the first of the pairs that these are held against."""
 
     tokens: list[int]
     words: list[int]
     ne: int
     pas: int
+    others: list[int]
+
+    def weights(self, p: torch.Tensor, start: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of weights p (H,n,n) of words, from `start` to the other word: the pair's, and the mean of the others', (H,) each."""
+        along = (
+            p.diagonal(self.pas - self.ne, dim1=1, dim2=2)
+            if start == "ne"
+            else p.diagonal(self.ne - self.pas, dim1=1, dim2=2)
+        )
+        return along[:, self.ne], along[:, self.others].mean(1)
 
 
 def sentences(dataset: PairDataset, longest: int) -> list[Sentence]:
-    """Those of the test split, then of the validation split, each text once."""
+    """Those of the test split, then of the validation split, each text once, that have pairs to be held against."""
     found: dict[str, Sentence] = {}
     for split in ("test", "validation"):
         side = dataset.splits[split].source
         for index in range(dataset.splits[split].n):
             tokens = side.sentence(index).tolist()
             one = read(dataset.tokenizer, tokens)
-            if one is not None and len(tokens) <= longest:
+            if one is not None and one.others and len(tokens) <= longest:
                 found.setdefault(dataset.tokenizer.decode(tokens), one)
     return list(found.values())[:MOST]
 
@@ -87,20 +99,20 @@ def read(tokenizer: Tokenizer, tokens: list[int]) -> Sentence | None:
     if "ne" not in texts or "pas" not in texts[texts.index("ne") :]:
         return None
     ne = texts.index("ne")
-    return Sentence(tokens, words, ne, texts.index("pas", ne))
+    pas = texts.index("pas", ne)
+    sizes = [len(word) for word in pieces]
+    others = [
+        first
+        for first, second in enumerate(range(pas - ne, len(pieces)))
+        if first != ne and (sizes[first], sizes[second]) == (sizes[ne], sizes[pas])
+    ]
+    return Sentence(tokens, words, ne, pas, others)
 
 
 def by_word(weights: torch.Tensor, words: Sequence[int]) -> torch.Tensor:
     """Weights (H,T,T) of pieces as those of words, (H,n,n): the mean over a word's queries of the sum over another's keys."""
     belongs = torch.nn.functional.one_hot(torch.tensor(words)).to(weights)  # (T,n)
     return (belongs / belongs.sum(0)).T @ weights @ belongs
-
-
-def against_others(p: torch.Tensor, first: int, second: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Of weights p (H,n,n) that from word `first` to `second`, and the mean over other pairs as far apart, (H,) each."""
-    diagonal = p.diagonal(second - first, dim1=1, dim2=2)  # (H, pairs), in order of the earlier word
-    others = torch.arange(diagonal.shape[1]) != min(first, second)
-    return (p[:, first, second], diagonal[:, others].mean(1)) if others.any() else None
 
 
 def measure(loaded: LoadedRun, chosen: Sequence[Sentence]) -> Iterator[Row]:
@@ -114,20 +126,14 @@ def measure(loaded: LoadedRun, chosen: Sequence[Sentence]) -> Iterator[Row]:
         ).double()
         words = [by_word(weights[n, :, : len(one.words), : len(one.words)], one.words) for n, one in enumerate(chosen)]
         for start, end in DIRECTIONS:
-            pairs = [
-                both
-                for p, one in zip(words, chosen, strict=True)
-                if (both := against_others(p, getattr(one, start), getattr(one, end))) is not None
-            ]
-            if not pairs:
-                continue
+            pairs = [one.weights(p, start) for p, one in zip(words, chosen, strict=True)]
             own, others = (torch.stack(side) for side in zip(*pairs, strict=True))  # (sentences,H) twice
             for head in range(own.shape[1]):
                 difference = (own[:, head] - others[:, head]).tolist()
                 low, high = ratio_interval(difference, [1.0] * len(difference)) or (None, None)
                 yield {
                     "run": loaded.run.id, "seed": loaded.config["seed"], "layer": layer + 1, "head": head + 1,
-                    "from": start, "to": end, "sentences": len(pairs), "weight": float(own[:, head].mean()),
+                    "from": start, "to": end, "sentences": len(chosen), "weight": float(own[:, head].mean()),
                     "equal_distance": float(others[:, head].mean()), "difference": statistics.fmean(difference),
                     "difference_low": low, "difference_high": high,
                 }  # fmt: skip

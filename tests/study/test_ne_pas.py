@@ -49,13 +49,23 @@ def test_a_word_gives_the_mean_and_gets_the_sum_of_its_pieces() -> None:
         np.testing.assert_allclose(ours[head].numpy(), pool.weights(), atol=1e-12, rtol=0)
 
 
-def test_others_are_as_far_apart_in_the_same_direction() -> None:
-    p = torch.arange(25, dtype=torch.float64).view(1, 5, 5)  # from row to column
-    own, others = ne_pas.against_others(p, 1, 3)
-    assert (float(own), float(others)) == (8.0, (2 + 14) / 2)  # 0 to 2, 2 to 4
-    own, others = ne_pas.against_others(p, 3, 1)
-    assert (float(own), float(others)) == (16.0, (10 + 22) / 2)  # 2 to 0, 4 to 2
-    assert ne_pas.against_others(p, 0, 4) is None
+def test_others_are_as_far_apart_in_the_same_direction_and_as_long() -> None:
+    """Of " ne" and " pas" as pieces of three and four bytes: " qu" and " les" are such a pair, " qu" and " lesquels" is none."""
+    for text, others in (("Il ne dit pas qu il les a.", [4]), ("Il ne dit pas qu il lesquels a.", [])):
+        assert ne_pas.read(BYTES, source(text)).others == others
+    found = ne_pas.read(BYTES, source("Il ne dit pas qu il les a."))
+    p = torch.arange(81, dtype=torch.float64).view(1, 9, 9)  # from row to column
+    assert [float(x) for x in found.weights(p, "ne")] == [9 * 1 + 3, 9 * 4 + 6]
+    assert [float(x) for x in found.weights(p, "pas")] == [9 * 3 + 1, 9 * 6 + 4]
+
+
+def test_attention_that_is_the_same_everywhere_ties_nothing() -> None:
+    found = ne_pas.read(BYTES, source("Il ne dit pas qu il les a."))
+    n = len(found.words)
+    words = ne_pas.by_word(torch.full((2, n, n), 1 / (n + 1), dtype=torch.float64), found.words)
+    for start in ("ne", "pas"):
+        own, others = found.weights(words, start)
+        torch.testing.assert_close(own, others, atol=1e-12, rtol=0)
 
 
 def test_sentences_are_those_held_out_each_once() -> None:
@@ -64,10 +74,13 @@ def test_sentences_are_those_held_out_each_once() -> None:
         side = Side(np.concatenate([np.array(one) for one in ids]), np.cumsum([0, *map(len, ids)]))
         return Pairs(name, side, side)
 
+    end = " qu il les a."
     splits = {
-        "train": pairs("train", "Je ne sais pas."),
-        "validation": pairs("validation", "Il ne dort pas.", "Tu ne ris pas."),
-        "test": pairs("test", "Tu ne ris pas.", "Oui.", "Tu ne ris pas.", "Elle ne lit pas beaucoup de livres."),
+        "train": pairs("train", f"Je ne sais pas{end}"),
+        "validation": pairs("validation", f"Il ne dort pas{end}", f"Tu ne ris pas{end}"),
+        "test": pairs(
+            "test", f"Tu ne ris pas{end}", "Oui.", f"Tu ne ris pas{end}", f"Elle ne pense pas{end}", "Tu ne ris pas."
+        ),
     }
-    found = ne_pas.sentences(PairDataset(splits, BYTES, {}), longest=20)
-    assert [BYTES.decode(one.tokens) for one in found] == ["Tu ne ris pas.", "Il ne dort pas."]
+    found = ne_pas.sentences(PairDataset(splits, BYTES, {}), longest=29)
+    assert [BYTES.decode(one.tokens) for one in found] == [f"Tu ne ris pas{end}", f"Il ne dort pas{end}"]

@@ -30,8 +30,8 @@ from ctxlab.records.journal import LINE, STUDY, Entry, Journal
 from ctxlab.records.store import Run, RunStore
 from ctxlab.study.readme import Line, Study, asks_for_several, selected, with_overrides, with_runs
 from ctxlab.study.results import save_runs
+from ctxlab.study.script import RESULTS
 
-RESULTS = "CTXLAB_RESULTS"  # environment variable of a script: the folder of its study's results
 _STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP: TERMINATED}
 
 

@@ -19,13 +19,10 @@ Words are ids of runs of an encoder-decoder that translates out of French, or wh
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ctxlab.cli.environment import set_thread_defaults
 
@@ -40,17 +37,16 @@ from ctxlab.data.source import SOURCES
 from ctxlab.data.stream import padded
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.shown import words_of
-from ctxlab.errors import ConfigError, CtxlabError
+from ctxlab.errors import ConfigError
 from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.model.seeing import attention_weights, attentions
 from ctxlab.records.run import Run
-from ctxlab.records.store import RunStore
 from ctxlab.report.plots import PALETTE, save, styled
+from ctxlab.study.script import cache_of, given_runs, mean, results_folder, run_script
 from ctxlab.train.checkpoint import LoadedRun, open_run
 
 MOST = 200  # sentences
 DIRECTIONS = (("ne", "pas"), ("pas", "ne"))
-RESULTS = Path(os.environ.get("CTXLAB_RESULTS", "experiments/ne_pas/results"))
 
 Row = dict[str, object]
 
@@ -148,8 +144,7 @@ def together(rows: Sequence[Row]) -> Iterator[Row]:
         found: Row = {"heads_of": "all runs", "layer": layer, "from": start, "to": end, "runs": len(runs)}
         for name in ("weight", "equal_distance", "difference"):
             means = [statistics.fmean(float(str(row[name])) for row in heads) for heads in runs.values()]
-            found[name] = statistics.fmean(means)
-            found[f"{name}_low"], found[f"{name}_high"] = ratio_interval(means, [1.0] * len(means)) or (None, None)
+            found |= mean(means, name)
         heads = [row for some in runs.values() for row in some]
         found["heads"] = len(heads)
         found["heads_above"] = sum(
@@ -182,8 +177,7 @@ def draw(rows: Sequence[Row]) -> None:
         panels.append(panel.properties(width=300, height=300))
     n = len({row["run"] for row in rows})
     heading = f"Every head of the encoder, {n} run{'s' * (n > 1)}: mean over sentences"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    save(styled(altair.hconcat(*panels).properties(title=heading)), RESULTS / "ne_pas.png")
+    save(styled(altair.hconcat(*panels).properties(title=heading)), results_folder("ne_pas") / "ne_pas.png")
 
 
 def translates(run: Run) -> None:
@@ -195,15 +189,13 @@ def translates(run: Run) -> None:
 
 def main(selectors: Sequence[str]) -> None:
     """Raises CtxlabError, one line, for what cannot be read."""
-    if not selectors:
-        raise ConfigError("run: expected runs, got none; python experiments/ne_pas/ne_pas.py RUN RUN RUN")
     rows: list[Row] = []
-    for run in RunStore(Path(os.environ.get("CTXLAB_RUNS", "runs"))).resolve_all(selectors):
+    for run in given_runs(selectors):
         translates(run)
         loaded = open_run(run)
-        data, cache = SOURCES.config(run.record.config["data"]), run.record.config["paths"]["cache"]
+        data = SOURCES.config(run.record.config["data"])
         assert isinstance(data, Parallel.Config)
-        dataset = prepare_pairs(data, loaded.tokenizer, cache=None if cache == "auto" else Path(cache).expanduser())
+        dataset = prepare_pairs(data, loaded.tokenizer, cache=cache_of(run))
         chosen = sentences(dataset, loaded.context)
         if not chosen:
             raise ConfigError(f"run: no held-out source of {run.id} has the words ne and pas: is it French?")
@@ -216,8 +208,4 @@ def main(selectors: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except CtxlabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

@@ -8,28 +8,18 @@ Words are ids of runs in the folder of runs, or what those begin with: their nam
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import altair
 
-from ctxlab.errors import ConfigError, CtxlabError
-from ctxlab.evaluation.intervals import ratio_interval
+from ctxlab.errors import ConfigError
 from ctxlab.records.run import Run
-from ctxlab.records.store import RunStore
 from ctxlab.report.plots import PALETTE, save, styled
+from ctxlab.study.script import given_runs, mean, results_folder, run_script
 
 METRICS = ("bleu", "chrf", "nats_per_token")
-RESULTS = Path(os.environ.get("CTXLAB_RESULTS", "experiments/pretraining/results"))
-
-
-def mean(values: Sequence[float], name: str) -> dict[str, float | None]:
-    low, high = ratio_interval(values, [1.0] * len(values)) or (None, None)
-    return {name: statistics.fmean(values), f"{name}_low": low, f"{name}_high": high}
 
 
 def scores(run: Run) -> dict[str, float]:
@@ -42,12 +32,9 @@ def scores(run: Run) -> dict[str, float]:
 
 def main(selectors: Sequence[str]) -> None:
     """The first way that is named is what the others are compared with. Raises CtxlabError, one line."""
-    if not selectors:
-        raise ConfigError("run: expected runs, got none; python experiments/pretraining/compare.py RUN RUN")
-    store = RunStore(Path(os.environ.get("CTXLAB_RUNS", "runs")))
     ways: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
     curves: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for run in [run for selector in selectors for run in store.resolve_all([selector])]:
+    for run in given_runs(selectors):
         way = run.record.name.rstrip("0123456789")
         ways[way][run.record.config["seed"]] = scores(run)
         for row in run.metrics():
@@ -78,14 +65,12 @@ def draw(rows: list[dict[str, object]]) -> None:
             legend=altair.Legend(orient="top-right"),
         ),
     )  # fmt: skip
-    RESULTS.mkdir(parents=True, exist_ok=True)
     heading = "French to English: mean over seeds"
-    save(styled(chart.properties(width=560, height=320, title=heading)), RESULTS / "validation_by_step.png")
+    save(
+        styled(chart.properties(width=560, height=320, title=heading)),
+        results_folder("pretraining") / "validation_by_step.png",
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except CtxlabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

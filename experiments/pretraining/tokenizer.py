@@ -8,7 +8,6 @@ splits of the pairs, which no test sentence is in, and of Shakespeare.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from ctxlab.data.progress import silent
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tokenizers.pieces import train
 from ctxlab.data.tokenizers.unigram import Unigram
-from ctxlab.errors import ConfigError, CtxlabError
+from ctxlab.errors import ConfigError
+from ctxlab.study.script import run_script
 
 VOCABULARY = 4000
 
@@ -62,8 +62,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except CtxlabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

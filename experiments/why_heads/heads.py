@@ -9,13 +9,10 @@ number of heads, means over its runs with the 95% interval of Student's t.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 
 from ctxlab.cli.environment import set_thread_defaults
 
@@ -27,17 +24,14 @@ import torch
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.source import SOURCES
 from ctxlab.data.windows import EvalSegments
-from ctxlab.errors import ConfigError, CtxlabError
 from ctxlab.evaluation.heads import HeadSums
-from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.model.seeing import Seen, look
 from ctxlab.records.run import Run
-from ctxlab.records.store import RunStore
 from ctxlab.report.plots import PALETTE, save, styled
+from ctxlab.study.script import cache_of, given_runs, mean, results_folder, run_script
 from ctxlab.train.checkpoint import open_run
 
 WINDOWS = 64  # of the test split
-RESULTS = Path(os.environ.get("CTXLAB_RESULTS", "experiments/why_heads/results"))
 
 
 def measure(run: Run) -> tuple[dict[str, float], list[float]]:
@@ -48,11 +42,10 @@ def measure(run: Run) -> tuple[dict[str, float], list[float]]:
     weights) to 1 (no key in common), mean over queries and pairs of heads of a layer.
     """
     loaded = open_run(run)
-    cache = run.record.config["paths"]["cache"]
     dataset = prepare(
         SOURCES.config(run.record.config["data"]),
         loaded.tokenizer,
-        cache=None if cache == "auto" else Path(cache).expanduser(),
+        cache=cache_of(run),
     )
     assert isinstance(dataset, TextDataset)
     segments = EvalSegments(dataset.splits["test"], loaded.context, max_segments=WINDOWS)
@@ -89,12 +82,9 @@ def measure(run: Run) -> tuple[dict[str, float], list[float]]:
 
 def main(selectors: Sequence[str]) -> None:
     """Raises CtxlabError, one line, for what cannot be read."""
-    if not selectors:
-        raise ConfigError("run: expected runs, got none; python experiments/why_heads/heads.py RUN RUN RUN")
-    runs = RunStore(Path(os.environ.get("CTXLAB_RUNS", "runs"))).resolve_all(selectors)
     ways: dict[int, list[dict[str, float]]] = defaultdict(list)
     heads: list[dict[str, float]] = []
-    for run in runs:
+    for run in given_runs(selectors):
         n_heads = run.record.config["model"]["n_heads"]
         found, previous = measure(run)
         ways[n_heads].append(found)
@@ -103,9 +93,7 @@ def main(selectors: Sequence[str]) -> None:
     for n_heads, several in sorted(ways.items()):
         row: dict[str, object] = {"n_heads": n_heads, "runs": len(several)}
         for name in several[0]:
-            values = [one[name] for one in several]
-            row[name] = statistics.fmean(values)
-            row[f"{name}_low"], row[f"{name}_high"] = ratio_interval(values, [1.0] * len(values)) or (None, None)
+            row |= mean([one[name] for one in several], name)
         rows.append(row)
         print(json.dumps(row), flush=True)
     draw(rows, heads)
@@ -129,13 +117,11 @@ def draw(rows: list[dict[str, object]], heads: list[dict[str, float]]) -> None:
         ),
     )  # fmt: skip
     panels = [panel.properties(width=260, height=260) for panel in (loss, each)]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    save(styled(altair.hconcat(*panels).properties(title="1 to 8 heads of 64 to 8")), RESULTS / "heads.png")
+    save(
+        styled(altair.hconcat(*panels).properties(title="1 to 8 heads of 64 to 8")),
+        results_folder("why_heads") / "heads.png",
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except CtxlabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

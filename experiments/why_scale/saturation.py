@@ -11,15 +11,14 @@ A row is a width, with or without the division: means over seeds, each with the 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import altair
 import torch
 from torch import Tensor
 
-from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.report.plots import PALETTE, save, styled
+from ctxlab.study.script import mean, results_folder
 
 WIDTHS, SEEDS = (4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 3)
 SETS, QUERIES, KEYS = 64, 64, 64
@@ -68,12 +67,10 @@ def main() -> None:
             seeds = [measure(width, way, seed) for seed in SEEDS]
             row: dict[str, object] = {"scores": way, "d_k": width, "expected_variance": 1 if way == "scaled" else width}
             for name in seeds[0]:
-                values = [one[name] for one in seeds]
-                row[name] = sum(values) / len(values)
-                row[f"{name}_low"], row[f"{name}_high"] = ratio_interval(values, [1.0] * len(values)) or (None, None)
+                row |= mean([one[name] for one in seeds], name)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    draw(rows, Path(os.environ.get("CTXLAB_RESULTS", "experiments/why_scale/results")) / "saturation.png")
+    draw(rows, results_folder("why_scale") / "saturation.png")
 
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
@@ -97,7 +94,6 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         )
         panels.append((base.mark_line() + base.mark_point(filled=True, size=50)).properties(width=300, height=240))
     heading = "Random queries and keys of variance 1: softmax with and without the division"
-    path.parent.mkdir(parents=True, exist_ok=True)
     save(styled(altair.hconcat(*panels).properties(title=heading)), path)
 
 

@@ -9,9 +9,7 @@ way, means over its runs with the 95% interval of Student's t.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,11 +24,9 @@ from ctxlab.config.plugins import load
 from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.source import SOURCES
 from ctxlab.data.windows import EvalSegments
-from ctxlab.errors import ConfigError, CtxlabError
-from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.model.seeing import Seen, look
 from ctxlab.records.run import Run
-from ctxlab.records.store import RunStore
+from ctxlab.study.script import cache_of, given_runs, mean, run_script
 from ctxlab.train.checkpoint import open_run
 
 WINDOWS = 64  # of the test split
@@ -44,8 +40,7 @@ def measure(run: Run) -> dict[str, float]:
     """
     loaded = open_run(run)
     data = SOURCES.config(run.record.config["data"])
-    cache = run.record.config["paths"]["cache"]
-    dataset = prepare(data, loaded.tokenizer, cache=None if cache == "auto" else Path(cache).expanduser())
+    dataset = prepare(data, loaded.tokenizer, cache=cache_of(run))
     assert isinstance(dataset, TextDataset)
     segments = EvalSegments(dataset.splits["test"], loaded.context, max_segments=WINDOWS)
     tokens = torch.stack([torch.from_numpy(segments.segment(n)[1][:-1].astype("int64")) for n in range(segments.n)])
@@ -71,11 +66,8 @@ def measure(run: Run) -> dict[str, float]:
 
 def main(selectors: Sequence[str]) -> None:
     """Raises CtxlabError, one line, for what cannot be read."""
-    if not selectors:
-        raise ConfigError("run: expected runs, got none; python experiments/why_scale/trained.py RUN RUN RUN")
-    runs = RunStore(Path(os.environ.get("CTXLAB_RUNS", "runs"))).resolve_all(selectors)
     ways: dict[tuple[bool, bool], list[dict[str, float]]] = defaultdict(list)
-    for run in runs:
+    for run in given_runs(selectors):
         for path, sha256 in run.record.plugins:
             load(Path(path), sha256)
         position = run.record.config["position"]
@@ -83,15 +75,9 @@ def main(selectors: Sequence[str]) -> None:
     for (unit, divided), found in sorted(ways.items()):
         row: dict[str, object] = {"unit": unit, "divided": divided, "runs": len(found)}
         for name in found[0]:
-            values = [one[name] for one in found]
-            row[name] = statistics.fmean(values)
-            row[f"{name}_low"], row[f"{name}_high"] = ratio_interval(values, [1.0] * len(values)) or (None, None)
+            row |= mean([one[name] for one in found], name)
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except CtxlabError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_script(main)

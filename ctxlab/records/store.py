@@ -107,6 +107,20 @@ class RunStore:
             )
         return self.open(matches[0] if matches else selector)
 
+    def resolve_all(self, selectors: Sequence[str]) -> list[Run]:
+        """The runs that several selectors name, in their order, each once; a prefix is of all finished runs that it begins, the
+        oldest first.
+
+        Raises RecordError where a selector fits none, as `resolve` does.
+        """
+        found: dict[str, Run] = {}
+        finished = [run for run in reversed(self.runs()) if run.record.status == "done"]
+        for selector in selectors:
+            begun = [run for run in finished if run.id.startswith(selector)]
+            for run in begun or [self.resolve(selector)]:
+                found.setdefault(run.id, run)
+        return list(found.values())
+
     def runs(self) -> list[Run]:
         """All readable runs, newest first. A folder that is no run is passed over; runs that wait come last."""
         found = []

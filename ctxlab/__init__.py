@@ -17,7 +17,7 @@ def load(selector: str = "last", *, runs: str | Path | None = None, checkpoint: 
     """The model of a run, ready to use: `load("last").nats("To be, or not to be")`.
 
     `selector` is a run id, a unique prefix of one, a path, or "last"; `runs` the folder of the runs (CTXLAB_RUNS, else
-    "runs"); `checkpoint` is "last" or "best".
+    "runs"); `checkpoint` is "last", "best" or "average".
     The import of torch waits until the first call, so that `ctxlab --help` stays instant.
     """
     from ctxlab.train.checkpoint import load_run

@@ -14,18 +14,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ctxlab.errors import RecordError
+from ctxlab.records.run import METRICS_FILE, now
 from ctxlab.records.store import Run
 from ctxlab.units import format_bytes, format_seconds
 
 SWEEPS = "sweeps"  # folder below the runs'; holds one folder a sweep: sweep.json and its figures
 LOG = "log.txt"
 PARENT = "CTXLAB_PARENT"  # environment variable: pid of the process whose death ends a cell
+_BEGINNING = "--- started "  # in a cell's log, a line an attempt
 _POLL_SECONDS = 0.1
 _LIMIT_SECONDS = 0.5
 _GRACE_SECONDS = 30.0  # for a cell to save its state after a signal
@@ -168,6 +170,8 @@ class Pool:
         environment = dict(os.environ)
         environment[PARENT] = str(os.getpid())
         with (run.path / LOG).open("ab") as log:
+            log.write(f"{_BEGINNING}{now()}\n".encode())
+            log.flush()
             process = subprocess.Popen(
                 self.command(run),
                 stdin=subprocess.DEVNULL,
@@ -229,8 +233,20 @@ def _end_of(code: int, log: Path) -> tuple[str, str]:
         return "killed", f"killed by {name}{hint}"
     if code == 0:
         return "failed", "ended without a result"
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = log_lines(log)
     return "failed", lines[-1].removeprefix("error: ").strip() if lines else f"exit code {code}"
+
+
+def log_lines(log: Path) -> list[str]:
+    """The lines that are not empty of a cell's last attempt, of the last 64 KiB at most; none where there is no log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [line.rstrip() for line in text.rpartition(_BEGINNING)[2].splitlines()]
+    return [line for line in (lines[1:] if _BEGINNING in text else lines) if line]
 
 
 def _signal_group(child: Child, number: signal.Signals) -> None:
@@ -287,9 +303,9 @@ def watch_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-def last_metrics(run: Run) -> dict[str, Any]:
-    """The newest row of a running cell's training metrics, read from the end of the file; empty before the first."""
-    path = run.path / "metrics.jsonl"
+def last_metrics(folder: Path) -> dict[str, Any]:
+    """The newest row of a run's training metrics, read from the end of the file; empty before the first."""
+    path = folder / METRICS_FILE
     try:
         with path.open("rb") as file:
             file.seek(0, os.SEEK_END)
@@ -305,3 +321,14 @@ def last_metrics(run: Run) -> dict[str, Any]:
         if isinstance(row, dict) and row.get("split") == "train":
             return row
     return {}
+
+
+def share_done(config: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """How much of its budget in tokens or steps a run has spent, by its newest row; 0 where it has neither."""
+    trainer = config.get("trainer", {})
+    shares = [
+        row[have] / trainer[limit]
+        for have, limit in (("tokens", "max_tokens"), ("step", "max_steps"))
+        if have in row and isinstance(trainer.get(limit), int)
+    ]
+    return min(1.0, max(shares, default=0.0))

@@ -16,11 +16,13 @@ import pytest
 
 from ctxlab.errors import RecordError
 from ctxlab.launch import (
+    LOG,
     Child,
     Pool,
     Sweep,
     group_memory,
     last_metrics,
+    log_lines,
     new_sweep_id,
     read_sweep,
     sweep_folder,
@@ -251,9 +253,20 @@ def test_memory_of_this_process_group() -> None:
         child.communicate()
 
 
+def test_the_end_of_a_log_is_of_the_last_attempt(store: RunStore) -> None:
+    run = cell(store)
+    assert log_lines(run.path / LOG) == []
+    for words in ("first attempt", "second\n\n  attempt  "):
+        Pool(1, command=script(f"print({words!r}); raise SystemExit(1)")).execute([run])
+    assert log_lines(run.path / LOG) == ["second", "  attempt"]
+    assert "first attempt" in (run.path / LOG).read_text(encoding="utf-8")
+    (run.path / LOG).write_text("a line of another program's\n" * 9999, encoding="utf-8")
+    assert set(log_lines(run.path / LOG)[1:]) == {"a line of another program's"}
+
+
 def test_last_metrics_reads_past_a_torn_line(store: RunStore) -> None:
     run = cell(store)
-    assert last_metrics(run) == {}
+    assert last_metrics(run.path) == {}
     rows = [
         '{"split": "train", "step": 1}',
         '{"split": "train", "step": 2}',
@@ -261,7 +274,7 @@ def test_last_metrics_reads_past_a_torn_line(store: RunStore) -> None:
         '{"split": "tra',
     ]
     (run.path / "metrics.jsonl").write_text("\n".join(rows))
-    assert last_metrics(run) == {"split": "train", "step": 2}
+    assert last_metrics(run.path) == {"split": "train", "step": 2}
 
 
 def test_a_sweep_is_read_as_it_was_written(tmp_path: Path) -> None:

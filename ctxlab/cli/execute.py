@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, REFUSED, TERMINATED, explain_os
 from ctxlab.errors import CtxlabError
+from ctxlab.records.index import RunIndex
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -68,6 +69,8 @@ def execute(
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+        if is_first_rank() and run.path.is_dir():
+            RunIndex(run.path.parent).remember(run.path)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,11 @@ _FLAGS = (
     ("--config-dir DIR", "a folder of your own with position/mine.yaml, experiment/mine.yaml, ..."),
     ("--plugin FILE.py", "a file of your own that registers components"),
     ("--cfg job", "print the composed config (of every cell, with -m) and stop"),
+    ("hydra/launcher=NAME", "with -m: joblib, submitit_slurm or ray runs the cells (each is an extra)"),
+    (
+        "hydra/sweeper=NAME",
+        "with -m: optuna searches for the best sweep.metric, list takes lists side by side (extras)",
+    ),
     ("--json", "of eval: the whole record and its results, for programs, in place of tables"),
 )
 _SHOWN_OPTIONS = 12

@@ -41,6 +41,10 @@ COMMANDS = (
     ),
     Command("show", "[position=NAME] [key=value]", "draw a positional scheme by distance, head by head", composed=True),
     Command("runs", "[FILTER...]", "list, show, compare, tag and remove run records"),
+    Command(
+        "report", "[RUN|SWEEP|EXPERIMENT ...] [-o FILE]", "runs as one page of figures and tables; --figures: SVG, PNG"
+    ),
+    Command("dashboard", "[DIR] [--port N] [--open]", "the same page in the browser, live while runs train"),
     Command("experiment", "list|run|status|report NAME", "studies: a question, the lines that answer it, its findings"),
     Command("sync", "[RUN...]", "upload the Weights & Biases mirrors of offline runs"),
     Command("list", "[KIND]", "what can be composed, one line each, with its paper"),
@@ -50,6 +54,7 @@ COMMANDS = (
 # Called by ctxlab itself and by the shell: module and function below ctxlab.cli.commands.
 _HIDDEN = {
     "_run": ("run_cell", "run"), "_complete": ("completion", "answer"), "_check": ("experiment", "check"),
+    "_need": ("need", "run"),
 }  # fmt: skip
 _EXAMPLES = (
     ("ctxlab train", "a small decoder on a real book corpus, minutes on 2 cores"),

@@ -20,12 +20,15 @@ def check(config: Any, progress: Progress) -> None:
     from ctxlab.data.source import SOURCES
     from ctxlab.evaluation.harness import check_harness
     from ctxlab.records.sinks import check_mirror
+    from ctxlab.train.lora import check_installed
     from ctxlab.train.precision import resolve_device
 
     if hasattr(config, "trainer") and not hasattr(config, "plan"):  # a device that is planned for need not be here
         resolve_device(config.trainer.accelerator)
     if hasattr(config, "logger"):
         check_mirror(config.logger)
+    if getattr(getattr(getattr(config, "trainer", None), "lora", None), "r", "none") != "none":
+        check_installed()
     harness: Any = getattr(getattr(config, "eval", None), "lm_eval", "none")
     if harness != "none":
         check_harness(harness, progress)
@@ -37,6 +40,11 @@ def check(config: Any, progress: Progress) -> None:
     has_a_copy = any(getattr(config, key, "none") != "none" for key in ("resume", "init"))
     if file is not None and not has_a_copy and not Path(file).expanduser().is_file():
         raise ConfigError(f"tokenizer.path: there is no file {file}")
+    pretrained = getattr(getattr(config, "model", None), "pretrained", "none")
+    if pretrained != "none" and not has_a_copy:
+        from ctxlab.model.bert_weights import check_folder
+
+        check_folder(Path(pretrained).expanduser())
 
 
 def check_cells(cells: Iterable[Cell], progress: Progress) -> None:
@@ -50,6 +58,7 @@ def check_cells(cells: Iterable[Cell], progress: Progress) -> None:
         if cell.skipped:
             continue
         parts = {key: cell.config.get(key) for key in ("trainer", "logger", "data", "tokenizer", "eval", "paths")}
+        parts["pretrained"] = cell.config.get("model", {}).get("pretrained")
         asked = json.dumps(parts, sort_keys=True)
         if asked not in problems:
             problems[asked] = _problem(cell.typed, progress)

@@ -24,6 +24,7 @@ from ctxlab.data.source import SOURCES, Source
 from ctxlab.data.tasks.base import Task, TextTask, haystack_corpus
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import IncompatibleError, RecordError
 from ctxlab.evaluation.classification import ClassificationConfig, evaluate_classification
 from ctxlab.evaluation.harness import HarnessConfig, evaluate_harness
@@ -61,12 +62,15 @@ if TYPE_CHECKING:
 _CAUSAL = Causal.Config()
 
 
-def prepare_data(data: Source.Config, tokenizer: Tokenizer.Config | Tokenizer, cache: str, console: Console) -> Dataset:
+def prepare_data(
+    data: Source.Config, tokenizers: Tokenizer.Config | Tokenizers, cache: str, console: Console
+) -> Dataset:
     """What a run reads and its tokens, from the cache or made now with a bar on `console`; or a task with what it speaks."""
     folder = None if cache == "auto" else Path(cache).expanduser()
     with progress_bar(console) as start:
         if isinstance(data, Parallel.Config):
-            return prepare_pairs(data, tokenizer, cache=folder, progress=start)
+            return prepare_pairs(data, tokenizers, cache=folder, progress=start)
+        tokenizer = tokenizers.target if isinstance(tokenizers, Tokenizers) else tokenizers
         if isinstance(data, Squad.Config):
             return prepare_questions(data, tokenizer, cache=folder, progress=start)
         if isinstance(data, Classification.Config):
@@ -155,7 +159,8 @@ def score(
                     context=context, device=device, precision=precision, progress=start,
                 )  # fmt: skip
             sink.measure(along(rows, axes))
-        return sums
+        if not objective.continues:
+            return sums
     score_tasks(
         model, dataset, evaluations,
         context=context, device=device, precision=precision, run=run, sink=sink, console=console, axes=axes,
@@ -300,7 +305,13 @@ def cost_contexts(config: MeasureConfig, context: int, evaluations: Evaluations 
 
 
 def step_point(
-    config: Any, *, vocab_size: int, precision: Precision, device: torch.device, memory: int | None = None
+    config: Any,
+    *,
+    vocab_size: int,
+    precision: Precision,
+    device: torch.device,
+    memory: int | None = None,
+    source_vocab_size: int | None = None,
 ) -> Point:
     """The training step that a config describes; `memory` is what the device has, where it need not be asked."""
     return Point(
@@ -309,6 +320,7 @@ def step_point(
         attention=_plain(config.attention),
         optim=config.optim.model_dump(mode="json"),
         vocab_size=vocab_size,
+        source_vocab_size=source_vocab_size,
         context=config.context,
         precision=precision,
         device=device.type,

@@ -35,6 +35,17 @@ def start(command: str, argv: list[str]) -> int:
         from ctxlab.cli.launcher import check_launcher
 
         check_launcher(line.launcher)
+    if line.sweeper:
+        from ctxlab.config.sweepers import ADAPTIVE, chosen_sweeper
+
+        if not line.multirun:
+            raise ConfigError("hydra/sweeper: says which cells a sweep has; this line is one run (add -m for a sweep)")
+        if any(key_of(o) == "sweep.resume" for o in line.overrides):
+            raise ConfigError("hydra/sweeper: a sweep that goes on has its cells already; leave it out")
+        if chosen_sweeper(line.sweeper) in ADAPTIVE:
+            from ctxlab.cli.search import run_search
+
+            return run_search(line, share_threads=not threads_are_given)
     if line.selectors.get("resume", ("none",)) != ("none",) or "resume" in map(key_of, line.overrides):
         return _resume(line)
     with console.progress_bar(console.stderr()) as bar:

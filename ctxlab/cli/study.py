@@ -30,6 +30,7 @@ from ctxlab.records.journal import LINE, STUDY, Entry, Journal
 from ctxlab.records.store import Run, RunStore
 from ctxlab.study.readme import Line, Study, asks_for_several, selected, with_overrides, with_runs
 from ctxlab.study.results import save_runs
+from ctxlab.study.script import RESULTS
 
 _STOPS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED, signal.SIGHUP: TERMINATED}
 
@@ -172,6 +173,7 @@ class Runner:
         if line.program == "ctxlab":
             return self._wait([sys.executable, "-m", "ctxlab", *located], environment, lock)
         environment |= {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        environment[RESULTS] = str(self.results.resolve())
         return self._wait([sys.executable, *located], environment, lock, self.results / line.output)
 
     def _wait(self, command: list[str], environment: dict[str, str], lock: int, output: Path | None = None) -> int:

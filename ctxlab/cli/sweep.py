@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
@@ -20,8 +21,9 @@ from rich.text import Text
 from ctxlab.cli import console
 from ctxlab.cli.environment import set_thread_defaults
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
+from ctxlab.cli.outcomes import explain_memory, show_log_ends, show_outcomes
 from ctxlab.cli.start import record_fields, stem
-from ctxlab.config import schema
+from ctxlab.config import plugins, schema
 from ctxlab.config.identity import differences, identity, identity_fields
 from ctxlab.config.overrides import key_of
 from ctxlab.errors import ConfigError, RecordError
@@ -34,6 +36,7 @@ from ctxlab.launch import (
     last_metrics,
     new_sweep_id,
     read_sweep,
+    share_done,
     sweep_folder,
     write_sweep,
 )
@@ -59,6 +62,8 @@ def run_sweep(prepared: Prepared, *, share_threads: bool) -> int:
         sweep = write_cells(prepared, store)
     else:
         sweep = read_sweep(store.root, settings.resume)
+        for path, sha256 in sweep.plugins:
+            plugins.load(Path(path), sha256)
         refuse_changes(prepared, sweep, store)
     runs = [store.open(run_id) for run_id in sweep.cells]
     to_run = [run for run in runs if run.record.status not in FINAL]
@@ -85,9 +90,9 @@ def run_sweep(prepared: Prepared, *, share_threads: bool) -> int:
         with view.shown():
             pool.execute(to_run)
     except KeyboardInterrupt:
-        return _stopped(sweep, store, again, INTERRUPTED)
+        return stopped(sweep, store, again, INTERRUPTED)
     except SystemExit:
-        return _stopped(sweep, store, again, TERMINATED)
+        return stopped(sweep, store, again, TERMINATED)
     return conclude(sweep, store, settings.metric, again)
 
 
@@ -100,19 +105,17 @@ def _launched(prepared: Prepared, sweep: Sweep, store: RunStore, to_run: Sequenc
     try:
         launch_cells(prepared.line.launcher, store.root, sweep, [sweep.cells.index(run_id) for run_id in to_run])
     except KeyboardInterrupt:
-        return _stopped(sweep, store, again, INTERRUPTED)
+        return stopped(sweep, store, again, INTERRUPTED)
     except SystemExit as stop:
         if stop.code == TERMINATED:
-            return _stopped(sweep, store, again, TERMINATED)
+            return stopped(sweep, store, again, TERMINATED)
     return conclude(sweep, store, prepared.cells[0].typed.sweep.metric, again)
 
 
 def write_cells(prepared: Prepared, store: RunStore) -> Sweep:
     """Every cell's record, `waiting` or `skipped` with the reason, then the sweep itself: all of it or nothing."""
     command = prepared.line.command
-    first = prepared.cells[0].typed
-    name = first.experiment if first.experiment != "none" else "-".join(k.rpartition(".")[2] for k in prepared.swept)
-    sweep_id = new_sweep_id(store.root, name or "sweep")
+    sweep_id = new_sweep_id(store.root, sweep_name(prepared))
     runs: list[Run] = []
     try:
         for number, cell in enumerate(prepared.cells):
@@ -144,6 +147,13 @@ def write_cells(prepared: Prepared, store: RunStore) -> Sweep:
     return sweep
 
 
+def sweep_name(prepared: Prepared) -> str:
+    """What a sweep's id begins with: its experiment, or the keys that it sweeps over."""
+    experiment = prepared.cells[0].typed.experiment
+    keys = "-".join(key.rpartition(".")[2] for key in prepared.swept)
+    return str(experiment) if experiment != "none" else keys or "sweep"
+
+
 def refuse_changes(prepared: Prepared, sweep: Sweep, store: RunStore) -> None:
     """A sweep goes on with the cells it was written with: a line that says otherwise is refused, naming the key."""
     line = prepared.line
@@ -168,20 +178,24 @@ def refuse_changes(prepared: Prepared, sweep: Sweep, store: RunStore) -> None:
 
 
 def conclude(sweep: Sweep, store: RunStore, metric: str, again: str) -> int:
-    """Prints the comparison, saves the figure beside the sweep, says what to do about cells that died."""
-    from ctxlab.report.plots import save_loss_by_length
+    """Prints the comparison and every outcome, saves the figure beside the sweep, says what to do about cells that died."""
+    from ctxlab.report.repeats import repeats, repeats_tables, save_compared
     from ctxlab.report.tables import show_sweep
 
-    out = console.stdout()
+    out, err = console.stdout(), console.stderr()
     runs = [store.open(run_id) for run_id in sweep.cells]
+    explain_memory(runs)
     show_sweep(runs, out, metric=metric)
-    figure = save_loss_by_length(runs, sweep_folder(store.root, sweep.id) / "loss_by_length.png")
-    bad = [run for run in runs if run.record.status not in FINAL]
-    for run in bad:
-        console.stderr().print(Text(f"{run.id}: {run.record.status}: {run.record.reason}"), soft_wrap=True)
+    for grid in repeats_tables(repeats(runs)):
+        out.print()
+        out.print(grid)
+    show_outcomes(runs, out)
+    figure = save_compared(runs, sweep_folder(store.root, sweep.id) / "loss_by_length.png")
     out.print(Text(f"sweep {sweep.id} in {sweep_folder(store.root, sweep.id)}{f' ({figure.name})' if figure else ''}"))
+    bad = [run for run in runs if run.record.status not in FINAL]
+    show_log_ends(bad, err)
     if bad:
-        console.stderr().print(Text(f"try the cells that died again:  {again}"), soft_wrap=True)
+        err.print(Text(f"try the cells that died again:  {again}"), soft_wrap=True)
     return DIED if bad else DONE
 
 
@@ -192,7 +206,8 @@ def resume_line(prepared: Prepared, sweep: Sweep) -> str:
     return shlex.join(["ctxlab", sweep.command, f"sweep.resume={sweep.id}", *words])
 
 
-def _stopped(sweep: Sweep, store: RunStore, again: str, code: int) -> int:
+def stopped(sweep: Sweep, store: RunStore, again: str, code: int) -> int:
+    """Says how far a sweep came that was stopped, and how to go on; returns the exit code."""
     statuses = [store.open(run_id).record.status for run_id in sweep.cells]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     console.stderr().print(Text(f"stopped: {counts}. To go on:  {again}"), soft_wrap=True)
@@ -206,6 +221,7 @@ class SweepView:
     console: Console
     sweep: Sweep
     runs: dict[str, Run]
+    heading: str = ""  # in place of how many cells there are, where that is not known
     _live: Live | None = None
     _ended: dict[str, str] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
@@ -215,10 +231,8 @@ class SweepView:
     def shown(self) -> Iterator[None]:
         """Draws in place in a terminal, in lines elsewhere."""
         self._ended = {run.id: run.record.status for run in self.runs.values() if run.record.status in FINAL}
-        text = (
-            f"sweep {self.sweep.id}: {len(self.sweep.cells)} cells, {len(self.sweep.cells) - len(self._ended)} to run"
-        )
-        self.console.print(Text(text))
+        cells = f"{len(self.sweep.cells)} cells, {len(self.sweep.cells) - len(self._ended)} to run"
+        self.console.print(Text(f"sweep {self.sweep.id}: {self.heading or cells}"))
         for run in self.runs.values():
             if run.record.status == "skipped":
                 self.console.print(Text(f"{self.label(run)}: skipped: {run.record.reason}"), soft_wrap=True)
@@ -259,8 +273,8 @@ class SweepView:
     def _draw(self, running: Sequence[Child]) -> RenderableType:
         table = Table(box=None, show_header=False, pad_edge=False)
         for child in running:
-            row = last_metrics(child.run)
-            share = _share_done(child.run, row)
+            row = last_metrics(child.run.path)
+            share = share_done(child.run.record.config, row)
             loss = f"loss {row['loss']:.3f}" if "loss" in row else ""
             table.add_row(
                 self.label(child.run),
@@ -273,17 +287,6 @@ class SweepView:
         return Group(
             table, Text(f"{len(self._ended)} of {len(self.sweep.cells)} cells ended, {waiting} waiting", style="dim")
         )
-
-
-def _share_done(run: Run, row: dict[str, Any]) -> float:
-    """How much of its budget in tokens or steps a running cell has spent; 0 where it has neither."""
-    trainer = run.record.config.get("trainer", {})
-    shares = [
-        row[have] / trainer[limit]
-        for have, limit in (("tokens", "max_tokens"), ("step", "max_steps"))
-        if have in row and isinstance(trainer.get(limit), int)
-    ]
-    return min(1.0, max(shares, default=0.0))
 
 
 def _at(config: dict[str, Any], key: str) -> Any:

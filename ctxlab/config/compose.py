@@ -153,7 +153,10 @@ class Composer:
                 if not axes[key]:
                     raise ConfigError(f"{key_of(key)}: the sweep '{override.input_line}' has no values")
             else:
-                raise ConfigError(f"{key_of(key)}: an interval has no list of values; write range(...) or choices")
+                raise ConfigError(
+                    f"{key_of(key)}: an interval has no list of values; write range(...) or choices, "
+                    "or search it: hydra/sweeper=optuna"
+                )
         return [list(cell) for cell in itertools.product(*axes.values())]
 
     def _load(self, overrides: Sequence[str]) -> DictConfig:
@@ -230,7 +233,7 @@ def _hydra_refusal(key: str) -> str:
     if part == "launcher":
         return f"hydra.{key}: a launcher is chosen on the line of a sweep, by hydra/launcher=NAME and hydra.launcher.KEY=VALUE"
     if part == "sweeper":
-        return f"hydra.{key}: ctxlab writes a sweep's cells down itself; another Hydra sweeper is not supported"
+        return f"hydra.{key}: a sweeper is chosen on the line of a sweep, by hydra/sweeper=NAME and hydra.sweeper.KEY=VALUE"
     return f"hydra.{key}: not allowed; of hydra only mode, sweeper.params, run.dir and sweep.dir may be set"
 
 

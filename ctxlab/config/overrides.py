@@ -17,7 +17,7 @@ from ctxlab.registry import nearest
 
 # Values that are text, not Hydra's grammar: whole keys, every key under a prefix, and every key with such a last part.
 FREE_TEXT_KEYS = frozenset(
-    {"prompt", "text", "target", "note", "name", "data.field", "logger.project", "logger.entity"}
+    {"prompt", "text", "target", "note", "name", "data.field", "model.pretrained", "logger.project", "logger.entity"}
 )
 FREE_TEXT_PREFIXES = ("paths.",)
 FREE_TEXT_ENDINGS = frozenset(
@@ -66,6 +66,7 @@ class Line:
     as_json: bool = False
     help: bool = False
     launcher: tuple[str, ...] = ()  # hydra/launcher=NAME and its settings: who runs a sweep, no part of any config
+    sweeper: tuple[str, ...] = ()  # hydra/sweeper=NAME and its settings: which cells there are, no part of any either
 
     @property
     def text(self) -> str:
@@ -104,6 +105,7 @@ def split(command: str, argv: Sequence[str]) -> Line:
     selectors: dict[str, tuple[str, ...]] = {}
     bare: list[str] = []
     launcher: list[str] = []
+    sweeper: list[str] = []
     print_config = show_help = as_json = False
 
     words = list(argv)
@@ -148,6 +150,9 @@ def split(command: str, argv: Sequence[str]) -> Line:
         if (key == "hydra/launcher" or key.startswith("hydra.launcher.")) and "_target_" not in key:
             launcher.append(word)
             continue
+        if key.startswith(("hydra/sweeper", "hydra.sweeper.")) and not key.startswith("hydra.sweeper.params"):
+            sweeper.append(word)
+            continue
         if match["prefix"] == "~":
             overrides.append(word)
         elif key in SELECTOR_KEYS and not multirun:
@@ -182,6 +187,7 @@ def split(command: str, argv: Sequence[str]) -> Line:
         as_json=as_json,
         help=show_help,
         launcher=tuple(launcher),
+        sweeper=tuple(sweeper),
     )
 
 

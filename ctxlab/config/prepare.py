@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ from ctxlab.config import catalog, plugins, rules, schema
 from ctxlab.config.compose import Composed, Composer, set_key
 from ctxlab.config.explain import unknown_key
 from ctxlab.config.overrides import SELECTOR_KEYS, Line, key_of, split_selector
+from ctxlab.config.sweepers import chosen_sweeper, sweep_with
 from ctxlab.data.source import SOURCES
 from ctxlab.errors import ConfigError, IncompatibleError, RecordError
-from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths
+from ctxlab.evaluation.perplexity import PerplexityConfig, auto_lengths, wanted_segment
 from ctxlab.records.store import Run, RunStore
 from ctxlab.train.budget import plan_budget
 from ctxlab.train.checkpoint import find_checkpoint
@@ -76,9 +80,70 @@ def prepare(
                 as_it_is = not any(override.is_sweep_override() for override in composer.parse(line.overrides))
                 cell = work.cell(list(line.overrides), first if as_it_is else None)
                 return Prepared(line, (cell,), False, (), loaded, runs)
-            rows = composer.cells(line.overrides, first.sweep_params)
-            swept = tuple(key_of(row) for index, row in enumerate(rows[0]) if len({r[index] for r in rows}) > 1)
+            if chosen_sweeper(line.sweeper):
+                rows = _listed(line, composer, first, generated)
+            else:
+                rows = composer.cells(line.overrides, first.sweep_params)
+            swept = _varied(rows)
             return Prepared(line, tuple(work.sweep(each(rows))), True, swept, loaded, runs)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A sweep whose cells are not known in advance: what is fixed, and a cell from the overrides of a trial."""
+
+    prepared: Prepared  # with one cell: the config before any trial
+    arguments: tuple[str, ...]  # the keys that are searched over, in Hydra's words
+    _work: _Work
+
+    def cell(self, trial: Sequence[str]) -> Cell:
+        """Composes and checks one trial. Raises ConfigError and RecordError like any line."""
+        cell = self._work.cell([*self._fixed, *trial])
+        if "context" in map(key_of, trial) and _segment(cell.typed) == "auto":
+            raise ConfigError(
+                "eval.perplexity.segment: contexts are searched over, so give the one length that test segments have "
+                "in all trials, e.g. 4k; else their numbers would not be of the same tokens"
+            )
+        return cell
+
+    def asked(self, trial: Sequence[str]) -> Cell:
+        """What a trial that cannot be composed asked for, as far as that can be written down."""
+        config = copy.deepcopy(self.prepared.cells[0].config)
+        for override in self._work.composer.parse(trial):
+            set_key(config, key_of(override.input_line or ""), override.value())
+        overrides = [*self._fixed, *trial]
+        return replace(
+            self.prepared.cells[0],
+            overrides=tuple(overrides),
+            config=config,
+            line=shlex.join(["ctxlab", self.prepared.line.command, *overrides]),
+        )
+
+    @property
+    def _fixed(self) -> tuple[str, ...]:
+        return self.prepared.cells[0].overrides
+
+
+@contextmanager
+def prepare_search(line: Line) -> Iterator[Search]:
+    """Composes and checks what is fixed on a line whose sweeper is adaptive, and is there to compose its trials."""
+    loaded = tuple(plugins.load(path) for path in line.plugins)
+    with tempfile.TemporaryDirectory(prefix="ctxlab-") as folder:
+        generated = Path(folder).resolve()
+        if loaded:
+            plugins.write_options(generated, line.config_dirs)
+        with Composer(line.command, line.config_dirs, (generated,)) as composer:
+            first = _without_sweeps(composer, line)
+            runs = Path(line.free_text.get("paths.runs", first.config["paths"]["runs"])).expanduser()
+            work = _Work(line, composer, RunStore(runs), generated, True, first.multirun)
+            arguments = _sweeps(line, composer, first)
+            if not arguments:
+                raise ConfigError(
+                    "hydra/sweeper: nothing is searched over, e.g. optim.learning_rate=interval(0.001,0.1)"
+                )
+            fixed = [o.input_line or "" for o in composer.parse(line.overrides) if not o.is_sweep_override()]
+            keys = tuple(map(key_of, arguments))
+            yield Search(Prepared(line, (work.cell(fixed),), True, keys, loaded, runs), tuple(arguments), work)
 
 
 @dataclass(frozen=True)
@@ -136,19 +201,24 @@ class _Work:
         return Cell(tuple(overrides), typed.model_dump(mode="json"), typed, line, skipped)
 
     def _same_segments(self, cells: list[Cell]) -> list[Cell]:
-        """Cells that are scored at different lengths get test segments of one length: the longest that any asks for.
+        """Cells that would cut the test text differently get segments of one length: the longest that any asks for.
 
         Left to itself each would cut the test text by its own longest length, and the cells' numbers would not be of
         the same tokens.
         """
-        lengths = [self._lengths(cell) for cell in cells]
-        if len({asked for asked in lengths if asked}) < 2:
+        wanted = [self._wanted_segment(cell) for cell in cells]
+        if len({segment for segment in wanted if segment}) < 2:
             return cells
-        longest = max(length for asked in lengths for length in asked)
+        longest = max(wanted)
         return [
-            _with_segment(cell, longest) if asked and cell.typed.eval.perplexity.segment == "auto" else cell
-            for cell, asked in zip(cells, lengths, strict=True)
+            _with_segment(cell, longest) if segment and cell.typed.eval.perplexity.segment == "auto" else cell
+            for cell, segment in zip(cells, wanted, strict=True)
         ]
+
+    def _wanted_segment(self, cell: Cell) -> int:
+        """The segments that a cell would cut the test text into, 0 where it is not scored."""
+        lengths = self._lengths(cell)
+        return wanted_segment(cell.typed.eval.perplexity, lengths) if lengths else 0
 
     def _lengths(self, cell: Cell) -> tuple[int, ...]:
         """The lengths that a cell is scored at, none where it is not."""
@@ -268,6 +338,45 @@ def _refuse_spent(run: Run, config: schema.TrainConfig) -> None:
             f"trainer.{limit}: {run.id} is at step {saved.step} and has reached {getattr(trainer, limit)}; "
             f"give a larger trainer.{limit} to go on"
         )
+
+
+def _varied(rows: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The keys whose values differ between rows of overrides."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for override in row:
+            values.setdefault(key_of(override), set()).add(override)
+    return tuple(key for key, found in values.items() if len(found) > 1)
+
+
+def _sweeps(line: Line, composer: Composer, first: Composed) -> list[str]:
+    """The sweeps of an experiment and of the line, which wins."""
+    said = [f"{key}={value}" for key, value in first.sweep_params.items()] + list(line.overrides)
+    by_key = {key_of(o.input_line or ""): o.input_line or "" for o in composer.parse(said) if o.is_sweep_override()}
+    fixed = {key_of(o.input_line or "") for o in composer.parse(line.overrides) if not o.is_sweep_override()}
+    return [text for key, text in by_key.items() if key not in fixed]
+
+
+def _listed(line: Line, composer: Composer, first: Composed, folder: Path) -> list[list[str]]:
+    """The cells of a sweeper that knows them in advance."""
+    fixed = [o.input_line or "" for o in composer.parse(line.overrides) if not o.is_sweep_override()]
+    rows: list[list[str]] = []
+
+    class Listing:
+        def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[Any]:
+            rows.extend([*fixed, *map(str, overrides)] for overrides in job_overrides)
+            return []
+
+    with contextlib.redirect_stdout(sys.stderr):
+        sweep_with(line.sweeper, _sweeps(line, composer, first), Listing(), folder)
+    if not rows:
+        raise ConfigError("hydra/sweeper: it has no cells")
+    return rows
+
+
+def _segment(config: Any) -> Any:
+    perplexity = getattr(getattr(config, "eval", None), "perplexity", "none")
+    return getattr(perplexity, "segment", None)
 
 
 def _without_sweeps(composer: Composer, line: Line) -> Composed:

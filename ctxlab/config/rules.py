@@ -16,8 +16,10 @@ from ctxlab.config.schema import (
     ShowConfig,
     TrainConfig,
 )
+from ctxlab.data.pairs.parallel import Parallel
 from ctxlab.data.source import SOURCES
 from ctxlab.data.tasks.base import Task, TokenTask
+from ctxlab.data.tokenizers.sides import are_apart
 from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.evaluation.tasks import TaskEvaluation, ruler_names
 from ctxlab.model.attention.base import ATTENTIONS
@@ -67,6 +69,7 @@ def check(config: CommandConfig) -> None:
     if isinstance(config, AttentionConfig) and config.text and config.text_file != "none":
         raise ConfigError("text_file: is given beside text; give one of them")
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig):
+        ARCHITECTURES.get(config.model.architecture).check_installed()
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,
             packed=isinstance(config, TrainConfig) and config.data.packs,
@@ -79,6 +82,7 @@ def check(config: CommandConfig) -> None:
         _lengths(config)
     if isinstance(config, TrainConfig):
         _objective(config)
+        _separate(config)
     if isinstance(config, TrainConfig | EvalConfig):
         _tasks(config)
     if isinstance(config, TrainConfig):
@@ -88,6 +92,8 @@ def check(config: CommandConfig) -> None:
             mechanism.check_training(config.attention, contexts=contexts, packed=config.data.packs)
         _budget(config)
         _curriculum(config)
+        if config.trainer.lora.r != "none" and config.init == "none":
+            raise IncompatibleError("trainer.lora.r: adapters are trained on the weights of another run; add init=RUN")
 
 
 def _objective(config: TrainConfig) -> None:
@@ -107,7 +113,7 @@ def _objective(config: TrainConfig) -> None:
         )
     denoising = issubclass(objective, Denoising)
     asked = [part for part, settings in config.eval if settings != "none" and part != "objective"]
-    if denoising and asked:
+    if issubclass(objective, Denoising) and asked and not objective.continues:
         raise IncompatibleError(
             f"eval.{asked[0]}: objective={config.objective.name} trains no model of what comes next; use eval=objective"
         )
@@ -115,9 +121,45 @@ def _objective(config: TrainConfig) -> None:
         raise IncompatibleError(f"eval.objective: {config.objective.name} is scored by perplexity; use eval=perplexity")
     if denoising and config.data.packs:
         raise IncompatibleError(f"data.packed: {config.objective.name} makes its rows of one document each; use false")
+    if objective.prefix:
+        _prefix(config)
     if SOURCES.get(config.data.name).scored_by and config.trainer.context_schedule:
         raise IncompatibleError(
             f"trainer.context_schedule: the examples of {config.data.name} are as long as they are; leave the schedule out"
+        )
+
+
+def _prefix(config: TrainConfig) -> None:
+    """A prefix is read both ways, as an encoder reads."""
+    if isinstance(config.position, Position.Config) and not POSITIONS.get(config.position.name).bidirectional:
+        fitting = [name for name in POSITIONS.names() if POSITIONS.get(name).bidirectional]
+        raise IncompatibleError(
+            f"position.name: {config.position.name} tells no order without a causal mask, and objective="
+            f"{config.objective.name} has none within the prefix; use {', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
+    if config.attention != "none" and ATTENTIONS.get(config.attention.name).carried_tokens(config.attention):
+        raise IncompatibleError(
+            f"attention.name: {config.attention.name} attention carries a memory from row to row, and a row of objective="
+            f"{config.objective.name} begins with its prefix; use full or sliding_window"
+        )
+
+
+def _separate(config: TrainConfig) -> None:
+    """Tokens of their own are for sources that somebody else's matrix does not have to embed."""
+    if not are_apart(config.tokenizer.model_dump()):
+        return
+    if not isinstance(config.data, Parallel.Config):
+        raise IncompatibleError(
+            f"tokenizer.separate: {config.data.name} has no sources and targets; use data=parallel data.path=FILE, or false"
+        )
+    if not ARCHITECTURES.get(config.model.architecture).reads_source:
+        raise IncompatibleError(
+            f"tokenizer.separate: {config.model.architecture} reads source and target as one text; use false"
+        )
+    if isinstance(config.model, ModelConfig) and config.model.share_embeddings:
+        raise IncompatibleError(
+            "model.share_embeddings: source and target have tokens of their own (tokenizer.separate=true), which one matrix "
+            "cannot embed; use false"
         )
 
 

@@ -73,7 +73,7 @@ def _no_repeats(value: tuple[T, ...]) -> tuple[T, ...]:
 
 _LONGEST_NAME = 80
 Name = Annotated[str, AfterValidator(_one_line)]
-Checkpoint = Literal["last", "best"]
+Checkpoint = Literal["last", "best", "average"]
 # Layers or heads, counted from 1.
 Chosen = Literal["all"] | Annotated[tuple[int, ...], AfterValidator(_no_repeats), Field(min_length=1)]
 # A seed feeds torch and a keyed permutation: 63 bits.

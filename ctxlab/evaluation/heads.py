@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +173,9 @@ def see(
             maps = {name: pool.weights() for name, pool in pools[head].items()}
             found.append(Head(seen.kind, seen.layer, head, sums[head].summary(score), maps))
 
-    inputs = {} if source is None else {"source": torch.tensor([list(source)], device=device)}
+    inputs: dict[str, Any] = {} if source is None else {"source": torch.tensor([list(source)], device=device)}
+    if model.prefix:  # a text is read as a prompt is
+        inputs["prefix"] = "all"
     hidden = look(model, torch.tensor([list(tokens)], device=device), visit, **inputs)
     assert hidden is not None
     order = {"encoder": 0, "self": 1, "cross": 2}

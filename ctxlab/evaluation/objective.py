@@ -40,6 +40,7 @@ def evaluate_objective(
 
     The same places are hidden for every model with this tokenizer.
     """
+    model.eval()
     rows, names = objective.held_out(dataset, split, context, config.rows)
     found = answer_labels(
         model, rows, pad_id=dataset.tokenizer.pad_id, device=device, precision=precision,

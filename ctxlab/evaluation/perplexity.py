@@ -1,6 +1,6 @@
 """Perplexity at many lengths over the same target tokens: sums of nats, every target scored exactly once.
 
-The test documents are cut into segments of one length (the longest asked for that enough documents fill). At length c a
+The test documents are cut into segments of one length (`wanted_segment`, as far as enough documents fill it). At length c a
 segment is scored in windows of c inputs t[i:i+c] and c targets t[i+1:i+c+1] that follow one another without overlap. So
 every length scores every target of every segment once, and a difference between lengths is due to context alone.
 
@@ -49,6 +49,9 @@ from ctxlab.train.precision import Precision
 from ctxlab.train.scoring import Watch, score_streaming, score_windows
 
 AUTO_MULTIPLES = (0.5, 1, 2, 4, 8)
+MOVING_WINDOWS = (
+    8  # in a segment, of those that overlap or of a cache that moves: of one alone nothing would be seen to move
+)
 _LARGEST_NATS = math.log(sys.float_info.max)
 
 
@@ -58,7 +61,9 @@ class PerplexityConfig(ComponentConfig):
     lengths: OrAuto | tuple[Length, ...] = Field(
         "auto", description="auto: 1/2, 1, 2, 4 and 8 times the trained context"
     )
-    segment: OrAuto | Length = Field("auto", description="tokens of one segment; auto: the longest length asked for")
+    segment: OrAuto | Length = Field(
+        "auto", description="tokens of one segment; auto: the longest length asked for, or 8 windows that move"
+    )
     strides: tuple[Length, ...] = Field((), description="scored again in windows that move on by so many tokens")
     streaming: tuple[Length, ...] = Field((), description="scored again over a moving cache of so many tokens")
     sinks: int = Field(4, ge=0, description="first tokens that the moving cache keeps, among its own")
@@ -256,11 +261,21 @@ def segment_length(config: PerplexityConfig, lengths: Sequence[int], dataset: Te
     A given length that too few documents fill gives way to the longest one that enough of them do, whatever lengths are
     asked for: the cells of a sweep share that setting, not their lengths, and have to cut the text alike.
     """
-    if config.segment == "auto":
-        return longest_length(dataset.splits[split], lengths, min_docs=config.min_documents)
-    targets = np.sort(dataset.splits[split].sizes - 1)[::-1]
+    text = dataset.splits[split]
+    targets = np.sort(text.sizes - 1)[::-1]
     filled = int(targets[config.min_documents - 1]) if len(targets) >= config.min_documents else 0
-    return min(config.segment, filled) if filled > 0 else None
+    if config.segment != "auto":
+        return min(config.segment, filled) if filled > 0 else None
+    longest = longest_length(text, lengths, min_docs=config.min_documents)
+    if longest is None:
+        return None
+    return max(longest, min(filled, wanted_segment(config, [n for n in lengths if n <= longest])))
+
+
+def wanted_segment(config: PerplexityConfig, lengths: Sequence[int]) -> int:
+    """The longest of the lengths, or MOVING_WINDOWS of the longest that is scored in windows that overlap, or streamed."""
+    moving = [way.length for way in _ways(config, lengths) if way.axes.keys() & {"stride", "sinks"}]
+    return max(*lengths, *(MOVING_WINDOWS * length for length in moving), 1)
 
 
 def _segments(config: PerplexityConfig, split: Split, length: int) -> EvalSegments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from sacrebleu.metrics.chrf import CHRF
 from ctxlab.data.pairs.dataset import PairDataset
 from ctxlab.data.pairs.parallel import Pair
 from ctxlab.data.progress import Progress, silent
+from ctxlab.errors import DataError
 from ctxlab.evaluation.perplexity import DocumentScores, score_measurements
 from ctxlab.fields import Count, OrNone
 from ctxlab.model.base import Model
@@ -75,10 +77,15 @@ def evaluate_translation(
 ) -> tuple[list[Measurement], list[TaskItem]]:
     """bleu and chrf of the split's pairs, nats per target token, and every translation with its own chrF.
 
+    Of a model whose positions end, pairs with a side longer than they reach are left out, and counted in the facts.
     BLEU (Papineni et al. 2002, P02-1040) and chrF2 (Popovic 2015, W15-3049) are sacrebleu's over the whole set, of text as it
     is written; the protocol is its signature. Intervals are of 1,000 resampled test sets, those of nats over pairs.
     """
-    chosen = chosen_pairs(dataset, config, split)
+    model.eval()
+    asked = chosen_pairs(dataset, config, split)
+    chosen = asked[_fitting(model, dataset, asked, split)]
+    if not len(chosen):
+        raise DataError(f"context: no {split} pair is as short as the {model.n_positions} positions that the model has")
     pairs = [dataset.text(split, index) for index in chosen.tolist()]
     tokens = int((dataset.splits[split].target.sizes[chosen] - 1).sum())
     nats = score_pairs(
@@ -99,6 +106,8 @@ def evaluate_translation(
     axes: dict[str, Any] = {} if config.max_words == "none" else {"max_words": config.max_words}
     measurements = score_measurements(scores, split=split, protocol="teacher forcing, eos scored", axes=axes)
     measurements += corpus_scores([Translated(p, s) for p, s in zip(pairs, said, strict=True)], config, split, axes)
+    if left_out := len(asked) - len(chosen):
+        measurements = [m.model_copy(update={"facts": {**m.facts, "too_long": left_out}}) for m in measurements]
     sentence = CHRF()
     items = [
         TaskItem(
@@ -142,6 +151,16 @@ def chosen_pairs(dataset: PairDataset, config: TranslationConfig, split: str) ->
     return indices
 
 
+def _fitting(model: Model, dataset: PairDataset, indices: np.ndarray, split: str) -> np.ndarray:
+    """Which of some pairs a model has positions for, both of whose sides it reads."""
+    most = model.n_positions
+    sides = dataset.splits[split]
+    if most is None:
+        return np.ones(len(indices), dtype=bool)
+    found: np.ndarray = np.maximum(sides.source.sizes[indices], sides.target.sizes[indices] - 1) <= most
+    return found
+
+
 @torch.inference_mode()
 def translate(
     model: Model,
@@ -162,6 +181,7 @@ def translate(
         temperature=1.0 if config.num_beams > 1 else 0.0,
     )
     order = np.argsort(side.sizes[indices], kind="stable")
+    most = model.n_positions or sys.maxsize
     said = [""] * len(indices)
     start = 0
     while start < len(order):
@@ -172,10 +192,10 @@ def translate(
         chosen = order[start : start + rows]
         sentences = [side.sentence(int(index)).tolist() for index in indices[chosen]]
         with autocast(precision, device):
-            encoded = encode(model, sentences, tokenizer.pad_id)
+            encoded = encode(model, sentences, dataset.tokenizers.source.pad_id)
             found = beam_search(
                 model, [[tokenizer.bos_id]] * len(chosen), decoding, stop_ids=(tokenizer.eos_id,),
-                limits=[len(sentence) + config.extra_tokens for sentence in sentences], encoded=encoded,
+                limits=[min(len(sentence) + config.extra_tokens, most) for sentence in sentences], encoded=encoded,
             )  # fmt: skip
         for place, hypotheses in zip(chosen.tolist(), found, strict=True):
             said[place] = tokenizer.decode(hypotheses[0].tokens)

@@ -61,6 +61,9 @@ class Model(nn.Module):
     reads_source: ClassVar[bool] = False
     """Whether it reads a source beside its tokens: `hidden` takes source and source_lengths, or what `encode` made of them."""
 
+    prefix = False
+    """Whether it attends both ways within a prefix: `hidden` takes the prefix' length, of each row (B,) int64, or `all`."""
+
     embedding: nn.Embedding
     head: nn.Linear | None
 
@@ -72,6 +75,10 @@ class Model(nn.Module):
         self.recompute: Recompute = "none"  # what backward computes again instead of keeping it
         self.task_head: TaskHead | None = None  # what is trained in place of the head, where a task is fine-tuned
         self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """Imports what it is made of besides torch. Raises ConfigError, one line, where that is not there."""
 
     @classmethod
     def check_training(cls, config: Any, *, packed: bool, compiled: bool, recompute: RecomputeSetting) -> None:
@@ -90,6 +97,18 @@ class Model(nn.Module):
     def carries(self) -> bool:
         """Whether a training step sees what the step before has left (`new_memory`)."""
         return False
+
+    @property
+    def n_positions(self) -> int | None:
+        """How many tokens a row, and a source, may have; None where any number."""
+        return None
+
+    def take_pretrained(self) -> None:
+        """Takes the weights that the settings name, where a training begins with no others. Raises ConfigError, one line."""
+
+    def as_ours(self) -> Model:
+        """The model of this package's own parts that computes the same, sharing the weights: one that can be looked into."""
+        return self
 
     def new_cache(self) -> Cache:
         """What `hidden` continues, of any length; empty."""
@@ -144,7 +163,12 @@ class Model(nn.Module):
         """What is minimised of each target, its nats under label smoothing, and its plain nats: (B,T) fp32 twice."""
         return self._losses(hidden, self._head_weight, targets, smoothing)
 
-    def _losses(self, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if bias is not None:  # one more column of the matrix
+            weight = torch.cat([weight, bias[:, None]], dim=1)
+            hidden = torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1)
         size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
         found = smoothed_nats(hidden.flatten(0, 1), weight, targets.flatten(), size, smoothing)
         return found[0].view(targets.shape), found[1].view(targets.shape)
@@ -199,14 +223,25 @@ def read_parts(config: Mapping[str, Any]) -> Parts:
     )
 
 
-def build_model(parts: Parts, *, vocab_size: int, context: int) -> Model:
+def build_model(
+    parts: Parts, *, vocab_size: int, context: int, source_vocab_size: int | None = None, prefix: bool = False
+) -> Model:
     """The model of these settings, with fresh weights from torch's current random state.
 
-    Raises IncompatibleError when the parts do not go together.
+    source_vocab_size: of sources, where they have tokens of their own. prefix: of a decoder, whether it attends both ways
+    within a prefix. Raises IncompatibleError when the parts do not go together.
     """
     architecture: Any = ARCHITECTURES.get(parts.model.architecture)
     chosen = (getattr(parts, part) for part in architecture.parts)
-    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context)
+    more: dict[str, Any] = {"prefix": True} if prefix else {}
+    if source_vocab_size is not None and source_vocab_size != vocab_size:
+        if not architecture.reads_source:
+            raise IncompatibleError(
+                f"model.architecture: {parts.model.architecture} reads sources with the tokens of its own text, of which there "
+                f"are {vocab_size}, not {source_vocab_size}; use encoder_decoder, or one tokenizer"
+            )
+        more["source_vocab_size"] = source_vocab_size
+    model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context, **more)
     return model
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ctxlab.model.base import Model
-from ctxlab.model.generation import DecodingConfig, Reader, check_prompts, penalized
+from ctxlab.model.generation import DecodingConfig, Reader, begun_together, check_prompts, penalized
 
 
 class Hypothesis(NamedTuple):
@@ -41,6 +41,14 @@ def beam_search(
     Raises ConfigError on an empty prompt, UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
     """
     check_prompts(prompts)
+    if len(groups := begun_together(model, prompts)) > 1:
+        found: list[list[Hypothesis]] = [[] for _ in prompts]
+        for alike in groups:
+            some = None if limits is None else [limits[i] for i in alike]
+            best = beam_search(model, [prompts[i] for i in alike], config, stop_ids=stop_ids, limits=some)
+            for i, hypotheses in zip(alike, best, strict=True):
+                found[i] = hypotheses
+        return found
     K = config.num_beams
     reader = Reader(model, config, encoded=encoded)
     limits = [config.max_new_tokens] * len(prompts) if limits is None else limits

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class Encoded:
         return Encoded(self.hidden[rows], None if self.lengths is None else self.lengths[rows])
 
 
+Prefix = Tensor | Literal["all"]
+"""How many of a row's first tokens see all of one another, (B,) int64; or all tokens of a forward do."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """Where the tokens of one forward stand: made once, read by every block."""
@@ -53,6 +57,7 @@ class Frame:
     keys: list[Any]  # the same for the keys: of all S positions where a cache holds raw keys, or there is a memory
     lengths: Tensor | None = None  # (B,) tokens before the padding, where a query would see that
     encoded: Encoded | None = None  # what cross-attention reads
+    prefix: Prefix | None = None
 
 
 class Norm(nn.Module):
@@ -125,7 +130,9 @@ class SelfAttention(nn.Module):
             for project, y in ((self.query, x[:, remembered:]), (self.key, x), (self.value, x))
         )
         if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D), or (B,S,Hkv,D)
-            mixed = self._attend(x, q, k, v, position, frame.queries[0], frame.keys[0], cache, frame.lengths)
+            mixed = self._attend(
+                x, q, k, v, position, frame.queries[0], frame.keys[0], cache, frame.lengths, frame.prefix
+            )
         else:  # documents side by side: each attends within itself
             sizes = [size for size, _ in frame.pieces]
             parts = (t.flatten(0, 1).unsqueeze(0).split(sizes, dim=1) for t in (x, q, k, v))  # B*T tokens, cut
@@ -153,6 +160,7 @@ class SelfAttention(nn.Module):
         keys: Any,
         cache: LayerCache | None,
         lengths: Tensor | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B,H,T,D), (B,Hkv,T,D) twice
         state, carry = position.prepare(x, self.layer, None if cache is None else cache.carry)
@@ -160,8 +168,11 @@ class SelfAttention(nn.Module):
         if cache is None:
             k = position.key(k, keys, state)
         elif self.mechanism.keeps_sums:
-            out, sums = self.mechanism.recall(q, position.key(k, keys, state), v, cache.sums)
+            k = position.key(k, keys, state)
+            out, sums = self.mechanism.recall(q, k, v, cache.sums)
             cache.sums = sums.detach()
+            if prefix is not None:
+                out, _ = self.mechanism(q, k, v, scale=position.scale, causal=False)
             return out.transpose(1, 2).flatten(2)
         else:
             if cache.raw and carry is not None:
@@ -176,8 +187,23 @@ class SelfAttention(nn.Module):
                 first = self.mechanism.first_needed(cache.seen)
                 k, v = cache.append(position.key(k, keys, state), v, first=first)  # (B,Hkv,S,D) twice
         bias = position.bias(raw, k.shape[2], state)
-        out, _ = self.mechanism(q, k, v, scale=position.scale, causal=self.causal, bias=bias, lengths=lengths)
+        causal = self.causal and prefix != "all"
+        if isinstance(prefix, Tensor):
+            out = self._with_prefix(q, k, v, prefix, scale=position.scale, bias=bias)
+        else:
+            out, _ = self.mechanism(q, k, v, scale=position.scale, causal=causal, bias=bias, lengths=lengths)
         return out.transpose(1, 2).flatten(2)  # (B,T,H*D)
+
+    def _with_prefix(self, q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, **settings: Any) -> Tensor:
+        """Query i of a row sees the keys j <= i, and with i < P all j < P, P = prefix (B,): (B,H,T,Dv).
+
+        A query behind the prefix sees what causality shows it, one in it what it would if the row ended there: no row of a
+        softmax is of both kinds, so each of two attentions that any kernel knows gives some rows, whole.
+        """
+        behind, _ = self.mechanism(q, k, v, causal=True, lengths=None, **settings)
+        within, _ = self.mechanism(q, k, v, causal=False, lengths=prefix, **settings)
+        inside = torch.arange(q.shape[2], device=q.device) < prefix[:, None]  # (B,T)
+        return torch.where(inside[:, None, :, None], within, behind)
 
 
 class CrossAttention(nn.Module):

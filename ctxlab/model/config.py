@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ctxlab.fields import OrNone
 from ctxlab.registry import ComponentConfig
 
 _GATED = ("swiglu", "geglu_tanh")
+BERT_EPS = 1e-12  # of every norm in BERT
 _FF_MULTIPLE = 128  # widths that are multiples of this keep matmul kernels at full speed
 
 
@@ -127,7 +129,81 @@ class LSTMConfig(ComponentConfig):
         return values
 
 
-SizesConfig = ModelConfig | LSTMConfig
+class Bert2BertConfig(ComponentConfig):
+    """Sizes and settings of two Hugging Face BERTs, an encoder and a decoder that attends to it; positions and attention are
+    BERT's own.
+
+    `n_encoder_layers` and `d_ff` may be given as `auto`: n_layers and 4 d_model. A head is d_model / n_heads wide, since a
+    BertModel has no other.
+    """
+
+    name: str = Field("custom", description="the size's name, for people")
+    architecture: Literal["bert2bert"] = "bert2bert"
+    d_model: int = Field(gt=0, description="width of the residual stream")
+    n_layers: int = Field(gt=0, description="layers of the decoder")
+    n_encoder_layers: int = Field(gt=0, description="layers of the encoder; or auto")
+    n_heads: int = Field(gt=0, description="heads, whose widths add up to d_model")
+    d_ff: int = Field(gt=0, description="width of the feed-forward layer; or auto")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of the embedding and of each layer's outputs")
+    attention_dropout: float = Field(0.1, ge=0, lt=1, description="of attention weights")
+    pretrained: OrNone | str = Field(
+        "none", description="a folder of safetensors: a BERT for both halves, or a saved EncoderDecoderModel of two"
+    )
+    pretrained_tokens: bool = Field(
+        False, description="the folder's vocabulary is this tokenizer's: embeddings of tokens are taken from it too"
+    )
+
+    def as_ours(self) -> ModelConfig:
+        """The sizes of the encoder-decoder of ours that computes the same, with position=learned and attention=full."""
+        return ModelConfig.model_validate(
+            {
+                "name": self.name,
+                "architecture": "encoder_decoder",
+                **{
+                    name: getattr(self, name) for name in ("d_model", "n_layers", "n_encoder_layers", "n_heads", "d_ff")
+                },
+                "n_kv_heads": "auto",
+                "head_dim": "auto",
+                "activation": "gelu",
+                "norm": "layernorm",
+                "norm_place": "post",
+                "norm_eps": BERT_EPS,
+                "bias": True,
+                "embedding_norm": True,
+                "share_embeddings": False,
+                "head_layer": True,
+                "dropout": self.dropout,
+            }
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_auto(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("n_encoder_layers", "auto") == "auto":
+            values["n_encoder_layers"] = _size(values.get("n_layers")) or 1
+        if values.get("d_ff", "auto") == "auto":
+            values["d_ff"] = 4 * (_size(values.get("d_model")) or 1)
+        return values
+
+    @model_validator(mode="after")
+    def _heads_fill_the_width(self) -> Bert2BertConfig:
+        if self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model ({self.d_model}) must be divisible by n_heads ({self.n_heads}), whose widths add up to it in BERT"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_of_a_folder(self) -> Bert2BertConfig:
+        if self.pretrained_tokens and self.pretrained == "none":
+            raise ValueError("pretrained_tokens: there is no folder to take them from; give model.pretrained=FOLDER")
+        return self
+
+
+SizesConfig = ModelConfig | LSTMConfig | Bert2BertConfig
 
 
 def _size(value: Any) -> int:

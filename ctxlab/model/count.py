@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.config import LSTMConfig, ModelConfig, SizesConfig
+from ctxlab.model.config import Bert2BertConfig, LSTMConfig, ModelConfig, SizesConfig
 from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.remake import POLICIES, Recompute, RecomputeSetting
@@ -14,6 +14,7 @@ from ctxlab.model.remake import POLICIES, Recompute, RecomputeSetting
 # A positional scheme's or a mechanism's settings, `none` for a model that has none.
 Part = Any
 Precision = Literal["fp32", "bf16"]
+BERT_TYPES = 2  # of tokens, each with an embedding, in both of two BERTs
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 # Tensors of the feed-forward width that backward needs.
 _HIDDEN = {"swiglu": 3, "geglu_tanh": 4, "gelu": 2, "gelu_tanh": 2, "relu": 1}
@@ -42,12 +43,19 @@ def parameters(
 ) -> Parameters:
     """Exactly what building the model would allocate. `without_embeddings` is the N of Kaplan et al. 2020, arXiv:2001.08361.
 
-    An LSTM's layer has 4 h (its input's width + h) weights and torch's two biases of 4 h.
+    An LSTM's layer has 4 h (its input's width + h) weights and torch's two biases of 4 h. Two BERTs have what our
+    encoder-decoder of their sizes has, and the embeddings of two types of tokens each.
     """
     if isinstance(config, LSTMConfig):
         embeddings = vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
         biases = 8 * config.n_layers * config.d_hidden
         return Parameters(total=_recurrent_matrices(config) + biases + embeddings, embeddings=embeddings)
+    if isinstance(config, Bert2BertConfig):
+        ours = parameters(
+            *_as_ours(config), vocab_size=vocab_size, context=context, source_vocab_size=source_vocab_size
+        )
+        types = 2 * BERT_TYPES * config.d_model
+        return Parameters(total=ours.total + types, embeddings=ours.embeddings + types)
     norm = config.d_model * (2 if config.norm == "layernorm" and config.bias else 1)
     outputs = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim + config.d_model  # of q, k, v and out
     up_and_down = config.d_ff * (2 if config.gated else 1) + config.d_model
@@ -85,6 +93,8 @@ def flops_per_token(
     """
     if isinstance(config, LSTMConfig):
         return 6.0 * (_recurrent_matrices(config) + vocab_size * config.d_model)
+    if isinstance(config, Bert2BertConfig):
+        config, _, attention = _as_ours(config)
     mechanism = ATTENTIONS.get(attention.name)
     source = context if source is None else source
     total = 6.0 * (vocab_size * config.d_model + (config.d_model**2 if config.head_layer else 0))
@@ -116,6 +126,8 @@ def kv_cache_bytes(
     """
     if isinstance(config, LSTMConfig):
         return 2 * config.n_layers * config.d_hidden * rows * _BYTES["fp32"]
+    if isinstance(config, Bert2BertConfig):
+        config, position, attention = _as_ours(config)
     if config.architecture == "encoder":
         return 0
     columns = POSITIONS.get(position.name).key_columns(position, config)
@@ -149,7 +161,8 @@ def activation_bytes(
     weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the operations of this model:
     attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
     attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
-    An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`.
+    An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`. Two
+    BERTs, nothing of which is made again: as ours of their sizes.
     """
     tokens = rows * context
     chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
@@ -157,6 +170,8 @@ def activation_bytes(
     logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
     if isinstance(config, LSTMConfig):
         return tokens * _recurrent_activations(config, precision) + logits
+    if isinstance(config, Bert2BertConfig):
+        (config, position, attention), recompute = _as_ours(config), "none"
     carried = ATTENTIONS.get(attention.name).carried_tokens(attention)
     stream = 4 * config.d_model  # one fp32 copy of the residual stream
     ends = 2 * stream + 2 * size * config.d_model  # around the blocks: stream, last norm, gradient of the head's input
@@ -250,6 +265,11 @@ class _Stack(NamedTuple):
     def norms(self) -> int:
         """Of a block."""
         return 3 if self.crosses else 2
+
+
+def _as_ours(config: Bert2BertConfig) -> tuple[ModelConfig, Part, Part]:
+    """Two BERTs are settings of ours, and are counted as those."""
+    return config.as_ours(), POSITIONS.get("learned").Config(name="learned"), ATTENTIONS.get("full").Config(name="full")
 
 
 def _stacks(config: ModelConfig) -> list[_Stack]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.base import ARCHITECTURES, Segments
+from ctxlab.model.blocks import Prefix
 from ctxlab.model.cache import KVCache
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.transformer import Transformer
@@ -34,9 +35,12 @@ class Encoder(Transformer):
         segments: Segments | None = None,
         cache: KVCache | None = None,
         memory: SegmentMemory | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
-        if cache is not None or memory is not None:
-            raise ValueError("Encoder: it reads whole rows, and has neither a cache nor a memory")
+        if cache is not None or memory is not None or prefix is not None:
+            raise ValueError(
+                "Encoder: it reads whole rows both ways, and has neither a cache, nor a memory, nor a prefix"
+            )
         frame = self._frame(tokens, self._compute_dtype(), lengths=lengths, segments=segments)
         return self._run(self.embedding, tokens, frame, recompute=self.recompute)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import ARCHITECTURES, Segments
-from ctxlab.model.blocks import Encoded
+from ctxlab.model.blocks import Encoded, Prefix
 from ctxlab.model.cache import KVCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import Position
@@ -100,12 +100,15 @@ class EncoderDecoder(Transformer):
         segments: Segments | None = None,
         cache: KVCache | None = None,
         memory: SegmentMemory | None = None,
+        prefix: Prefix | None = None,
         source: Tensor | None = None,
         source_lengths: Tensor | None = None,
         encoded: Encoded | None = None,
     ) -> Tensor:
-        if segments is not None or memory is not None:
-            raise ValueError("EncoderDecoder: each row has a source; it takes neither a packed batch nor a memory")
+        if segments is not None or memory is not None or prefix is not None:
+            raise ValueError(
+                "EncoderDecoder: each row has a source; it takes neither a packed batch nor a memory, nor a prefix"
+            )
         if (source is None) == (encoded is None):
             raise ValueError("EncoderDecoder: expected a source, or what it was encoded to")
         if encoded is None:

@@ -2,8 +2,9 @@
 
 One loop serves one prompt that is streamed and many that are decoded side by side. Prompts of a batch begin together: all
 rows read what the shortest has in one forward, and a row whose prompt goes on is given its next token where another's
-is chosen. So no row is padded, positions and caches are shared, and a row's tokens are those it has alone. What
-searches instead of drawing is in beam.py.
+is chosen. So no row is padded, positions and caches are shared, and a row's tokens are those it has alone. A model that
+reads a prompt both ways reads it at once: prompts of one length begin together there. What searches instead of drawing is
+in beam.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ctxlab.errors import ConfigError
+from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.model.base import Cache, Model
 from ctxlab.registry import ComponentConfig
 
@@ -79,7 +80,8 @@ class DecodingConfig(ComponentConfig):
 class Reader:
     """Sequences that a model reads side by side, one a row, each token given all before it.
 
-    Their beginnings have one length; with a streaming cache, what does not fit it is read token by token.
+    Their beginnings have one length, and are the prefix of a model that has one; with a streaming cache, what does not fit it
+    is read token by token.
     `encoded`: what an encoder-decoder has read of each row's source.
     """
 
@@ -93,17 +95,24 @@ class Reader:
         )
         self.capacity = config.cache_sinks + config.cache_window if config.cache == "streaming" else None
         self.more = {} if encoded is None else {"encoded": encoded}
+        self.prefix: dict[str, Any] = {"prefix": "all"} if model.prefix else {}  # of what is read first
 
     @torch.inference_mode()
     def read(self, tokens: Tensor) -> Tensor:
         """Tokens (R,T) behind what is read already; the logits of what follows each row, (R,V) on the CPU, fp32 at least."""
         tokens = tokens.to(self.device)
+        prefix, self.prefix = self.prefix, {}
         if self.capacity is not None and tokens.shape[1] > self.capacity:
+            if prefix:
+                raise IncompatibleError(
+                    f"decoding.cache: a prefix of {tokens.shape[1]} tokens is read at once, and the cache holds "
+                    f"{self.capacity}; use full, or a larger cache_window"
+                )
             self.model.hidden(tokens[:, : self.capacity], cache=self.cache, **self.more)
             for at in range(self.capacity, tokens.shape[1] - 1):
                 self.model.hidden(tokens[:, at : at + 1], cache=self.cache, **self.more)
             tokens = tokens[:, -1:]
-        hidden = self.model.hidden(tokens, cache=self.cache, **self.more)
+        hidden = self.model.hidden(tokens, cache=self.cache, **self.more, **prefix)
         logits = self.model.logits(hidden[:, -1])
         return logits.to("cpu", torch.promote_types(logits.dtype, torch.float32))
 
@@ -156,6 +165,15 @@ def decode(
     config = DecodingConfig() if config is None else config
     found: list[list[int]] = [[] for _ in prompts]
     seeds = range(len(prompts)) if seeds is None else seeds
+    if len(groups := begun_together(model, prompts)) > 1:
+        for rows in groups:
+            said = decode(
+                model, [prompts[i] for i in rows], config, seeds=[seeds[i] for i in rows], stop_ids=stop_ids,
+                limits=None if limits is None else [limits[i] for i in rows], is_over=is_over,
+            )  # fmt: skip
+            for i, new in zip(rows, said, strict=True):
+                found[i] = new
+        return found
     choices = _choices(model, prompts, config, seeds, stop_ids, encoded, limits)
     over = False
     try:
@@ -207,6 +225,14 @@ def _choices(
                 reader.keep(torch.tensor(kept))
         new = torch.tensor([[texts[row][read]] for row in rows])
         read += 1
+
+
+def begun_together(model: Model, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which prompts can be read side by side: all, but for a model that reads them both ways, those of one length."""
+    alike: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        alike.setdefault(len(prompt) if model.prefix else 0, []).append(row)
+    return list(alike.values())
 
 
 def check_prompts(prompts: Sequence[Sequence[int]]) -> None:

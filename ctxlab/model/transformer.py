@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.base import ARCHITECTURES, Model, Segments, pieces_of
-from ctxlab.model.blocks import Block, Encoded, Frame, HeadLayer, Norm, dropout
+from ctxlab.model.blocks import Block, Encoded, Frame, HeadLayer, Norm, Prefix, dropout
 from ctxlab.model.cache import KVCache, StreamingCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
@@ -43,12 +43,13 @@ class Stack(nn.Module):
         *,
         causal: bool,
         crosses: bool = False,
+        prefix: bool = False,
     ) -> None:
         mechanism = ATTENTIONS.get(attention.name)
         self.attention_name, self.streams, self.slides = attention.name, mechanism.streams, mechanism.slides
         mechanism.check_position(POSITIONS.get(position.name), position.name)
-        mechanism.check_direction(attention, causal=causal)
-        self.position = POSITIONS.get(position.name)(position, config, context, causal=causal)
+        mechanism.check_direction(attention, causal=causal and not prefix)
+        self.position = POSITIONS.get(position.name)(position, config, context, causal=causal and not prefix)
         self.embedding_norm = Norm(config) if config.embedding_norm else None
         self.dropout = dropout(config)
         self.blocks = nn.ModuleList(
@@ -105,6 +106,7 @@ class Stack(nn.Module):
         cache: KVCache | None = None,
         remembered: int = 0,
         encoded: Encoded | None = None,
+        prefix: Prefix | None = None,
     ) -> Frame:
         """lengths: of rows whose padding a query would see."""
         B, T = tokens.shape
@@ -130,7 +132,7 @@ class Stack(nn.Module):
             tables = self.position.tables(positions, dtype)
             apart = remembered > 0 or (cache is not None and (self.position.caches_raw_keys or cache.raw))
             keys = self.position.tables(held, dtype) if apart else tables
-            return Frame(dtype, positions, None, [tables], [keys], lengths, encoded)
+            return Frame(dtype, positions, None, [tables], [keys], lengths, encoded, prefix)
         if cache is not None:
             raise ValueError("Transformer: a packed batch has no cache")
         pieces = pieces_of(segments, B, T)
@@ -152,6 +154,10 @@ class Transformer(Stack, Model):
 
     A causal query never looks at what follows it, which is why padding on the right needs no mask. Packed documents attend
     within themselves, at positions from 0. A memory is what the inputs of every block were in the segments before.
+
+    A prefix LM (`prefix`; Raffel et al. 2020, arXiv:1910.10683, section 3.2.1) attends both ways within the first P tokens of
+    a row, and behind them causally: query i sees j <= i or, where i < P, j < P. `hidden` takes P; without it a row has no
+    prefix. Over an empty cache the tokens are a prefix whole (`all`) or not at all.
     """
 
     Config = ModelConfig
@@ -165,11 +171,15 @@ class Transformer(Stack, Model):
         *,
         vocab_size: int,
         context: int,
+        prefix: bool = False,
     ) -> None:
         super().__init__(config, vocab_size=vocab_size, context=context)
+        self.prefix = prefix
         self.carried_tokens = ATTENTIONS.get(attention.name).carried_tokens(attention)  # of the training step before
         self.embedding = nn.Embedding(vocab_size, config.d_model)
-        self._assemble(config, position, attention, context, causal=self.causal, crosses=self.reads_source)
+        self._assemble(
+            config, position, attention, context, causal=self.causal, crosses=self.reads_source, prefix=prefix
+        )
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
         self.head_layer = HeadLayer(config, vocab_size) if config.head_layer else None
         self._add_parts(position, attention)
@@ -207,9 +217,12 @@ class Transformer(Stack, Model):
         segments: Segments | None = None,
         cache: KVCache | None = None,
         memory: SegmentMemory | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
+        if prefix is not None:
+            self._check_prefix(prefix, alone=segments is None and memory is None, cache=cache)
         if memory is None:
-            return self._through(tokens, segments, cache)
+            return self._through(tokens, segments, cache, prefix=prefix)
         if segments is not None or cache is not None:
             raise ValueError("Transformer: a memory goes with neither a cache nor a packed batch")
         parts: list[tuple[Tensor, Tensor]] = []
@@ -228,6 +241,7 @@ class Transformer(Stack, Model):
         past: Sequence[Tensor] | None = None,
         inputs: list[Tensor] | None = None,
         encoded: Encoded | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         frame = self._frame(
             tokens,
@@ -236,8 +250,15 @@ class Transformer(Stack, Model):
             cache=cache,
             remembered=0 if past is None else past[0].shape[1],
             encoded=encoded,
+            prefix=prefix,
         )
         return self._run(self.embedding, tokens, frame, cache=cache, past=past, inputs=inputs, recompute=self.recompute)
+
+    def _check_prefix(self, prefix: Prefix, *, alone: bool, cache: KVCache | None) -> None:
+        if not self.prefix:
+            raise ValueError("Transformer: it was not made to attend both ways within a prefix")
+        if not alone or (cache is not None and (cache.length or isinstance(prefix, Tensor))):
+            raise ValueError("Transformer: a prefix stands at the beginning of rows, and fills an empty cache whole")
 
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head_layer is None:
@@ -247,10 +268,7 @@ class Transformer(Stack, Model):
     def losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         if self.head_layer is None:
             return super().losses(hidden, targets, smoothing)
-        read = self.head_layer(hidden)
-        one = read.new_ones(*read.shape[:-1], 1)  # the bias is one more column of the matrix
-        weight = torch.cat([self._head_weight, self.head_layer.bias[:, None]], dim=1)
-        return self._losses(torch.cat([read, one], dim=-1), weight, targets, smoothing)
+        return self._losses(self.head_layer(hidden), self._head_weight, targets, smoothing, self.head_layer.bias)
 
     @classmethod
     def carrying(cls, config: ModelConfig, attention: Attention.Config) -> str:
@@ -260,6 +278,10 @@ class Transformer(Stack, Model):
     @property
     def carries(self) -> bool:
         return self.carried_tokens > 0
+
+    @property
+    def n_positions(self) -> int | None:
+        return self.position.n_positions
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.n_layers)

@@ -60,6 +60,7 @@ class Point:
     device: str
     recompute: Recompute = "none"
     loss_chunk: int | None = None
+    source_vocab_size: int | None = None  # where sources have tokens of their own
     memory_limit: int | None = None
     enough_seconds: float = 3.0
 

@@ -26,7 +26,7 @@ import torch
 import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that is no model's
 
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
-from ctxlab.model.base import Model, build_model, read_parts
+from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
@@ -54,6 +54,7 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
     for name, file in spec["plugins"]:
         import_file(name, Path(file))
     parts = read_parts(spec)
+    ARCHITECTURES.get(parts.model.architecture).check_installed()  # imports are no model's either
     optim = OPTIMIZERS.get(spec["optim"]["name"])(OPTIMIZERS.config(spec["optim"]))
     torch.manual_seed(0)
     warm_up(optim, spec["precision"], device)
@@ -61,10 +62,11 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
 
     limit, context = spec["memory_limit"], spec["context"]
     with _limited(limit, idle, device):
-        model = build_model(parts, vocab_size=spec["vocab_size"], context=context).to(device)
+        vocab_size, sources = spec["vocab_size"], spec["source_vocab_size"]
+        model = build_model(parts, vocab_size=vocab_size, context=context, source_vocab_size=sources).to(device)
         model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
         optimizer = optim.build(model)
-        tokens = torch.randint(spec["vocab_size"], (1, context + 1), device=device)
+        tokens = torch.randint(min(vocab_size, sources or vocab_size), (1, context + 1), device=device)
         if spec["what"] == "generation":
             return generation(model, tokens[:, :context], spec["precision"], device)
 
@@ -117,16 +119,20 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
 def generation(model: Model, tokens: torch.Tensor, precision: Precision, device: torch.device) -> dict[str, Any]:
     """Seconds to read all but the last DECODED of `tokens` (1,T), and of each of these, one by one behind what is cached.
 
-    Each step ends with the logits of one place, as it does where a next token is chosen. Reading is timed thrice.
+    Each step ends with the logits of one place, as it does where a next token is chosen. Reading is timed thrice. A source, of
+    as many tokens, has been encoded before.
     """
     model.eval()
     n_decoded = min(DECODED, tokens.shape[1] - 1)
     prompt = tokens.shape[1] - n_decoded
+    reader: Any = model
+    with torch.inference_mode(), autocast(precision, device):
+        more: Any = {"encoded": reader.encode(tokens)} if model.reads_source else {}
 
     def timed(new: torch.Tensor, cache: Any) -> float:
         start = time.perf_counter()
         with autocast(precision, device):
-            model.logits(model.hidden(new, cache=cache)[:, -1])
+            model.logits(model.hidden(new, cache=cache, **more)[:, -1])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start

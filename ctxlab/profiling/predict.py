@@ -25,6 +25,9 @@ ROOM = 0.03
 """Share of a prediction that has to be free besides, where a context is said to fit: what predictions may be short by."""
 
 
+_STANDING = ("weights", "gradients", "optimizer", "process")  # what is there once, however many rows there are
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Peak bytes of a step over the idle process, split by what they are for, and how they were found."""
@@ -90,21 +93,30 @@ class Predictor:
                 high = middle
         return low
 
+    def rows_bytes(self, context: int, rows: int) -> float:
+        """Bytes of a step whose rows are `rows` at once: what one row adds is taken to be what its own tokens add."""
+        one = self.memory(context)
+        standing = sum(one.split[kind] for kind in _STANDING)
+        return standing + rows * (one.bytes - standing)
+
     def rows(self, context: int, memory: float) -> int:
-        """How many rows of `context` tokens fit at once: what one row adds is taken to be what its own tokens add.
+        """How many rows of `context` tokens fit at once, the largest number whose `rows_bytes`, with ROOM, do.
 
         0 where one does not.
         """
         if not self.fits(context, memory):
             return 0
         one = self.memory(context)
-        standing = sum(one.split[kind] for kind in ("weights", "gradients", "optimizer", "process"))
+        standing = sum(one.split[kind] for kind in _STANDING)
         return max(1, int((memory / (1 + ROOM) - standing) / (one.bytes - standing)))
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)
         shapes = count.parameters(
-            *read_parts(point.__dict__), vocab_size=point.vocab_size, context=context
+            *read_parts(point.__dict__),
+            vocab_size=point.vocab_size,
+            context=context,
+            source_vocab_size=point.source_vocab_size,
         )  # of a learned table those change with the context
         key = repr((point.model, point.position, point.attention, point.optim, shapes))
         if key not in self.updates:
@@ -114,7 +126,13 @@ class Predictor:
 
     def _closed(self, context: int) -> dict[str, float]:
         parts = read_parts(self.point.__dict__)
-        weights = 4 * count.parameters(*parts, vocab_size=self.point.vocab_size, context=context).total
+        shapes = count.parameters(
+            *parts,
+            vocab_size=self.point.vocab_size,
+            context=context,
+            source_vocab_size=self.point.source_vocab_size,
+        )
+        weights = 4 * shapes.total
         activations = count.activation_bytes(
             *parts,
             vocab_size=self.point.vocab_size,

@@ -147,6 +147,11 @@ def trace_update(point: Point) -> tuple[int, dict[str, int]]:
 
 
 def _model(point: Point) -> Model:
-    model = build_model(read_parts(point.__dict__), vocab_size=point.vocab_size, context=point.context)
+    model = build_model(
+        read_parts(point.__dict__),
+        vocab_size=point.vocab_size,
+        context=point.context,
+        source_vocab_size=point.source_vocab_size,
+    )
     model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
     return model

@@ -68,7 +68,7 @@ class Run:
     def update(self, **changes: Any) -> None:
         """Changes some fields of run.json, atomically and to disk; what other processes changed meanwhile stays."""
         with self._locked():
-            written = self._read_as_written()
+            written = self.written()
             self.record = RunRecord.model_validate({**dict(written), **changes})
             write_record(self.path, self.record)
 
@@ -141,19 +141,11 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows in order of step, the last one written of each step and split (a resumed run writes some again)."""
-        rows: dict[tuple[int, str], dict[str, Any]] = {}
-        for row in read_rows(self.path / METRICS_FILE):
-            rows[(row.get("step", 0), row.get("split", ""))] = row
-        return sorted(rows.values(), key=lambda row: row.get("step", 0))
+        return metric_rows(self.path / METRICS_FILE)
 
     def measurements(self) -> list[Measurement]:
         """All results, the last one written of each name, context, split, protocol and axes."""
-        found: dict[tuple[Any, ...], Measurement] = {}
-        for line in _lines(self.path / MEASUREMENTS_FILE):
-            with contextlib.suppress(ValueError):  # half a line, or a name of a newer version's
-                one = Measurement.model_validate_json(line)
-                found[(one.name, one.context, one.split, one.protocol, one.normaliser, axes_key(one.axes))] = one
-        return list(found.values())
+        return measurement_rows(self.path / MEASUREMENTS_FILE)
 
     def documents(self) -> list[DocumentSums]:
         """The sums by document, the last ones written of each context, split and axes."""
@@ -178,12 +170,13 @@ class Run:
         return list(found.values())
 
     def _read(self) -> RunRecord:
-        record = self._read_as_written()
+        record = self.written()
         if record.status == "running" and not is_alive(record.process, self._heartbeat_age()):
             return record.model_copy(update={"status": "killed", "reason": record.reason or "its process is gone"})
         return record
 
-    def _read_as_written(self) -> RunRecord:
+    def written(self) -> RunRecord:
+        """The record as its file has it: a run whose process is gone still says that it runs."""
         file = self.path / RUN
         try:
             return read_record(file.read_text(encoding="utf-8"), str(file))
@@ -245,6 +238,24 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     for row in map(_parse, _lines(path)):
         if row is not None:
             yield row
+
+
+def metric_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order of step, the last one written of each step and split."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in read_rows(path):
+        rows[(row.get("step", 0), row.get("split", ""))] = row
+    return sorted(rows.values(), key=lambda row: row.get("step", 0))
+
+
+def measurement_rows(path: Path) -> list[Measurement]:
+    """The results in a measurements.jsonl, the last one written of each name, context, split, protocol and axes."""
+    found: dict[tuple[Any, ...], Measurement] = {}
+    for line in _lines(path):
+        with contextlib.suppress(ValueError):  # half a line, or a name of a newer version's
+            one = Measurement.model_validate_json(line)
+            found[(one.name, one.context, one.split, one.protocol, one.normaliser, axes_key(one.axes))] = one
+    return list(found.values())
 
 
 def axes_key(axes: Mapping[str, Any]) -> str:

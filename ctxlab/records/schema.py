@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -74,6 +75,8 @@ METRICS: dict[str, Metric] = {
 
 # Axes by which a text is scored in another way than in windows that follow one another: beside the context they say how.
 WAY_AXES = ("stride", "sinks", "bos")
+# Axes of which one number at one context is a part.
+_PART_AXES = ("depth", "part")
 
 # What a row of metrics.jsonl has besides metrics.
 ROW_KEYS = ("split", "step", "tokens", "seconds", "attempt")
@@ -94,6 +97,11 @@ def check_row(row: dict[str, Any]) -> None:
             known_metric(name)
     if row.get("split") not in SPLITS:
         raise ValueError(f"split: '{row.get('split')}' is none of {', '.join(SPLITS)}")
+
+
+def is_headline(axes: Mapping[str, Any]) -> bool:
+    """Whether a number with these axes is what a run reached at its context: of windows that follow one another, whole."""
+    return not axes.keys() & {*WAY_AXES, *_PART_AXES}
 
 
 def _one_of(choices: tuple[str, ...]) -> AfterValidator:

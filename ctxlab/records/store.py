@@ -107,6 +107,20 @@ class RunStore:
             )
         return self.open(matches[0] if matches else selector)
 
+    def resolve_all(self, selectors: Sequence[str]) -> list[Run]:
+        """The runs that several selectors name, in their order, each once; a prefix is of all finished runs that it begins, the
+        oldest first.
+
+        Raises RecordError where a selector fits none, as `resolve` does.
+        """
+        found: dict[str, Run] = {}
+        finished = [run for run in reversed(self.runs()) if run.record.status == "done"]
+        for selector in selectors:
+            begun = [run for run in finished if run.id.startswith(selector)]
+            for run in begun or [self.resolve(selector)]:
+                found.setdefault(run.id, run)
+        return list(found.values())
+
     def runs(self) -> list[Run]:
         """All readable runs, newest first. A folder that is no run is passed over; runs that wait come last."""
         found = []
@@ -132,6 +146,28 @@ class RunStore:
         except OSError as error:
             raise RecordError(f"run: {run.path} cannot be moved to {trash}: {error.strerror or error}") from error
         return target
+
+    def restore(self, name: str) -> Run:
+        """Moves a run back from .trash: its folder's name there, or a unique prefix. Raises RecordError where it cannot."""
+        trash = self.root / _TRASH
+        thrown = sorted(path.name for path in trash.glob("*") if (path / RUN).is_file())
+        matches = [name] if name in thrown else [found for found in thrown if found.startswith(name)]
+        if len(matches) != 1:
+            many = f"'{name}' begins {len(matches)} runs in {trash}: {', '.join(matches[:5])}"
+            raise RecordError(
+                f"run: {many if matches else f'there is no run {name!r} in {trash}{nearest(name, thrown)}'}"
+            )
+        run_id = Run(
+            trash / matches[0]
+        ).id  # one of two that were thrown away under the same name lies there under another
+        target = self.root / run_id
+        try:
+            if target.exists():
+                raise RecordError(f"run: {target} is there already")
+            os.rename(trash / matches[0], target)
+        except OSError as error:
+            raise RecordError(f"run: {trash / matches[0]} cannot be moved back: {error.strerror or error}") from error
+        return Run(target)
 
     def _new_folder(self, stem: str) -> Path:
         """A folder that was not there before: of two processes that draw the same name one draws again."""

@@ -28,7 +28,7 @@ def show_denoising(rows: Sequence[Measurement], console: Console) -> None:
         grid.add([run or "this one", *(cell(here.get(name), interval=name != "perplexity") for name in names)])
     console.print(grid)
     for line in dict.fromkeys(
-        f"of the {m.n_targets:,} tokens left out of windows of {m.n_docs} documents; ± is 95% over documents"
+        f"of the {m.n_targets:,} tokens to be said in windows of {m.n_docs} documents; ± is 95% over documents"
         for m in rows
     ):
         console.print(Text(line, style="dim"))

@@ -7,18 +7,17 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from ctxlab.errors import RecordError
+from ctxlab.records.index import Result, Summary
 from ctxlab.records.run import Run
-from ctxlab.records.schema import METRICS, Measurement
+from ctxlab.records.schema import METRICS
 from ctxlab.registry import nearest
-from ctxlab.report.results import by_context, flatten
 from ctxlab.units import parse_bytes, parse_count, parse_length, parse_seconds
 
 # What a record says of itself, beside its config and its results.
-FIELDS: dict[str, Callable[[Run], Any]] = {
+FIELDS: dict[str, Callable[[Summary], Any]] = {
     "run": lambda run: run.id,
     "name": lambda run: run.record.name,
     "command": lambda run: run.record.command,
@@ -45,24 +44,21 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 _FILTER = re.compile(r"(?P<key>[A-Za-z_][\w.@]*)\s*(?P<sign><=|>=|!=|=|<|>)\s*(?P<value>.*)", re.DOTALL)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One run, its settings and its results, each read when it is first asked for."""
+    """One run and the context it was trained at, its own or that of the run it evaluates."""
 
-    run: Run
+    run: Summary
     trained: int | None
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, Any]:
-        return flatten(self.run.record.config)
+        return self.run.settings
 
-    @cached_property
-    def results(self) -> dict[int, dict[str, Measurement]]:
-        return by_context(self.run.measurements())
-
-    def measurement(self, name: str, context: int | None) -> Measurement | None:
-        """A result at a context, or at the trained one."""
-        return self.results.get(context or self.trained or -1, {}).get(name)
+    def result(self, name: str, context: int | None) -> Result | None:
+        """A result at a context; at the trained one, or of no context, where none is asked for."""
+        results = self.run.results
+        return results.get((name, context or self.trained)) or (None if context else results.get((name, None)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Key:
             return FIELDS[self.name](row.run)
         if self.kind == "setting":
             return row.settings.get(self.name)
-        found = row.measurement(self.name, self.context)
+        found = row.result(self.name, self.context)
         return None if found is None else found.value
 
     def parse(self, text: str) -> float:
@@ -107,10 +103,10 @@ def as_json(runs: Sequence[Run]) -> str:
     return json.dumps(listed, indent=1, ensure_ascii=False)
 
 
-def rows(runs: Sequence[Run]) -> list[Row]:
+def rows(runs: Sequence[Summary]) -> list[Row]:
     """A row a run; an evaluation's trained context is that of the run it evaluates."""
-    contexts = {run.id: run.record.config.get("context") for run in runs}
-    return [Row(run, contexts[run.id] or contexts.get(run.record.parent or "")) for run in runs]
+    contexts = {run.id: run.context for run in runs}
+    return [Row(run, run.context if run.context is not None else contexts.get(run.record.parent or "")) for run in runs]
 
 
 def find_key(text: str, table: Sequence[Row]) -> Key:
@@ -194,7 +190,7 @@ def _equal(key: Key, value: Any, wanted: str) -> bool:
     return str(value) == wanted
 
 
-def _mentions(run: Run, word: str) -> bool:
+def _mentions(run: Summary, word: str) -> bool:
     record = run.record
     names = (record.id, record.experiment or "", record.sweep.id if record.sweep else "")
     return word in record.tags or any(word in name for name in names)

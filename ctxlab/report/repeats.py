@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ctxlab.evaluation.intervals import ratio_interval
 from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import METRICS, Measurement
 from ctxlab.report.grid import Grid
-from ctxlab.report.plots import Band
-from ctxlab.report.results import differing_keys, number, settings, title, value_at, way_of
+from ctxlab.report.plots import Band, loss_curves, loss_figure, save, trained_contexts
+from ctxlab.report.results import differing_keys, labels, number, settings, title, value_at, way_of
 from ctxlab.units import format_length
 
 # The same numbers again in another form: tables leave them to the rows that are saved.
@@ -130,6 +131,28 @@ def mean_curves(groups: Sequence[Repeats]) -> tuple[dict[str, list[tuple[int, fl
             if m.low is not None and m.high is not None:
                 bands.setdefault(name, []).append((m.context, m.low, m.high))
     return {name: points for name, points in curves.items() if len(points) > 1}, bands
+
+
+def curves_with_means(runs: Sequence[Run]) -> tuple[dict[str, list[tuple[int, float]]], dict[str, list[Band]]]:
+    """Loss by context of runs side by side: of those that seeds alone tell apart the mean and its interval."""
+    groups = repeats(runs)
+    curves, bands = mean_curves(groups)
+    repeated = {run_id for group in groups for run_id in group.runs.values()}
+    once = {name for name, run in zip(labels(runs), runs, strict=True) if run.id not in repeated}
+    return curves | {name: points for name, points in loss_curves(runs).items() if name in once}, bands
+
+
+def save_compared(runs: Sequence[Run], path: Path) -> Path | None:
+    """The figure of `curves_with_means`, by the ending of `path`; None when no run has a curve."""
+    curves, bands = curves_with_means(runs)
+    if not curves:
+        return None
+    record = runs[0].record
+    name = record.experiment or (record.sweep.id if record.sweep else record.command)
+    means = ", mean over seeds and 95%" if bands else ""
+    heading = f"{name}: test loss by context{means}"
+    save(loss_figure(curves, trained_contexts(runs), heading=heading, bands=bands), path)
+    return path
 
 
 def _table(name: str, rows: Sequence[tuple[Repeats, list[Measurement]]]) -> Grid:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ctxlab.evaluation.intervals import paired_interval
+from ctxlab.records.index import flatten
 from ctxlab.records.run import Run
 from ctxlab.records.schema import WAY_AXES, DocumentSums, Measurement
 from ctxlab.units import format_bytes, format_count, format_length, format_seconds
@@ -100,17 +101,6 @@ def by_context(measurements: Sequence[Measurement], way: Mapping[str, Any] = Map
         if m.context is not None and way_of(m.axes) == way and not {"depth", "part"} & m.axes.keys():
             found.setdefault(m.context, {})[m.name] = m
     return dict(sorted(found.items()))
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys; a part's `name` is the part: `position` and `position.theta`."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix.removesuffix(".") if key == "name" and prefix else f"{prefix}{key}"] = value
-    return flat
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:

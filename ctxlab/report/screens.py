@@ -9,6 +9,7 @@ from datetime import datetime
 from rich.console import Console
 from rich.text import Text
 
+from ctxlab.records.index import Summary
 from ctxlab.records.run import Run, axes_key
 from ctxlab.records.schema import METRICS, DocumentSums, Measurement
 from ctxlab.report.grid import Grid
@@ -23,7 +24,7 @@ from ctxlab.units import format_bytes, format_length, format_seconds
 _RATIOS = ("B", "s", "s/token", "tokens/s", "FLOP/s")
 
 
-def show_run(run: Run, others: Sequence[Run], console: Console) -> None:
+def show_run(run: Run, others: Sequence[Run | Summary], console: Console) -> None:
     """One run whole: what it is, how it went, its results and curves, its settings, and who evaluated it again."""
     record = run.record
     show_heading(run, console)
@@ -47,7 +48,7 @@ def show_run(run: Run, others: Sequence[Run], console: Console) -> None:
         console.print(Text.assemble((f"{key:<{width}}  ", "dim"), text), soft_wrap=True)
 
 
-def facts(run: Run, others: Sequence[Run]) -> list[tuple[str, str]]:
+def facts(run: Run, others: Sequence[Run | Summary]) -> list[tuple[str, str]]:
     """name -> text of what a record says beside its settings and results, where it says something."""
     record, where = run.record, run.record.provenance
     took = f", {format_seconds(record.wall_seconds)}" if record.wall_seconds else ""

@@ -17,7 +17,8 @@ from ctxlab.report.denoising import denoising_rows, show_denoising
 from ctxlab.report.grid import Grid
 from ctxlab.report.harness import show_harness
 from ctxlab.report.labelled import labelled_rows, show_labelled
-from ctxlab.report.plots import curve, loss_chart, loss_curves, memory_chart, save_loss_by_length, trained_contexts
+from ctxlab.report.plots import curve, loss_chart, memory_chart, save_loss_by_length, trained_contexts
+from ctxlab.report.repeats import curves_with_means
 from ctxlab.report.results import (
     by_context,
     cell,
@@ -217,8 +218,13 @@ def show_training(run: Run, console: Console) -> None:
         more = f"{where}ctxlab eval {record.id} eval.translation.num_beams=8"
         show_next(console, (prompt, "translate"), (more, "score it again"), look)
         return
-    if denoising_rows(measurements) or labelled_rows(measurements):
+    if labelled_rows(measurements):
         show_next(console, (f"{where}ctxlab eval {record.id}", "score it again"), look)
+        return
+    if denoising_rows(measurements):
+        writes = record.config["model"].get("architecture", "decoder") == "decoder"
+        goes_on = [(prompt, "go on from a prompt")] if writes else []
+        show_next(console, *goes_on, (f"{where}ctxlab eval {record.id}", "score it again"), look)
         return
     position = value_at(record.config, "position")
     other = "alibi" if position != "alibi" else "rope"
@@ -372,7 +378,8 @@ def show_sweep(runs: Sequence[Run], console: Console, *, metric: str) -> None:
     for line in lines:
         console.print(Text(line, style="dim"))
     trained = trained_contexts(runs)
-    chart = loss_chart(loss_curves(runs), trained=trained[0] if len(trained) == 1 else None)
+    curves, _ = curves_with_means(runs)
+    chart = loss_chart(curves, trained=trained[0] if len(trained) == 1 else None)
     if chart is not None:
         console.print()
         console.print(chart)

@@ -100,13 +100,27 @@ class Row:
         """Whether a word of a claim picks this row."""
         name, assigned, value = word.partition("=")
         if assigned:
-            return any(n == name and _plain(v) == value for n, v in self.leaves)
+            return (name, value) in self._assigned
         number = _whole_number(word)
         if number is not None:
-            picking = [("context", self.data["context"])] if self.is_measurement else self.leaves
-            return any(isinstance(v, Decimal) and v == number.value for _, v in picking)
-        texts = [v for _, v in self.leaves if isinstance(v, str)] + [n for n, v in self.leaves if v is not None]
-        return any(_has_word(text, word) for text in (*texts, self.file.stem))
+            return number.value in self._picking
+        return _has_word(self._text, word)
+
+    @cached_property
+    def _assigned(self) -> frozenset[tuple[str, str]]:
+        return frozenset((name, _plain(value)) for name, value in self.leaves)
+
+    @cached_property
+    def _picking(self) -> frozenset[Decimal]:
+        """The numbers that pick this row: of a measurement its context."""
+        picking = [self.data["context"]] if self.is_measurement else [value for _, value in self.leaves]
+        return frozenset(value for value in picking if isinstance(value, Decimal))
+
+    @cached_property
+    def _text(self) -> str:
+        """Names, texts and the file's name, a line each."""
+        texts = [value for _, value in self.leaves if isinstance(value, str)]
+        return "\n".join([*texts, *(name for name, value in self.leaves if value is not None), self.file.stem])
 
     def value(self, words: Sequence[str], *, half: bool) -> tuple[Decimal, str] | None:
         """The number that a claim is about, and whether it is of bytes or of seconds; None where there is none.

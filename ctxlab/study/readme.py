@@ -21,8 +21,8 @@ from ctxlab.registry import nearest
 FOLDER = "experiments"  # of studies: where the user stands, in the repository, and inside the wheel
 README = "README.md"
 
-# Commands that are no part of a study: it would start itself; it makes records and does not take them away.
-_NO_LINE = ("experiment", "runs")
+# Commands that are no part of a study: it would start itself; it makes records and does not take them away; it would not end.
+_NO_LINE = ("experiment", "runs", "dashboard")
 # Overrides that say how a line is run, not what it computes: with others, it is the same line.
 _HOW = ("sweep.", "logger.")
 _FOR_A_SHELL = ";&|<>()`$!*?{}"

@@ -19,6 +19,7 @@ from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.windows import IGNORED, Row
 from ctxlab.model.base import Model
 from ctxlab.model.generation import DecodingConfig, decode
+from ctxlab.train.objectives.prefix import prefix_lengths
 from ctxlab.train.objectives.windows import Denoising
 from ctxlab.train.precision import Precision, autocast
 
@@ -46,7 +47,7 @@ def answer_labels(
     advance: Callable[[int], None] = lambda _: None,
 ) -> Labels:
     """The likeliest token at every labelled place, given the example's own tokens: those before it, or all of an encoder's.
-    Of a model with a task head: its likeliest choices.
+    What stands before the first label is the prefix of a model that has one. Of a model with a task head: its likeliest choices.
 
     A model that is right at every label of an answer is one whose greedy generation is that answer.
     `part` = (rank, world) takes every world-th batch; the others stay zero, so a sum over ranks is the whole.
@@ -68,6 +69,8 @@ def answer_labels(
             read: Any = {}
             if source is not None and source_lengths is not None:
                 read = {"source": source.to(device), "source_lengths": source_lengths.to(device)}
+            if model.prefix:
+                read["prefix"] = prefix_lengths(torch.from_numpy(targets)).to(device)
             with autocast(precision, device):
                 hidden = model.hidden(torch.from_numpy(tokens).to(device), lengths=lengths, **read)  # (B,T,d)
                 if model.task_head is not None:

@@ -1,34 +1,40 @@
 """Checkpoints: a new folder a step, a pointer replaced atomically; safetensors, the rest loaded weights-only.
 
 checkpoints/step-000220/weights.safetensors   names that know no parallelism
+checkpoints/step-000220/adapters.safetensors  where adapters are trained: they alone, on the weights of another run
 checkpoints/step-000220/training.pt           optimizer state, random generators, a recurrent model's memory: what a resume needs
 checkpoints/step-000220/checkpoint.json       step, tokens, seconds, validation loss
 checkpoints/last, checkpoints/best            text files that hold the name of a folder
+checkpoints/average                           the names of the last few, a line each, where they are kept to be averaged
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers, are_apart, load_tokenizers
 from ctxlab.data.tokenizers.until import Until
 from ctxlab.errors import IncompatibleError, RecordError, RunError
 from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.beam import beam_search
 from ctxlab.model.generation import DecodingConfig, decode, generate
 from ctxlab.records.store import Run, RunStore
+from ctxlab.train.lora import ADAPTERS, is_adapted, plain_weights, save_adapters
 from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.train.pairs import encode
 
@@ -44,6 +50,7 @@ class Checkpoint:
     tokens: int
     seconds: float
     validation_loss: float | None
+    averaged: tuple[Path, ...] = ()  # whose weights' mean it stands for, where it is no single one
 
 
 def save_checkpoint(
@@ -55,9 +62,11 @@ def save_checkpoint(
     tokens: int,
     seconds: float,
     validation_loss: float | None,
+    base: str = "",
 ) -> Checkpoint:
     """Writes one checkpoint folder so that it is there whole or not at all.
 
+    Adapters are written merged, and beside that by themselves: `base` is the sha256 of the weights that they belong to.
     Raises RunError with the system's reason (a full disk, say); what was there before stays untouched.
     """
     draft = folder / f".step-{step:06d}"
@@ -65,11 +74,13 @@ def save_checkpoint(
     try:
         shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed while it wrote this very step
         draft.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, draft / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in plain_weights(model).items()}, draft / WEIGHTS)
+        if is_adapted(model):
+            save_adapters(model, draft / ADAPTERS, base)
         with open(draft / TRAINING, "wb") as file:  # torch's own writer would not say why it failed
             torch.save(training, file)
         (draft / FACTS).write_text(json.dumps(facts))
-        for path in (draft / WEIGHTS, draft / TRAINING, draft / FACTS, draft):
+        for path in (*draft.iterdir(), draft):
             _flush(path)
         final = _free_name(folder, step)
         os.replace(draft, final)
@@ -83,9 +94,26 @@ def save_checkpoint(
 
 def point(folder: Path, pointer: str, checkpoint: Checkpoint) -> None:
     """Makes `last` or `best` name a checkpoint, atomically. Raises RunError with the system's reason."""
+    _name(folder, pointer, [checkpoint.path.name])
+
+
+def remember(folder: Path, checkpoint: Checkpoint, most: int) -> None:
+    """Adds a checkpoint to those that `average` names, the last `most`, one a step: what a crash took back is not there twice.
+
+    Raises RunError with the system's reason.
+    """
+    before = [name for name in _named(folder, "average") if int(name.split("-")[1]) < checkpoint.step]
+    _name(folder, "average", [*before, checkpoint.path.name][-most:])
+
+
+def _named(folder: Path, pointer: str) -> list[str]:
+    return (folder / pointer).read_text().split() if (folder / pointer).exists() else []
+
+
+def _name(folder: Path, pointer: str, names: Sequence[str]) -> None:
     draft = folder / f".{pointer}"
     try:
-        draft.write_text(checkpoint.path.name + "\n")
+        draft.write_text("".join(f"{name}\n" for name in names))
         _flush(draft)
         os.replace(draft, folder / pointer)
         _flush(folder)
@@ -95,11 +123,15 @@ def point(folder: Path, pointer: str, checkpoint: Checkpoint) -> None:
 
 
 def prune(folder: Path) -> None:
-    """Removes checkpoints that neither `last` nor `best` names, and what a crash left half written."""
-    kept = {(folder / name).read_text().strip() for name in ("last", "best") if (folder / name).exists()}
+    """Removes checkpoints that no pointer names, and what a crash left half written. Those that are only averaged keep their
+    weights alone."""
+    whole = {*_named(folder, "last"), *_named(folder, "best")}
+    averaged = set(_named(folder, "average"))
     for path in folder.glob("*step-*"):
-        if path.name not in kept:
+        if path.name not in whole | averaged:
             shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in whole:
+            (path / TRAINING).unlink(missing_ok=True)
 
 
 def _free_name(folder: Path, step: int) -> Path:
@@ -129,28 +161,54 @@ def _flush(path: Path) -> None:
 
 
 def find_checkpoint(folder: Path, which: str = "last") -> Checkpoint:
-    """The checkpoint that `last` or `best` names.
+    """The checkpoint that `last` or `best` names; of `average` the mean of the weights of those that it names.
 
     Raises RecordError when there is none or its files are damaged.
     """
     pointer = folder / which
     if not pointer.exists():
-        raise RecordError(f"checkpoint={which}: {folder} has no '{which}' checkpoint")
+        hint = "; a run keeps what is averaged with trainer.average=5" if which == "average" else ""
+        raise RecordError(f"checkpoint={which}: {folder} has no '{which}' checkpoint{hint}")
     path = folder
     try:
-        path = folder / pointer.read_text().strip()
-        return Checkpoint(path, **json.loads((path / FACTS).read_text()))
+        *others, last = pointer.read_text().split() if which == "average" else [pointer.read_text().strip()]
+        path = folder / last
+        found = Checkpoint(path, **json.loads((path / FACTS).read_text()))
+        if which != "average":
+            return found
+        return replace(found, validation_loss=None, averaged=tuple(folder / name for name in [*others, last]))
     except (OSError, ValueError, TypeError) as error:
         raise RecordError(f"checkpoint={which}: {path / FACTS} cannot be read: {_reason(error)}") from error
 
 
 def load_weights(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Raises RecordError when the file is not whole."""
+    """Its weights, or the mean of those that it is averaged of. Raises RecordError when a file is not whole."""
     path = checkpoint.path / WEIGHTS
     try:
-        return load_file(path, device=str(device))
+        if not checkpoint.averaged:
+            return load_file(path, device=str(device))
+        with ExitStack() as stack:
+            files = []
+            for folder in checkpoint.averaged:
+                path = folder / WEIGHTS
+                files.append(stack.enter_context(safe_open(path, framework="pt", device=str(device))))
+            return {name: _mean([file.get_tensor(name) for file in files]) for name in files[-1].keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise RecordError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Averaging the last checkpoints: Vaswani et al. 2017, arXiv:1706.03762, section 6.1. Summed in float64."""
+    total = tensors[0].double()
+    for tensor in tensors[1:]:
+        total += tensor
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def weights_sha256(checkpoint: Checkpoint) -> str:
+    """Of the file, by which it is known again."""
+    with open(checkpoint.path / WEIGHTS, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -170,11 +228,21 @@ def load_training(checkpoint: Checkpoint) -> dict[str, Any]:
 class LoadedRun:
     """A trained run, ready to use from Python: `.model`, `.tokenizer`, `.config`, `.generate(...)`, `.nats(text)`."""
 
-    def __init__(self, run: Run, model: Model, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    def __init__(self, run: Run, model: Model, tokenizers: Tokenizers, checkpoint: Checkpoint) -> None:
         self.run = run
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizers = tokenizers
         self.checkpoint = checkpoint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of what it writes, and of all that it reads but sources with tokens of their own (`tokenizers.source`)."""
+        return self.tokenizers.target
+
+    @property
+    def reading(self) -> Tokenizer:
+        """Of a prompt."""
+        return self.tokenizers.source if self.translates else self.tokenizer
 
     @property
     def config(self) -> dict[str, Any]:
@@ -216,7 +284,7 @@ class LoadedRun:
         """The continuation of each prompt, `batch` of them side by side: prompt i as `generate` has it with seed + i."""
         decoding = DecodingConfig() if decoding is None else decoding
         stop_ids, stops = (self.tokenizer.eos_id,), decoding.stops
-        lengths = [self.tokenizer.count(prompt) for prompt in prompts]
+        lengths = [self.reading.count(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lengths.__getitem__)  # those side by side have like lengths
         reach = max((len(stop.encode()) for stop in stops), default=0)  # tokens: each has a byte at least
 
@@ -247,11 +315,11 @@ class LoadedRun:
 
     def _begun(self, prompts: Sequence[str]) -> tuple[list[list[int]], Any]:
         """What is gone on from, and what an encoder has made of the prompts where they are sources."""
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [self.reading.encode(prompt) for prompt in prompts]
         if not self.translates:
             return [one or [self.tokenizer.bos_id] for one in ids], None
         with torch.inference_mode():
-            encoded = encode(self.model, [[*one, self.tokenizer.eos_id] for one in ids], self.tokenizer.pad_id)
+            encoded = encode(self.model, [[*one, self.reading.eos_id] for one in ids], self.reading.pad_id)
         return [[self.tokenizer.bos_id]] * len(prompts), encoded
 
     @torch.inference_mode()
@@ -275,19 +343,25 @@ def open_run(
     device: torch.device | str = "cpu",
     attention: dict[str, Any] | None = None,
 ) -> LoadedRun:
-    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer.
+    """Builds the model of a recorded run and loads its weights and its own copy of the tokenizer, or of both.
 
     `attention` takes the place of the recorded mechanism, where one without weights of its own is to be tried.
     """
     found = find_checkpoint(run.checkpoints, checkpoint)
-    tokenizer = load_tokenizer(run.path / "tokenizer")
     config = run.record.config
+    tokenizers = load_tokenizers(run.path, apart=are_apart(config["tokenizer"]))
     if attention is not None:
         if config["attention"] == "none":
             raise IncompatibleError(f"attention: {run.id} has none (model={config['model']['name']}); leave it out")
         config = {**config, "attention": attention}
     with torch.device("meta"):
-        model = build_model(read_parts(config), vocab_size=tokenizer.vocab_size, context=config["context"])
+        model = build_model(
+            read_parts(config),
+            vocab_size=tokenizers.target.vocab_size,
+            context=config["context"],
+            source_vocab_size=tokenizers.source.vocab_size,
+            prefix=reads_both_ways(config),
+        )
         objective = OBJECTIVES.config(config.get("objective", {"name": "causal"}))
         model.task_head = OBJECTIVES.get(objective.name)(objective).head(model.config, run.record.provenance.data)
     weights = load_weights(found, device)
@@ -296,7 +370,12 @@ def open_run(
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise RecordError(f"{found.path / WEIGHTS} does not fit the run's config: {reason}") from error
-    return LoadedRun(run, model.eval(), tokenizer, found)
+    return LoadedRun(run, model.eval(), tokenizers, found)
+
+
+def reads_both_ways(config: dict[str, Any]) -> bool:
+    """Whether a run of this config was trained to read a prefix both ways."""
+    return OBJECTIVES.get(config.get("objective", {"name": "causal"})["name"]).prefix
 
 
 def load_run(selector: str, *, runs: str | Path | None = None, checkpoint: str = "last") -> LoadedRun:

@@ -30,6 +30,7 @@ from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
@@ -41,6 +42,7 @@ from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
 from ctxlab.registry import nearest
+from ctxlab.train import lora
 from ctxlab.train.answers import example_validation, objective_validation, task_validation
 from ctxlab.train.budget import Budget, plan_budget
 from ctxlab.train.callbacks.clock import Clock
@@ -49,7 +51,8 @@ from ctxlab.train.callbacks.interrupt import StopOnSignal
 from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
-from ctxlab.train.checkpoint import find_checkpoint, load_training, load_weights
+from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
+from ctxlab.train.initial import Begun, Initial, begin, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
@@ -66,7 +69,6 @@ Dataset = TextDataset | TaskDataset | PairDataset | QuestionDataset | LabelDatas
 
 VALIDATIONS_IN_A_RUN = 5
 CHECKPOINTS_IN_A_RUN = 10
-_HEAD = "task_head"  # what a task's own head is called among the weights
 ACTIVATION_SHARE = 0.4  # of the machine's memory, for one micro-batch: weights, optimizer and the caches need the rest
 
 
@@ -110,12 +112,14 @@ def fit(
     console: Console,
     attempt: int = 1,
     resume: bool = False,
-    initial: dict[str, torch.Tensor] | None = None,
+    initial: Initial | None = None,
+    begun: Callable[[Begun], None] = lambda _: None,
 ) -> Outcome:
     """Trains until the budget or a signal ends it; every state on disk can be resumed bitwise.
 
     `folder` is the checkpoints folder. With `resume` the run goes on from its last checkpoint: weights, optimizer,
-    random generators and the data's one integer. `initial` are weights of another run to start from.
+    random generators and the data's one integer. `initial` are weights of another run to start from, which adapters need to
+    go on too; `begun` hears what became of them before the first step.
     """
     _quieten()
     config = settings.trainer
@@ -125,16 +129,22 @@ def fit(
     saved = find_checkpoint(folder) if resume else None
     state = load_training(saved) if saved else None
 
-    model, fresh = starting_model(settings, dataset, None if saved else initial)
+    model = fresh_model(settings, dataset)
     model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
-    if saved:
+    if config.lora.r != "none":
+        assert initial is not None, "rules.py comes first"
+        _adapt(model, settings, initial, dataset, saved, begun)
+    elif saved:
         load_into(model, load_weights(saved), "resume")
-    elif initial is not None and fresh:
-        console.print(Text(f"init: {fresh} is new and starts from chance; all else from the run"), soft_wrap=True)
+    elif initial is not None:
+        begun(begin(model, initial, tokenizers_of(dataset)))
+    else:
+        model.take_pretrained()
     freeze(model, config.freeze)
     if model.task_head is not None:
         leave_unread(model)
+    trained = lora.n_trained(model)
     if config.compile:
         require_compiler(device)
         model.compile_blocks()
@@ -167,6 +177,8 @@ def fit(
         attempt=attempt,
         micro_rows={stage.context: stage.micro_rows for stage in budget.stages},
         saved=saved,
+        base=initial.sha256 if initial is not None else "",
+        average=0 if config.average == "none" else config.average,
     )
     callbacks: list[lightning.Callback] = [RequireFinite(), clock, interrupt, SetState(settings.seed, state)]
     if launched.is_global_zero:
@@ -176,6 +188,7 @@ def fit(
     model.train()
     _run(launched, module, train_loader(stream, module.step, settings.workers))
     model.to(device)  # Lightning has put it back on the CPU
+    lora.merge(model)
     return Outcome(
         model=model,
         device=device,
@@ -192,30 +205,24 @@ def fit(
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
             **({"attention_kernel": native.ran()} if native.ran() else {}),
-            **({"fresh": [fresh]} if fresh and initial is not None else {}),
+            **({"trained_parameters": trained} if config.lora.r != "none" else {}),
         },
     )
 
 
-def starting_model(
-    settings: TrainSettings, dataset: Dataset, initial: dict[str, torch.Tensor] | None
-) -> tuple[Model, str]:
-    """The model that a run starts from, the same each time, and the name of the task head that is in none of the `initial`
-    weights, if there is one. Moves torch's random state: initial weights and dropout; the order of the data has a key of its own.
-    """
+def fresh_model(settings: TrainSettings, dataset: Dataset) -> Model:
+    """The model that a run draws, the same each time. Moves torch's random state: initial weights and dropout; the order of the
+    data has a key of its own."""
     torch.manual_seed(settings.seed)
-    parts = Parts(settings.model, settings.position, settings.attention)
-    model = build_model(parts, vocab_size=dataset.tokenizer.vocab_size, context=settings.context)
-    objective = OBJECTIVES.get(settings.objective.name)(settings.objective)
-    model.task_head = objective.head(settings.model, dataset.facts)
-    if initial is None:
-        return model, _HEAD if model.task_head is not None else ""
-    own = {name: weight for name, weight in model.state_dict().items() if name.startswith(f"{_HEAD}.")}
-    given = {name: weight for name, weight in initial.items() if name.startswith(f"{_HEAD}.")}
-    body = {name: weight for name, weight in initial.items() if name not in given}
-    goes_on = {name: w.shape for name, w in own.items()} == {name: w.shape for name, w in given.items()}
-    load_into(model, {**body, **(given if goes_on else own)}, "init")
-    return model, _HEAD if own and not goes_on else ""
+    model = build_model(
+        Parts(settings.model, settings.position, settings.attention),
+        vocab_size=dataset.tokenizer.vocab_size,
+        context=settings.context,
+        source_vocab_size=tokenizers_of(dataset).source.vocab_size,
+        prefix=OBJECTIVES.get(settings.objective.name).prefix,
+    )
+    model.task_head = OBJECTIVES.get(settings.objective.name)(settings.objective).head(settings.model, dataset.facts)
+    return model
 
 
 def leave_unread(model: Model) -> None:
@@ -223,6 +230,28 @@ def leave_unread(model: Model) -> None:
     for part in (model.head, getattr(model, "head_layer", None)):
         if part is not None:
             part.requires_grad_(False)
+
+
+def _adapt(
+    model: Model,
+    settings: TrainSettings,
+    initial: Initial,
+    dataset: Dataset,
+    saved: Checkpoint | None,
+    begun: Callable[[Begun], None],
+) -> None:
+    """The weights of another run and adapters on them, new or as they were saved."""
+    found = begin(model, initial, tokenizers_of(dataset))
+    if found.new or found.rows.get("new"):
+        raise ConfigError(
+            f"trainer.lora.r: adapters alone are trained, and {' and '.join(found.new or found.rows_of)} would stay as "
+            "drawn; train without adapters first, or leave positions and tokenizer as they are in the run"
+        )
+    lora.adapt(model, settings.trainer.lora)
+    if saved is None:
+        begun(found)
+    else:
+        lora.load_adapters(model, saved.path / lora.ADAPTERS, initial.sha256)
 
 
 def _prepare_attention(
@@ -290,6 +319,13 @@ def plan(
     )
 
 
+def tokenizers_of(dataset: Dataset) -> Tokenizers:
+    """Of what is read and of what is written, which of everything but pairs is one."""
+    if isinstance(dataset, PairDataset):
+        return dataset.tokenizers
+    return Tokenizers.joint(dataset.tokenizer)
+
+
 def fitting_rows(
     settings: TrainSettings, vocab_size: int, precision: Precision, device: torch.device, context: int
 ) -> int:
@@ -321,20 +357,6 @@ def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: 
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
         memory=ACTIVATION_SHARE * memory,
     )
-
-
-def load_into(model: Model, weights: dict[str, torch.Tensor], key: str) -> None:
-    """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-    if wrong:
-        first = wrong[0]
-        raise ConfigError(
-            f"{key}: the weights do not fit this model: {first} is {_shape(given.get(first))} there, "
-            f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
-        )
-    model.load_state_dict(weights)
 
 
 def freeze(model: Model, patterns: Sequence[str]) -> None:
@@ -473,10 +495,6 @@ def _validation(
     if isinstance(objective, Denoising):
         return objective_validation(objective, dataset, context, max_tokens=most, precision=precision)
     return Validation(dataset, context, max_tokens=most, precision=precision)
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else " x ".join(map(str, shape))
 
 
 def _every(setting: str | int, budget: Budget, in_a_run: int) -> int | None:

@@ -13,6 +13,7 @@ from ctxlab.data.windows import IGNORED
 from ctxlab.model.base import Model
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.train.budget import Budget
+from ctxlab.train.objectives.prefix import prefix_lengths
 from ctxlab.train.optim.base import Optimizer, rate_factor
 
 
@@ -61,8 +62,9 @@ class LanguageModel(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         source: Any = {} if batch.source is None else {"source": batch.source, "source_lengths": batch.source_lengths}
+        prefix: Any = {"prefix": prefix_lengths(batch.targets)} if self.model.prefix else {}
         hidden = self.model.hidden(
-            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch), **source
+            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch), **source, **prefix
         )  # (B, T, d_model)
         targets = batch.targets
         if self.model.task_head is not None:
@@ -111,7 +113,8 @@ class LanguageModel(lightning.LightningModule):
             total = self.trainer.strategy.reduce(total, reduce_op="sum")
         # One synchronisation a step (matters on CUDA); nothing else reads a tensor.
         self.step_loss, self.step_nats, self.gradient_norm = torch.cat([total.float(), norm.float()[None]]).tolist()
-        self.rate = optimizer.param_groups[0]["lr"]
+        first = optimizer.param_groups[0]
+        self.rate = first["lr"] / first.get("layer_share", 1.0)
         self.step += 1
         self._micro = 0
         self._sums = None

@@ -25,6 +25,17 @@ class ContextStage(ComponentConfig):
     share: float = Field(gt=0, lt=1, description="part of the whole token budget spent at this context")
 
 
+class LoraConfig(ComponentConfig):
+    """Adapters that are trained in place of the weights of another run (see lora.py)."""
+
+    r: OrNone | Count = Field("none", description="rank of what is added to a matrix; none: no adapters")
+    alpha: float = Field(16.0, gt=0, description="what is added is multiplied by alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapters read")
+    targets: tuple[str, ...] = Field(
+        ("query", "value"), min_length=1, description="matrices: query, key, value, out, gate, up, down"
+    )
+
+
 class TrainerConfig(ComponentConfig):
     """Budget, batch, machine, validation and checkpoints of a training run.
 
@@ -45,6 +56,7 @@ class TrainerConfig(ComponentConfig):
     freeze: tuple[str, ...] = Field(
         (), description="parameters that stay as they are, by name or pattern: embedding, blocks.0, '*.attention.*'"
     )
+    lora: LoraConfig = LoraConfig()
     context_schedule: tuple[ContextStage, ...] = Field((), description="length curriculum before the final context")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -61,6 +73,9 @@ class TrainerConfig(ComponentConfig):
     checkpoint_every: OrAuto | OrNone | Count = Field(
         "auto", description="steps between checkpoints; auto: 10 in a run"
     )
+    average: OrNone | int = Field(
+        "none", description="last checkpoints whose weights are kept, to be averaged by checkpoint=average"
+    )
 
     @model_validator(mode="after")
     def _some_budget(self) -> TrainerConfig:
@@ -68,6 +83,8 @@ class TrainerConfig(ComponentConfig):
             raise ValueError("trainer: set one of max_tokens, max_steps, max_time")
         if isinstance(self.micro_batch, int) and self.micro_batch < 1:
             raise ValueError(f"micro_batch: expected a number >= 1 or auto, got {self.micro_batch}")
+        if isinstance(self.average, int) and self.average < 2:
+            raise ValueError(f"average: expected a number >= 2 or none, got {self.average}")
         if isinstance(self.loss_chunk, int) and self.loss_chunk < 1:
             raise ValueError(f"loss_chunk: expected a number >= 1 or auto, got {self.loss_chunk}")
         if sum(stage.share for stage in self.context_schedule) >= 1:

@@ -17,7 +17,7 @@ from ctxlab.cli.main import COMMANDS
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "runs"
-    for name in ("nano-rope-256-k3f9", "nano-alibi-256-a2b3"):
+    for name in ("nano-rope-256-k3f9", "nano-alibi-256-a2b3", ".trash/thrown-away-aaaa"):
         (folder / name).mkdir(parents=True)
         (folder / name / "run.json").write_text("{}")
     monkeypatch.setenv("CTXLAB_RUNS", str(folder))
@@ -59,6 +59,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["experiment", "run", "overhead", ""], []),
         (["runs", "sh"], ["show"]),
         (["runs", "show", "nano-r"], ["nano-rope-256-k3f9"]),
+        (["runs", "re"], ["restore"]),
+        (["runs", "restore", ""], ["thrown-away-aaaa"]),
         (["nonsense", "x"], []),
     ],
 )

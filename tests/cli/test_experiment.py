@@ -137,6 +137,14 @@ class TestScripts:
         wait_for(lambda: not Journal(here / "runs", "mine").is_held())
         assert (ctxlab("experiment", "run", "mine").code, calls()) == (0, ["one", "two", "two", "three"])
 
+    def test_they_are_told_where_results_go(self, here: Path) -> None:
+        script = 'import os\nopen(os.environ["CTXLAB_RESULTS"] + "/figure.svg", "w").close()\n'
+        (here / "experiments/mine/say.py").write_text(script)
+        assert ctxlab("experiment", "run", "mine").code == 0
+        assert (here / "experiments/mine/results/figure.svg").is_file()
+        assert ctxlab("experiment", "run", "mine", "--to", "elsewhere").code == 0
+        assert (here / "elsewhere/figure.svg").is_file()
+
     def test_a_report_shows_what_they_printed_and_where_results_are(self, here: Path) -> None:
         (here / "go").touch()
         assert ctxlab("experiment", "run", "mine", "--to", "elsewhere").code == 0

@@ -5,21 +5,25 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ctxlab.cli import console
 from ctxlab.cli.commands.runs import run
 from ctxlab.cli.main import main
+from ctxlab.cli.watch import watched
 from ctxlab.errors import RecordError
+from ctxlab.records.index import RunIndex
 from ctxlab.records.run import Run
 from ctxlab.records.store import RunStore
 from tests.records.builders import make_run
-from tests.report.builders import CURVES, same_ids, trained_run
+from tests.report.builders import CURVES, same_ids, text_of, trained_run
 
 
 @pytest.fixture(autouse=True)
@@ -123,13 +127,13 @@ def test_nothing_to_list_is_said_and_no_error(runs: Path, tmp_path: Path, capsys
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     runs: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = {path.name for path in runs.iterdir()}
+    before = {path.name for path in runs.iterdir() if path.is_dir()}
     assert main(["runs", *words]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
     assert len(captured.err.splitlines()) == 1
-    assert {path.name for path in runs.iterdir()} == before
+    assert {path.name for path in runs.iterdir() if path.is_dir()} == before
 
 
 def test_show_and_diff(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +164,68 @@ def test_removed_runs_lie_in_the_trash(runs: Path, capsys: pytest.CaptureFixture
     assert len(Run(runs / ".trash" / "nano-rope-256-aaaa").measurements()) == 30
 
 
+def test_what_was_removed_comes_back_as_it_was(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = RunStore(runs).runs()
+    assert run(["rm", "nano-rope", "nano-alibi"]) == 0
+    assert run(["restore", "nano-rope", "nano-alibi-256-aaab"]) == 0
+    assert lines(capsys)[2:] == [
+        f"nano-rope-256-aaaa: back in {runs}/nano-rope-256-aaaa",
+        f"nano-alibi-256-aaab: back in {runs}/nano-alibi-256-aaab",
+    ]
+    assert [found.record for found in RunStore(runs).runs()] == [found.record for found in before]
+    assert [m for found in RunStore(runs).runs() for m in found.measurements()] == [
+        m for found in before for m in found.measurements()
+    ]
+    run(["rm", "nano-rope"])
+    for words, message in (
+        (["nano-alibi"], "there is no run 'nano-alibi' in .*trash; available: nano-rope-256-aaaa"),
+        (["zzz"], "there is no run 'zzz' in .*trash"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            run(["restore", *words])
+    shutil.copytree(runs / ".trash" / "nano-rope-256-aaaa", runs / "nano-rope-256-aaaa")
+    with pytest.raises(RecordError, match=r"^run: .*nano-rope-256-aaaa is there already$"):
+        run(["restore", "nano-rope"])
+    assert (runs / ".trash" / "nano-rope-256-aaaa").is_dir()
+
+
+def test_watch_shows_runs_as_they_go(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks, a row of metrics between them; Ctrl-C ends it."""
+    busy = make_run(runs, stem="busy", config={"trainer": {"max_tokens": 640, "max_steps": "none"}})
+    screens: list[list[str]] = []
+
+    def log(step: int) -> None:
+        busy.log({"split": "train", "step": step, "tokens": 64 * step, "seconds": 1.0 * step, "loss": 5.0 - step / 8})
+
+    def sleep(_: float) -> None:
+        text = text_of(watched(RunIndex(runs), RunIndex(runs).summaries(), of=9), width=120)
+        screens.append(text.splitlines())
+        if len(screens) == 2:
+            raise KeyboardInterrupt
+        log(4)
+
+    log(2)
+    monkeypatch.setattr("ctxlab.cli.watch.time.sleep", sleep)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(console, "stdout", lambda: terminal)
+    assert run(["--watch"]) == 0
+    first, second = (screen[1].split() for screen in screens)
+    assert first[:5] == [busy.id, "running", "2", "20%", "4.750"]
+    assert second[:5] == [busy.id, "running", "4", "40%", "4.500"]
+    assert not any("training loss" in line for line in screens[0])
+    assert any("training loss by tokens seen" in line for line in screens[1])
+    assert screens[1][-1] == "1 at work, 4 of 9 runs; Ctrl-C ends this"
+    assert busy.id in terminal.file.getvalue()  # type: ignore[attr-defined]
+    busy.finish("done")
+
+
+def test_watch_wants_a_terminal(runs: Path) -> None:
+    with pytest.raises(
+        RecordError, match=r"^ctxlab runs: --watch draws in a terminal; for programs: ctxlab runs --json$"
+    ):
+        run(["--watch"])
+
+
 def test_a_running_run_is_not_removed_nor_any_other(runs: Path) -> None:
     busy = make_run(runs, stem="busy")
     with pytest.raises(RecordError, match=f"^run: {busy.id} is running; stop it first$"):
@@ -168,7 +234,7 @@ def test_a_running_run_is_not_removed_nor_any_other(runs: Path) -> None:
     busy.finish("done")
 
 
-@pytest.mark.parametrize("word", [[], ["show"], ["diff"], ["tag"], ["note"], ["rm"]])
+@pytest.mark.parametrize("word", [[], ["show"], ["diff"], ["tag"], ["note"], ["rm"], ["restore"]])
 def test_help(word: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*word, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: ctxlab runs{' ' if word else ''}{' '.join(word)}")

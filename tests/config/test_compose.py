@@ -116,7 +116,7 @@ def test_glob_sweeps_over_the_options_there_are() -> None:
         ("+position=alibi", "position: is there already; write position=alibi"),
         ("+hydra.sweeper.params.seed=1", "is for experiment files; on the line write -m seed=1"),
         ("hydra/launcher=joblib", "hydra.launcher: a launcher is chosen on the line"),
-        ("hydra/sweeper=optuna", "hydra.sweeper: ctxlab writes a sweep's cells down itself"),
+        ("hydra/sweeper=optuna", "hydra.sweeper: a sweeper is chosen on the line of a sweep"),
         ("seed=${oc.env:HOME}", "oc.env:HOME: a config may not read environment variables"),
         ("seed=${${x}.env:HOME}", "seed"),
     ],

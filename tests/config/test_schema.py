@@ -69,6 +69,7 @@ def test_every_shipped_yaml_is_valid(group: str, option: str, command: str, tmp_
         ("eval", "task"): ["data=task/mqar"],
         ("model", "vaswani_base"): pairs[:1],
         ("model", "chapter_example"): pairs[:1],
+        ("model", "bert2bert"): pairs[:1],
         ("data", "parallel"): pairs[1:],
         ("eval", "translation"): pairs,
         ("eval", "objective"): ["objective=masked", "model.architecture=encoder"],

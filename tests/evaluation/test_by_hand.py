@@ -38,7 +38,14 @@ def model() -> Transformer:
 @pytest.fixture(scope="module")
 def found(model: Transformer) -> Evaluated:
     config = PerplexityConfig(
-        lengths=LENGTHS, strides=(STRIDE,), streaming=(CACHE,), sinks=SINKS, bos=True, min_documents=1, batch_tokens=10
+        lengths=LENGTHS,
+        strides=(STRIDE,),
+        streaming=(CACHE,),
+        sinks=SINKS,
+        bos=True,
+        segment=SEGMENT,
+        min_documents=1,
+        batch_tokens=10,
     )
     return evaluate_perplexity(
         model, dataset_of(split_of(DOCUMENTS), TOKENIZER), config, trained_context=TRAINED, device=torch.device("cpu"),

@@ -73,7 +73,7 @@ def by_full_forwards(model: Transformer, documents: list[list[int]], segment: in
 def test_equals_a_forward_for_every_target(position: str) -> None:
     documents = random_documents([33, 50], VOCAB)
     model = build(position)
-    config = PerplexityConfig(lengths=(8, 16), strides=(3, 8), min_documents=1)
+    config = PerplexityConfig(lengths=(8, 16), strides=(3, 8), segment=16, min_documents=1)
     where: dict[str, Any] = {"trained_context": 16, "device": CPU, "precision": "fp32"}
     measurements, *_ = evaluate_perplexity(model, dataset_of(split_of(documents)), config, **where)
     found = {(m.context, m.axes.get("stride")): m for m in measurements if m.name == "nats_per_token" and m.context}
@@ -89,3 +89,21 @@ def test_equals_a_forward_for_every_target(position: str) -> None:
             assert m.value == pytest.approx(expected, rel=2e-6)
             if length == 8:
                 assert m.facts["difference"] == pytest.approx(expected - plain, abs=1e-5)
+
+
+def test_one_length_alone_has_room_to_move_in() -> None:
+    """A segment as long as the window would leave nothing to overlap with: 8 windows, as far as the documents go."""
+    model = build("rope")
+    where: dict[str, Any] = {"trained_context": 16, "device": CPU, "precision": "fp32"}
+    for sizes, segment in (([200, 300], 64), ([41, 300], 40), ([8 + 1, 300], 8)):
+        dataset = dataset_of(split_of(random_documents(sizes, VOCAB)))
+        config = PerplexityConfig(lengths=(8,), strides=(2,), min_documents=2)
+        found = [m for m in evaluate_perplexity(model, dataset, config, **where).measurements if m.context]
+        assert {m.axes["segment"] for m in found} == {segment}
+        (difference,) = (m.facts["difference"] for m in found if m.name == "nats_per_token" and "stride" in m.axes)
+        assert (difference == 0) == (segment == 8)
+    plain = PerplexityConfig(lengths=(8,), min_documents=2)
+    dataset = dataset_of(split_of(random_documents([200, 300], VOCAB)))
+    assert {
+        m.axes["segment"] for m in evaluate_perplexity(model, dataset, plain, **where).measurements if m.context
+    } == {8}

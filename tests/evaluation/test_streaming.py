@@ -84,7 +84,7 @@ def test_a_cache_that_holds_the_segment_is_one_forward(size: int) -> None:
 
 
 def rows(model: Transformer, **settings: Any) -> dict[tuple[int, str], Measurement]:
-    config = PerplexityConfig(**{"lengths": (8, SEGMENT), "min_documents": 1} | settings)
+    config = PerplexityConfig(**{"lengths": (8, SEGMENT), "segment": SEGMENT, "min_documents": 1} | settings)
     where: dict[str, Any] = {"trained_context": 16, "device": torch.device("cpu"), "precision": "fp32"}
     found = evaluate_perplexity(model, dataset_of(split_of(DOCUMENTS)), config, **where).measurements
     return {(m.context, m.protocol): m for m in found if m.name == "nats_per_token" and m.context is not None}

@@ -27,6 +27,7 @@ def build(
     vocab_size: int = VOCAB,
     seed: int = 0,
     attention: str | Attention.Config = "full",
+    prefix: bool = False,
     **settings: Any,
 ) -> Transformer:
     """A model in eval mode, every matrix drawn with standard deviation 0.25 (at 0.02 attention is nearly uniform)."""
@@ -36,7 +37,8 @@ def build(
     mechanism = ATTENTIONS.get(attention).Config(name=attention) if isinstance(attention, str) else attention
     config = small(**settings)
     architecture: Any = ARCHITECTURES.get(config.architecture)
-    model: Transformer = architecture(config, position, mechanism, vocab_size=vocab_size, context=context)
+    more = {"prefix": True} if prefix else {}
+    model: Transformer = architecture(config, position, mechanism, vocab_size=vocab_size, context=context, **more)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2 and not name.endswith("offset"):  # an offset a layer and head is no matrix

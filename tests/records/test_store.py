@@ -258,6 +258,18 @@ class TestRows:
 
 
 class TestSelectors:
+    def test_several_at_once_a_prefix_of_all_that_are_done(self, tmp_path: Path) -> None:
+        runs = RunStore(tmp_path)
+        first, second, failed, other = (make_run(tmp_path, stem=stem) for stem in ("a", "a", "a", "b"))
+        for written, status in ((first, "done"), (second, "done"), (failed, "failed"), (other, "running")):
+            written.finish(status)
+        both = [run.id for run in runs.resolve_all(["a-"])]
+        assert both == [first.id, second.id]  # the oldest first
+        found = [run.id for run in runs.resolve_all(["b", second.id, "a-", failed.id])]
+        assert found == [other.id, second.id, first.id, failed.id]
+        with pytest.raises(RecordError, match="there is no run 'nano'"):
+            runs.resolve_all(["a-", "nano"])
+
     def test_id_prefix_path_and_last(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         runs = RunStore(Path("runs"))

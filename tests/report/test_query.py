@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctxlab.errors import RecordError
+from ctxlab.records.index import RunIndex
 from ctxlab.records.store import RunStore
 from ctxlab.report.query import Row, find_key, matching, ordered, rows
 from tests.records.builders import costs, make_run, scores
@@ -27,7 +28,7 @@ def table(tmp_path: Path) -> list[Row]:
     child = make_run(tmp_path, stem="eval-rope", status="waiting", parent=parent.id)
     child.update(config={"run": [parent.id]}, command="eval")
     child.measure(*scores(256, 2.5))
-    return rows(RunStore(tmp_path).runs())
+    return rows(RunIndex(tmp_path).summaries())
 
 
 def names(found: list[Row]) -> set[str]:
@@ -81,7 +82,7 @@ def test_what_no_run_has_is_refused(table: list[Row], text: str, message: str) -
 def test_a_short_name_must_be_of_one_setting(tmp_path: Path) -> None:
     make_run(tmp_path, status="waiting", config={"optim": {"name": "adamw", "theta": 1}})
     with pytest.raises(RecordError, match=r"^theta: which of optim.theta, position.theta\?$"):
-        find_key("theta", rows(RunStore(tmp_path).runs()))
+        find_key("theta", rows(RunIndex(tmp_path).summaries()))
 
 
 def test_an_evaluation_is_read_at_its_parents_trained_context(table: list[Row]) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from ctxlab.records.store import RunStore
-from ctxlab.report.repeats import mean_curves, repeats, repeats_tables, with_differences
+from ctxlab.report.repeats import (
+    curves_with_means,
+    mean_curves,
+    repeats,
+    repeats_tables,
+    save_compared,
+    with_differences,
+)
+from ctxlab.report.results import labels
 from tests.records.builders import CONFIG, make_run, result, scores
 from tests.report.builders import repetitions, text_of
 
@@ -119,6 +127,25 @@ alibi            3   3.140 ±0.472   3.240 ±0.472
         "alibi": [256, 512],
     }
     assert bands["rope"][0] == (256, pytest.approx(3.2 - 0.496827, abs=1e-6), pytest.approx(3.2 + 0.496827, abs=1e-6))
+
+
+def test_curves_of_a_sweep_are_means_where_seeds_alone_differ_and_single_runs_elsewhere(tmp_path: Path) -> None:
+    once = make_run(tmp_path, status="done", config={"position": {"name": "nope"}})
+    once.measure(*scores(256, 4.0), *scores(512, 4.1))
+    runs = [*repetitions(tmp_path), once]
+    curves, bands = curves_with_means(runs)
+    assert {name: [value for _, value in points] for name, points in curves.items()} == {
+        "rope": pytest.approx([3.2, 3.3]),
+        "alibi": pytest.approx([3.14, 3.24]),
+        labels(runs)[-1]: [4.0, 4.1],
+    }
+    assert bands.keys() == {"rope", "alibi"}
+    drawn = save_compared(runs, tmp_path / "figure.svg")
+    assert drawn is not None
+    text = drawn.read_text(encoding="utf-8")
+    assert "mean over seeds and 95%" in text
+    assert all(f">{name}</text>" in text for name in curves)
+    assert save_compared([make_run(tmp_path, status="failed")], tmp_path / "none.svg") is None
 
 
 def test_columns_say_what_was_varied_and_units_are_read(tmp_path: Path) -> None:

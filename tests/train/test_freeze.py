@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ctxlab.errors import ConfigError
+from ctxlab.train.initial import Initial
 from ctxlab.train.loop import freeze
 from tests.model.builders import build
 from tests.train.builders import dataset, settings, train
@@ -24,7 +25,9 @@ def test_frozen_parameters_stay_and_all_others_move(tmp_path: Path, optim: str, 
         return
     data = dataset(tmp_path)
     before = train(tmp_path, data, settings(optim=optim, max_steps=1), "one").weights
-    after = train(tmp_path, data, settings(optim=optim, max_steps=4, freeze=patterns), "some", initial=before).weights
+    after = train(
+        tmp_path, data, settings(optim=optim, max_steps=4, freeze=patterns), "some", initial=Initial(before)
+    ).weights
     heads = tuple(pattern.split("*")[0].rstrip(".") for pattern in patterns)
     for name, weight in after.items():
         inside = name.startswith(heads) if "*" not in patterns[0] else ".attention." in name

@@ -55,10 +55,9 @@ def test_it_takes_over_model_position_tokenizer_and_weights(folder: Path) -> Non
             [f"model.{key}={value}" for key, value in (TINY | {"d_ff": 48}).items()],
             "blocks.0.feed_forward.down.weight is 16 x 32 there, 16 x 48 here, and 5 more differ",
         ),
-        (["position=learned"], "position.weight is absent there, 32 x 16 here"),
-        (["tokenizer=byte"], "embedding.weight is 300 x 16 there, 260 x 16 here"),
+        (["attention.sink=true"], "blocks.0.attention.mechanism.sink is absent there, 2 here, and 1 more differ"),
     ],
-    ids=["wider", "another position", "another tokenizer"],
+    ids=["wider", "a sink"],
 )
 def test_what_does_not_fit_is_refused_in_one_line(folder: Path, words: list[str], reason: str) -> None:
     parent = the_run(folder, "parent")
@@ -68,6 +67,35 @@ def test_what_does_not_fit_is_refused_in_one_line(folder: Path, words: list[str]
     assert ended.code == 2
     assert ended.stderr.splitlines()[-1] == f"error: init: the weights do not fit this model: {reason}"
     assert "Traceback" not in ended.stderr
+
+
+def test_another_scheme_and_other_tokens_are_said_and_recorded(folder: Path) -> None:
+    parent = the_run(folder, "parent")
+    text = f"data.path={folder / 'other'}"
+    words = (
+        text,
+        "position=learned",
+        "tokenizer.sentinels=7",
+        "optim=adamw",
+        "optim.learning_rate=1e-12",
+        "name=changed",
+    )
+    ended = command(folder, "train", f"init={parent.id}", *INHERITING, *words)
+    assert ended.code == 0, ended.stderr
+    assert "init: new, and drawn as in a fresh model, position.weight (32 x 16)" in ended.stderr
+    assert "init: of embedding.weight 300 rows kept by their tokens, 7 new, each the mean of the run's" in ended.stderr
+    child = the_run(folder, "changed")
+    assert child.record.provenance.resolved["init"] == {
+        "new": {"position.weight": [32, 16]},
+        "vocabulary": {"kept": 300, "new": 7, "dropped": 0},
+    }
+    assert (child.path / "tokenizer" / "sentencepiece.model").read_bytes() == (
+        parent.path / "tokenizer" / "sentencepiece.model"
+    ).read_bytes()
+    before = load_file(last_files(parent) / "weights.safetensors")["embedding.weight"]
+    after = load_file(last_files(child) / "weights.safetensors")["embedding.weight"]
+    torch.testing.assert_close(after[:300], before, atol=1e-9, rtol=0)
+    torch.testing.assert_close(after[300:], before.mean(0).expand(7, -1), atol=1e-7, rtol=0)
 
 
 def test_it_goes_on_when_the_run_it_came_from_is_gone(folder: Path) -> None:

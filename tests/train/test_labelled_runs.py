@@ -43,11 +43,17 @@ def test_a_pretrained_encoder_gets_a_head_and_keeps_what_is_frozen(folder: Path)
     words = ("context=80", "trainer.max_steps=3", "trainer.freeze=[embedding,blocks.0]", "name=fine")
     done = command(folder, "train", f"init={parent.id}", *SQUAD, *HOW, *words)
     assert done.code == 0, done.stderr
-    assert "init: task_head is new and starts from chance; all else from the run" in done.stderr
+    assert (
+        "init: new, and drawn as in a fresh model, task_head.ends.weight (2 x 16), task_head.ends.bias (2)"
+        in done.stderr
+    )
     run = the_run(folder, "fine")
     assert run.record.parent == parent.id
     assert run.record.config["objective"]["name"] == "extractive"
-    assert run.record.provenance.resolved["fresh"] == ["task_head"]
+    assert run.record.provenance.resolved["init"]["new"] == {
+        "task_head.ends.weight": [2, 16],
+        "task_head.ends.bias": [2],
+    }
     before, after = (load_file(last_files(one) / "weights.safetensors") for one in (parent, run))
     new = {name for name in after if name.startswith("task_head.")}
     assert after.keys() - new == before.keys()
@@ -85,7 +91,7 @@ def test_a_head_goes_on_where_the_task_does(folder: Path) -> None:
         folder, "train", f"init={run.id}", "data=classification", "data.path=other.tsv", *HOW, *still, "name=other"
     )
     assert done.code == 0, done.stderr
-    assert "task_head is new" in done.stderr
+    assert "new, and drawn as in a fresh model, task_head.choose.weight (2 x 16)" in done.stderr
 
 
 @pytest.mark.parametrize(

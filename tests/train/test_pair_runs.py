@@ -50,21 +50,33 @@ def test_it_learns_to_translate(tmp_path: Path) -> None:
     assert all(row["loss"] > row["nats_per_token"] for row in rows[len(rows) // 2 :]), "smoothed loss, plain nats"
 
 
-@pytest.mark.parametrize("kind", ["pairs", "masked", "spans"])
+@pytest.mark.parametrize("kind", ["pairs", "apart", "berts", "masked", "spans", "prefix"])
 def test_killed_and_resumed_it_is_the_same_to_the_last_bit(tmp_path: Path, kind: str) -> None:
     said = {
         "pairs": SMALL,
+        "apart": (
+            *SMALL[:3],
+            *SMALL[4:],
+            "tokenizer=bpe",
+            "tokenizer.vocab_size=300",
+            "tokenizer.separate=true",
+            "model.share_embeddings=false",
+        ),
+        "berts": (*SMALL[:4], *SMALL[6:], "model=bert2bert", "model.attention_dropout=0.1"),
+        "prefix": ("train", "objective=prefix"),
         "masked": ("train", "objective=masked", "model.architecture=encoder"),
         "spans": ("train", "objective=span_corruption", "model.architecture=encoder_decoder", "tokenizer.sentinels=40"),
     }[kind]
+    if kind == "berts":
+        pytest.importorskip("transformers")
     write_pairs(tmp_path, 400)
-    if kind != "pairs":
+    if kind in ("masked", "spans"):
         text = "\n\n".join(" ".join(random.Random(n).choices(sorted(WORDS), k=60)) for n in range(40))
         (tmp_path / "text.txt").write_text(text, encoding="utf-8")
         said += ("data=text", "data.path=text.txt", *SMALL[3:5], *SMALL[6:])
     said += ("trainer.max_steps=9", "trainer.max_tokens=none", "trainer.batch_tokens=192", "trainer.micro_batch=2",
              "trainer.checkpoint_every=4", "trainer.validate_every=3", "model.dropout=0.1", "data.workers=1",
-             "eval.translation.max_pairs=4" if kind == "pairs" else "eval.objective.rows=4")  # fmt: skip
+             "eval.objective.rows=4" if kind in ("masked", "spans") else "eval.translation.max_pairs=4")  # fmt: skip
     done = command(tmp_path, *said, "name=whole")
     assert done.code == 0, done.stderr
     assert command(tmp_path, *said, "name=killed", at_step=6).code == -signal.SIGKILL
@@ -102,7 +114,7 @@ def test_two_ranks_train_and_validate_as_one(tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("data=parallel", "model.architecture=encoder_decoder"), "data.path: it takes a file of sentence pairs"),
-        (("data=parallel", "data.path=pairs.tsv"), "objective: seq2seq trains model.architecture=encoder_decoder, not decoder"),
+        (("data=parallel", "data.path=pairs.tsv"), "objective: seq2seq trains model.architecture=encoder_decoder or bert2bert,"),
         ((*SMALL[1:], "eval=perplexity"), "eval.perplexity: data=parallel is scored by translation; use eval=translation"),
         (("model=nano", "eval=translation"), "eval.translation: data=shakespeare has nothing for it; use data=parallel"),
         (("objective=masked", "model=nano"), "objective: masked trains model.architecture=encoder, not decoder; use objective="),

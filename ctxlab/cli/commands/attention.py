@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from ctxlab.cli.console import progress_bar
 from ctxlab.cli.main import DONE
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.shown import shown, words_of
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.evaluation import heads as seeing
 from ctxlab.model.beam import beam_search
@@ -35,18 +36,27 @@ _PICTURES = (".png", ".svg")
 _TERMINAL, _PAGE, _PICTURE = "terminal", "page", "picture"
 
 
+class _Side(NamedTuple):
+    """Tokens, and what they are tokens of."""
+
+    tokenizer: Tokenizer
+    ids: Sequence[int]
+
+
 @dataclass(frozen=True)
 class _Reading:
     """What is read: tokens, and of an encoder-decoder the source, with the token that ends what was written, if one did."""
 
+    tokenizers: Tokenizers
     tokens: list[int]
     source: list[int] | None = None
     end: tuple[int, ...] = ()
 
-    def of(self, kind: Kind) -> tuple[Sequence[int], Sequence[int]]:
+    def of(self, kind: Kind) -> tuple[_Side, _Side]:
         """The tokens that attend and those that are attended to."""
-        source = self.source or []
-        return {"encoder": (source, source), "self": (self.tokens, self.tokens), "cross": (self.tokens, source)}[kind]
+        own = _Side(self.tokenizers.target, self.tokens)
+        source = _Side(self.tokenizers.source, self.source or [])
+        return {"encoder": (source, source), "self": (own, own), "cross": (own, source)}[kind]
 
 
 def run(config: AttentionConfig, invocation: Invocation) -> int:
@@ -54,6 +64,7 @@ def run(config: AttentionConfig, invocation: Invocation) -> int:
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
+    loaded.model = loaded.model.as_ours()  # what somebody else computes cannot be looked into
     files = _files(config.file, loaded.run.id)
     kinds = _kinds(loaded, config)
     layers, heads = (None if asked == "all" else [n - 1 for n in asked] for asked in (config.layers, config.heads))
@@ -69,8 +80,8 @@ def run(config: AttentionConfig, invocation: Invocation) -> int:
                 if kind in kinds and (layers is None or layer in layers)
             ]
             n = each * len(asked)
-            groups = _groups(loaded.tokenizer, reading, kinds, config, console.width, n)
-            rows = each * sum(len(reading.of(kind)[0]) for kind in asked)
+            groups = _groups(reading, kinds, config, console.width, n)
+            rows = each * sum(len(reading.of(kind)[0].ids) for kind in asked)
             advance = start(f"looking at {n} head{'' if n == 1 else 's'}", rows)
             induction = _induction(loaded, config) if "self" in kinds else None
             found, hidden, cross = seeing.see(
@@ -82,7 +93,7 @@ def run(config: AttentionConfig, invocation: Invocation) -> int:
             )
     except UndefinedBeyondTraining as end:
         raise ConfigError(f"text: is too long for the run: {end}") from end
-    _draw(loaded, reading, found, groups, _labelled(loaded.tokenizer, reading, written), files, console)
+    _draw(loaded, reading, found, groups, _labelled(reading, written), files, console)
     return DONE
 
 
@@ -130,29 +141,28 @@ def _text(config: AttentionConfig) -> str:
 
 def _read(loaded: LoadedRun, config: AttentionConfig, text: str) -> _Reading:
     """The tokens of the text; of an encoder-decoder those of the source and of its target, given or written now."""
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(text)
+    tokenizer, both = loaded.tokenizer, loaded.tokenizers
+    ids = loaded.reading.encode(text)
     if not loaded.translates:
-        return _Reading(ids)
-    source, begin, end = [*ids, tokenizer.eos_id], [tokenizer.bos_id], (tokenizer.eos_id,)
+        return _Reading(both, ids)
+    source, begin, end = [*ids, both.source.eos_id], [tokenizer.bos_id], (tokenizer.eos_id,)
     if config.target != "none":
-        return _Reading([*begin, *tokenizer.encode(config.target)], source, end)
+        return _Reading(both, [*begin, *tokenizer.encode(config.target)], source, end)
     with torch.inference_mode():
-        encoded = encode(loaded.model, [source], tokenizer.pad_id)
-    model: Any = loaded.model
-    most = min(config.decoding.max_new_tokens, model.position.n_positions or config.decoding.max_new_tokens)
+        encoded = encode(loaded.model, [source], both.source.pad_id)
+    model = loaded.model
+    most = min(config.decoding.max_new_tokens, model.n_positions or config.decoding.max_new_tokens)
     decoding = config.decoding.model_copy(update={"max_new_tokens": most})
     if decoding.num_beams > 1:
         new = beam_search(model, [begin], decoding, stop_ids=end, encoded=encoded)[0][0].tokens
     else:
         new = decode(model, [begin], decoding, seeds=[config.seed], stop_ids=end, encoded=encoded)[0]
     if len(new) == most:  # it went on: the last token was written, and never read
-        return _Reading([*begin, *new[:-1]], source, (new[-1],))
-    return _Reading([*begin, *new], source, end)
+        return _Reading(both, [*begin, *new[:-1]], source, (new[-1],))
+    return _Reading(both, [*begin, *new], source, end)
 
 
 def _groups(
-    tokenizer: Tokenizer,
     reading: _Reading,
     kinds: Sequence[Kind],
     config: AttentionConfig,
@@ -163,7 +173,9 @@ def _groups(
     found: dict[str, dict[Kind, seeing.Groups]] = {}
     sides = {_TERMINAL: report.side(width), _PAGE: config.cells, _PICTURE: report.picture_side(n_maps)}
     for kind in kinds:
-        words = [words_of(tokenizer, ids) if config.words else range(len(ids)) for ids in reading.of(kind)]
+        words = [
+            words_of(side.tokenizer, side.ids) if config.words else range(len(side.ids)) for side in reading.of(kind)
+        ]
         for name, side in sides.items():
             rows, columns = (seeing.parts(one, side) for one in words)
             found.setdefault(name, {})[kind] = (rows, columns)
@@ -180,8 +192,9 @@ def _induction(loaded: LoadedRun, config: AttentionConfig) -> dict[tuple[int, in
     return seeing.induction_scores(model, vocabulary, length=length, seed=config.seed)
 
 
-def _labelled(tokenizer: Tokenizer, reading: _Reading, steps: Sequence[seeing.Step]) -> list[report.Step]:
-    source = [shown(tokenizer, token) for token in reading.source or ()]
+def _labelled(reading: _Reading, steps: Sequence[seeing.Step]) -> list[report.Step]:
+    tokenizer = reading.tokenizers.target
+    source = [shown(reading.tokenizers.source, token) for token in reading.source or ()]
     return [
         report.Step(
             read=shown(tokenizer, step.read),
@@ -194,8 +207,9 @@ def _labelled(tokenizer: Tokenizer, reading: _Reading, steps: Sequence[seeing.St
     ]
 
 
-def _labels(tokenizer: Tokenizer, tokens: Sequence[int], groups: Sequence[int]) -> list[str]:
+def _labels(side: _Side, groups: Sequence[int]) -> list[str]:
     """What stands beside each part: its token or word, or the place of the first of several and that token."""
+    tokenizer, tokens = side
     parts: list[list[int]] = [[] for _ in range(max(groups) + 1)]
     for place, group in enumerate(groups):
         parts[group].append(place)
@@ -217,15 +231,13 @@ def _draw(
     files: Sequence[Path],
     console: Console,
 ) -> None:
-    tokenizer = loaded.tokenizer
-
     def drawing(name: str, say: Callable[[str], str] = str) -> tuple[list[report.Map], dict[str, report.Axes]]:
         maps = [report.Map(one.kind, one.layer + 1, one.head + 1, one.maps[name], asdict(one.summary)) for one in found]
         axes: dict[str, report.Axes] = {}
         for kind, pair in groups[name].items():
             rows, columns = (
-                [say(label) for label in _labels(tokenizer, ids, parts)]
-                for ids, parts in zip(reading.of(kind), pair, strict=True)
+                [say(label) for label in _labels(side, parts)]
+                for side, parts in zip(reading.of(kind), pair, strict=True)
             )
             axes[kind] = report.Axes(rows, columns)
         return maps, axes
@@ -234,7 +246,7 @@ def _draw(
         return text.encode(console.encoding, errors="replace").decode(console.encoding)
 
     title = f"{loaded.run.id}: what its heads attend to"
-    texts = _said(tokenizer, reading)
+    texts = _said(reading)
     maps, axes = drawing(_TERMINAL, sayable)
     console.print(Text(title, style="bold"))
     for line in texts:
@@ -261,12 +273,12 @@ def _draw(
         console.print(Text(f"drawn into {file}"))
 
 
-def _said(tokenizer: Tokenizer, reading: _Reading) -> list[str]:
+def _said(reading: _Reading) -> list[str]:
     """What was read and, of an encoder-decoder, what was made of it."""
     said = []
-    for name, tokens in (
-        ("source", reading.source),
-        ("target" if reading.source else "text", [*reading.tokens, *reading.end]),
+    for name, tokenizer, tokens in (
+        ("source", reading.tokenizers.source, reading.source),
+        ("target" if reading.source else "text", reading.tokenizers.target, [*reading.tokens, *reading.end]),
     ):
         if tokens is not None:
             text = tokenizer.decode(tokens)

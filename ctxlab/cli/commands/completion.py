@@ -86,10 +86,17 @@ def complete(words: list[str]) -> list[str]:
     if command == "completion":
         return [shell for shell in _SCRIPTS if shell.startswith(current)]
     if command == "runs":
-        first = ("show", "diff", "tag", "note", "rm") if len(words) == 2 else ("last",)
-        return [word for word in (*first, *_run_ids()) if word.startswith(current)]
+        from ctxlab.cli.commands.runs import WORDS
+
+        first = tuple(WORDS) if len(words) == 2 else ("last",)
+        found = _run_ids(".trash") if words[1] == "restore" and len(words) > 2 else [*first, *_run_ids()]
+        return [word for word in found if word.startswith(current)]
     if command == "sync":
         return [word for word in ("last", *_run_ids()) if word.startswith(current)]
+    if command == "report":
+        from ctxlab.study.readme import studies
+
+        return [word for word in ("last", *_run_ids(), *studies()) if word.startswith(current)]
     if command == "experiment":
         return [word for word in _of_experiment(words) if word.startswith(current)]
     if not any(c.name == command and c.composed for c in COMMANDS):
@@ -147,8 +154,8 @@ def _words_of(command: str, key: str, folders: list[Path]) -> set[str]:
     }
 
 
-def _run_ids() -> list[str]:
-    root = Path(os.environ.get("CTXLAB_RUNS") or "runs").expanduser()
+def _run_ids(below: str = "") -> list[str]:
+    root = Path(os.environ.get("CTXLAB_RUNS") or "runs").expanduser() / below
     return sorted(path.parent.name for path in root.glob("*/run.json"))
 
 

@@ -88,7 +88,7 @@ def _evaluate(
     attention = None if config.attention == "none" else config.attention.model_dump(mode="json")
     loaded = open_run(parent, checkpoint=config.checkpoint, device=device, attention=attention)
     data = SOURCES.config(recorded["data"]) if config.data == "none" else config.data
-    dataset = prepare_data(data, loaded.tokenizer, config.paths.cache, invocation.stderr_console)
+    dataset = prepare_data(data, loaded.tokenizers, config.paths.cache, invocation.stderr_console)
     sums = score(
         loaded.model, dataset, evaluations,
         context=loaded.context, device=device, precision=precision, seed=config.seed,
@@ -103,7 +103,10 @@ def _evaluate(
         trainer=TrainerConfig.model_validate_json(json.dumps(recorded["trainer"])),
         context=loaded.context,
     )
-    point = step_point(trained, vocab_size=loaded.tokenizer.vocab_size, precision=precision, device=device)
+    point = step_point(
+        trained, vocab_size=loaded.tokenizer.vocab_size, source_vocab_size=loaded.tokenizers.source.vocab_size,
+        precision=precision, device=device,
+    )  # fmt: skip
     measure_cost(
         config.profile, point, evaluations, sink=opened.sink, console=invocation.stderr_console, axes=axes
     )  # fmt: skip

@@ -37,15 +37,15 @@ _EXAMPLES = """other words:
   ctxlab runs diff RUN RUN...      what differs in settings and results
   ctxlab runs tag RUN TAG...       words to find it by; --remove takes them away
   ctxlab runs note RUN TEXT        a sentence about it
-  ctxlab runs rm RUN...            into .trash of the runs folder"""
+  ctxlab runs rm RUN...            into .trash of the runs folder
+  ctxlab runs restore RUN...       back from there"""
 
 
 def run(argv: list[str]) -> int:
     """Does what one `ctxlab runs` line says and returns its exit code. Raises RecordError for what it cannot do."""
-    words = {"show": _show, "diff": _diff, "tag": _tag, "note": _note, "rm": _remove}
     try:
-        if argv and argv[0] in words:
-            return words[argv[0]](argv[1:])
+        if argv and argv[0] in WORDS:
+            return WORDS[argv[0]](argv[1:])
         return _list(argv)
     except SystemExit as stop:  # argparse has printed its help
         return int(stop.code or 0)
@@ -70,23 +70,31 @@ def _list(argv: list[str]) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help=f"at most N; 0: all (default {_LIMIT}; files: all)")
     parser.add_argument("--json", action="store_true", help="whole records and results, for programs")
     parser.add_argument("--csv", action="store_true", help="the columns, numbers in SI units, for spreadsheets")
+    parser.add_argument("--watch", action="store_true", help="as they go, drawn again every two seconds, until Ctrl-C")
     given = parser.read(argv)
+    if given.limit is not None and given.limit < 0:
+        raise RecordError(f"ctxlab runs: --limit: expected a number >= 0, got {given.limit}")
+    from ctxlab.records.index import RunIndex
     from ctxlab.report import query
 
-    store = _store(given)
-    table = query.rows(store.runs())
+    index = RunIndex(runs_folder(given))
+    if given.watch:
+        from ctxlab.cli import console
+        from ctxlab.cli.watch import watch
+
+        return watch(
+            index,
+            lambda runs: [row.run for row in _chosen(given, query.rows(runs))],
+            console.stdout(),
+            limit=given.limit,
+        )
+    table = query.rows(index.summaries())
     if not table:
-        print(f"no runs in {store.root} yet; make one with: ctxlab train", file=sys.stderr)
+        print(f"no runs in {index.root} yet; make one with: ctxlab train", file=sys.stderr)
         return 0
-    found = query.matching(table, given.filters)
-    if given.sort:
-        found = query.ordered(found, query.find_key(given.sort, table), reverse=given.reverse)
-    elif given.reverse:
-        found.reverse()
+    found = _chosen(given, table)
     to_file = given.json or given.csv
     limit = given.limit if given.limit is not None else 0 if to_file else _LIMIT
-    if limit < 0:
-        raise RecordError(f"ctxlab runs: --limit: expected a number >= 0, got {limit}")
     shown = found[:limit] if limit else found
     names = given.columns.split(",") if given.columns else list(_COLUMNS)
     keys = [query.find_key(name.strip(), table) for name in names]
@@ -101,11 +109,21 @@ def _list(argv: list[str]) -> int:
     return 0
 
 
+def _chosen(given: argparse.Namespace, table: Sequence[Row]) -> list[Row]:
+    """The rows that fit the filters, in the order that is asked for."""
+    from ctxlab.report import query
+
+    found = query.matching(table, given.filters)
+    if given.sort:
+        return query.ordered(found, query.find_key(given.sort, table), reverse=given.reverse)
+    return found[::-1] if given.reverse else found
+
+
 def _print_json(shown: Sequence[Row], keys: Sequence[Key] | None) -> None:
     from ctxlab.report.query import as_json
 
     if keys is None:
-        print(as_json([row.run for row in shown]))
+        print(as_json([row.run.run() for row in shown]))
         return
     listed = [{_heading(key, exact=True): key.value(row) for key in keys} for row in shown]
     print(json.dumps(listed, indent=1, ensure_ascii=False))
@@ -144,7 +162,8 @@ def _cell(key: Key, row: Row) -> str:
     from ctxlab.units import format_count, format_length, format_seconds
 
     if key.kind == "metric":
-        return cell(row.measurement(key.name, key.context))
+        found = row.result(key.name, key.context)
+        return cell(None if found is None else found.measurement())
     value = key.value(row)
     if value is None:
         return "-"
@@ -171,15 +190,16 @@ def _show(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the whole record and its results, for programs")
     given = parser.read(argv)
     from ctxlab.cli import console
-    from ctxlab.report.query import rows
+    from ctxlab.records.index import RunIndex
+    from ctxlab.report.query import as_json
     from ctxlab.report.screens import show_run
 
     store = _store(given)
     found = store.resolve(given.run)
     if given.json:
-        _print_json(rows([found]), None)
+        print(as_json([found]))
         return 0
-    show_run(found, store.runs(), console.stdout())
+    show_run(found, RunIndex(store.root).summaries(), console.stdout())
     return 0
 
 
@@ -229,7 +249,7 @@ def _note(argv: list[str]) -> int:
 
 
 def _remove(argv: list[str]) -> int:
-    parser = _parser(" rm", "Moves runs into .trash of the runs folder; move a folder back to have it again.")
+    parser = _parser(" rm", "Moves runs into .trash of the runs folder; ctxlab runs restore brings them back.")
     parser.add_argument("runs_to_remove", nargs="+", metavar="RUN")
     given = parser.read(argv)
     store = _store(given)
@@ -242,3 +262,17 @@ def _remove(argv: list[str]) -> int:
     for each in found.values():
         print(f"{each.id}: moved to {store.remove(each)}")
     return 0
+
+
+def _restore(argv: list[str]) -> int:
+    parser = _parser(" restore", "Brings runs back from .trash, each by its id or a unique prefix of it.")
+    parser.add_argument("runs_to_restore", nargs="+", metavar="RUN")
+    given = parser.read(argv)
+    store = _store(given)
+    for name in given.runs_to_restore:
+        found = store.restore(name)
+        print(f"{found.id}: back in {found.path}")
+    return 0
+
+
+WORDS = {"show": _show, "diff": _diff, "tag": _tag, "note": _note, "rm": _remove, "restore": _restore}

@@ -7,22 +7,24 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-import torch
+from rich.console import Console
 from rich.text import Text
 
 from ctxlab.cli.execute import is_first_rank
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.mirror import Recording, recording
 from ctxlab.cli.scoring import measure_cost, memory_source, prepare_data, score, step_point, training_corpora
-from ctxlab.data.tokenizers.base import Tokenizer, load_tokenizer
-from ctxlab.errors import DataError, RunError
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import SOURCE, TARGET, Tokenizers, are_apart, load_tokenizers
+from ctxlab.errors import DataError, RecordError, RunError
 from ctxlab.evaluation.qa import QAConfig
-from ctxlab.model.base import Model
+from ctxlab.model.base import ARCHITECTURES, Model, architecture_of
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.tables import show_training
-from ctxlab.train.checkpoint import find_checkpoint, load_weights
-from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit, starting_model
+from ctxlab.train.checkpoint import find_checkpoint, load_weights, reads_both_ways, weights_sha256
+from ctxlab.train.initial import Begun, Initial, begin
+from ctxlab.train.loop import Dataset, Outcome, TrainSettings, fit, fresh_model, tokenizers_of
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -65,8 +67,13 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         _require_same_text(run, dataset)
     if is_first_rank():
         if not resume:
-            dataset.tokenizer.save(run.path / "tokenizer")
-        run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins))
+            tokenizers_of(dataset).save(run.path)
+        begun = {
+            name: run.record.provenance.resolved[name]
+            for name in ("init",)
+            if resume and name in run.record.provenance.resolved
+        }
+        run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins, resolved=begun))
     if config.resume != "none" and not resume and is_first_rank():
         console.print(Text(f"{run.id} was stopped before its first checkpoint: it starts over"), soft_wrap=True)
     settings = TrainSettings(
@@ -89,7 +96,8 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         console=console,
         attempt=run.record.attempt,
         resume=resume,
-        initial=None if resume else _initial_weights(config, dataset, invocation),
+        initial=None if resume and config.trainer.lora.r == "none" else _initial(config, dataset, run, invocation),
+        begun=lambda found: _say_begun(run, found, console),
     )
     if outcome.rank > 0:
         return DONE
@@ -101,10 +109,15 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
         context=config.context, device=outcome.device, precision=outcome.precision, seed=config.seed,
         run=run, sink=opened.sink, console=console, objective_config=config.objective,
         learned=training_corpora(run, invocation.store), facts=dataset.facts,
-        untuned=_untuned(config, settings, dataset, outcome, invocation),
+        untuned=_untuned(config, settings, dataset, outcome, run, invocation),
     )  # fmt: skip
+    said = tokenizers_of(dataset)
     point = step_point(
-        config, vocab_size=dataset.tokenizer.vocab_size, precision=outcome.precision, device=outcome.device
+        config,
+        vocab_size=said.target.vocab_size,
+        source_vocab_size=said.source.vocab_size,
+        precision=outcome.precision,
+        device=outcome.device,
     )
     measure_cost(config.profile, point, config.eval, sink=opened.sink, console=console)
     run.finish("done")
@@ -113,14 +126,16 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     return DONE
 
 
-def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizer | Tokenizer.Config:
+def _tokenizer(config: TrainConfig, run: Run, invocation: Invocation) -> Tokenizers | Tokenizer.Config:
     """The run's own tokenizer when it goes on, the parent's when it starts from one, else what the config says."""
+    apart = are_apart(config.tokenizer.model_dump())
     if run.has_weights:
-        return load_tokenizer(run.path / "tokenizer")
+        return load_tokenizers(run.path, apart=apart)
     if config.init != "none":
         parent = invocation.store.open(config.init)
-        if parent.record.config["tokenizer"] == config.tokenizer.model_dump(mode="json"):
-            return load_tokenizer(parent.path / "tokenizer")
+        sentinels = {"sentinels": config.tokenizer.sentinels}  # more of them change no other piece
+        if parent.record.config["tokenizer"] | sentinels == config.tokenizer.model_dump(mode="json"):
+            return load_tokenizers(parent.path, apart=apart).with_sentinels(config.tokenizer.sentinels)
     return config.tokenizer
 
 
@@ -131,26 +146,58 @@ def _require_same_text(run: Run, dataset: Dataset) -> None:
         raise DataError(f"data: the text has changed since {run.id} read it (sha256 {before[:12]}, now {now[:12]})")
 
 
-def _initial_weights(config: TrainConfig, dataset: Dataset, invocation: Invocation) -> dict[str, torch.Tensor] | None:
-    """The weights that the run starts from, if it starts from any: without those of a head for another task or other labels."""
+def _initial(config: TrainConfig, dataset: Dataset, run: Run, invocation: Invocation) -> Initial | None:
+    """What the run starts from, if from another: without the head of another task, or for other labels."""
     if config.init == "none":
         return None
-    parent = invocation.store.open(config.init)
-    weights = load_weights(find_checkpoint(parent.checkpoints))
-    before = parent.record.config.get("objective", {}).get("name"), parent.record.provenance.data.get("labels")
-    if before != (config.objective.name, dataset.facts.get("labels")):
+    adapted = config.trainer.lora.r != "none"
+    try:
+        parent = invocation.store.open(config.init)
+        saved = find_checkpoint(parent.checkpoints)
+        weights = load_weights(saved)
+    except RecordError as error:
+        if not (adapted and run.has_weights):
+            raise
+        raise RecordError(
+            f"resume: {run.id} trains adapters on the weights of {config.init}, which cannot be read ({error}); put that run "
+            f"back, or start from what it has learned, merged: init={run.id}"
+        ) from error
+    before = parent.record.config
+    task = before.get("objective", {}).get("name"), parent.record.provenance.data.get("labels")
+    if task != (config.objective.name, dataset.facts.get("labels")):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("task_head.")}
-    return weights
+    position, architecture = before["position"], ARCHITECTURES.get(architecture_of(before["model"]))
+    return Initial(
+        weights,
+        None if position == "none" else position["name"],
+        load_tokenizers(parent.path, apart=are_apart(before["tokenizer"])),
+        None if architecture.reads_source else architecture.causal and not reads_both_ways(before),
+        weights_sha256(saved) if adapted else "",
+    )
 
 
 def _untuned(
-    config: TrainConfig, settings: TrainSettings, dataset: Dataset, outcome: Outcome, invocation: Invocation
+    config: TrainConfig, settings: TrainSettings, dataset: Dataset, outcome: Outcome, run: Run, invocation: Invocation
 ) -> Model | None:
     """The model as it was before the first step, where its answers are asked for too."""
     if not (isinstance(config.eval.qa, QAConfig) and config.eval.qa.untuned):
         return None
-    model, _ = starting_model(settings, dataset, _initial_weights(config, dataset, invocation))
+    model, initial = fresh_model(settings, dataset), _initial(config, dataset, run, invocation)
+    if initial is None:
+        model.take_pretrained()
+    else:
+        begin(model, initial, tokenizers_of(dataset))
     return model.eval().to(outcome.device)
+
+
+def _say_begun(run: Run, begun: Begun, console: Console) -> None:
+    if not begun.facts or not is_first_rank():
+        return
+    for line in begun.lines:
+        console.print(Text(line), soft_wrap=True)
+    provenance = run.record.provenance
+    resolved = {**provenance.resolved, "init": begun.facts}
+    run.update(provenance=provenance.model_copy(update={"resolved": resolved}))
 
 
 def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Outcome) -> None:
@@ -164,10 +211,10 @@ def _record_outcome(config: TrainConfig, run: Run, dataset: Dataset, outcome: Ou
                 "precision": outcome.precision,
                 "device": outcome.device.type,
                 "memory_source": memory_source(outcome.device),
-                "resolved": outcome.resolved,
+                "resolved": {**run.record.provenance.resolved, **outcome.resolved},
             }
         ),
-        artifacts={name: name for name in ("tokenizer", "checkpoints", "wandb") if (run.path / name).is_dir()},
+        artifacts={name: name for name in (TARGET, SOURCE, "checkpoints", "wandb") if (run.path / name).is_dir()},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from ctxlab.data.pairs.parallel import Pair, Parallel, held_out
 from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.splits import SPLITS
-from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer, load_tokenizer
+from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
+from ctxlab.data.tokenizers.sides import SOURCE, Tokenizers, are_apart, load_tokenizers
 from ctxlab.errors import DataError
 
 FORMAT = 1  # of the folder: raised when the same input gives other files
@@ -58,26 +59,35 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairDataset:
-    """Sentence pairs as tokens, and the tokenizer of both sides."""
+    """Sentence pairs as tokens, and the tokenizers of both sides, which may be one."""
 
     splits: dict[str, Pairs]
-    tokenizer: Tokenizer
+    tokenizers: Tokenizers
     facts: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Of what is written."""
+        return self.tokenizers.target
 
     def text(self, split: str, index: int) -> Pair:
         """A pair as it was written."""
-        pairs = self.splits[split]
-        return Pair(*(self.tokenizer.decode(side.sentence(index).tolist()) for side in (pairs.source, pairs.target)))
+        pairs, said = self.splits[split], self.tokenizers
+        return Pair(
+            said.source.decode(pairs.source.sentence(index).tolist()),
+            said.target.decode(pairs.target.sentence(index).tolist()),
+        )
 
 
 def prepare_pairs(
     data: Parallel.Config,
-    tokenizer: Tokenizer.Config | Tokenizer,
+    tokenizer: Tokenizer.Config | Tokenizers,
     *,
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> PairDataset:
-    """The tokens of sentence pairs under a tokenizer of both languages (one given, or one learned from the train split).
+    """The tokens of sentence pairs under the tokenizers of both languages (given, or by their settings: one learned from both
+    sides of the train split, or one from each).
 
     Raises DataError, one line, for files that cannot be used.
     """
@@ -85,7 +95,7 @@ def prepare_pairs(
     parallel = Parallel(data)
     parallel.fetch(root, progress)
     facts = parallel.facts()
-    said = tokenizer.sha256 if isinstance(tokenizer, Tokenizer) else tokenizer.model_dump(mode="json")
+    said = tokenizer.facts() if isinstance(tokenizer, Tokenizers) else tokenizer.model_dump(mode="json")
     key = json.dumps([FORMAT, facts, said], sort_keys=True, ensure_ascii=False)
     folder = root / "pairs" / hashlib.sha256(key.encode()).hexdigest()[:24]
     with locked(folder):
@@ -96,35 +106,43 @@ def prepare_pairs(
 
 
 def _make(
-    folder: Path, parallel: Parallel, tokenizer: Tokenizer.Config | Tokenizer, facts: dict[str, Any], progress: Progress
+    folder: Path,
+    parallel: Parallel,
+    tokenizer: Tokenizer.Config | Tokenizers,
+    facts: dict[str, Any],
+    progress: Progress,
 ) -> None:
     side = parallel.config.held_out_by
     advance = progress("reading the pairs", 0)
     bounds = held_out(getattr(pair, side) for pair in parallel.pairs())
     advance(1)
-    if not isinstance(tokenizer, Tokenizer):
-        learning = progress(f"training the tokenizer ({tokenizer.name})", 1)
-        train = (pair for pair in parallel.pairs() if bounds.part(getattr(pair, side)) == "train")
-        sentences = itertools.chain.from_iterable(train)
-        tokenizer = TOKENIZERS.get(tokenizer.name).make(tokenizer, itertools.islice(sentences, _SAMPLE))
-        learning(1)
-    tokenizer.save(folder / "tokenizer")
+    if isinstance(tokenizer, Tokenizers):
+        both = tokenizer
+    else:
+
+        def train() -> Iterator[Pair]:
+            return (pair for pair in parallel.pairs() if bounds.part(getattr(pair, side)) == "train")
+
+        both = _learned(tokenizer, train, progress)
+    both.save(folder)
     advance = progress("turning pairs into tokens", 0)
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    source_said, target_said = both.source, both.target
+    dtypes = dict(zip(SIDES, (_dtype(source_said), _dtype(target_said)), strict=True))
     digest = hashlib.sha256()
     starts: dict[tuple[str, str], list[int]] = {(name, side): [0] for name in SPLITS for side in SIDES}
     n_bytes = 0
     with ExitStack() as stack:
         files = {key: stack.enter_context(open(_bin(folder, *key), "wb")) for key in starts}
         for chunk in _chunks(parallel.pairs()):
-            encoded = [tokenizer.encode_lines([pair[n] for pair in chunk]) for n in range(len(SIDES))]
-            for pair, source, target in zip(chunk, *encoded, strict=True):
+            sources = source_said.encode_lines([pair.source for pair in chunk])
+            targets = target_said.encode_lines([pair.target for pair in chunk])
+            for pair, source, target in zip(chunk, sources, targets, strict=True):
                 name = bounds.part(getattr(pair, side))
                 digest.update(f"{pair.source}\t{pair.target}\n".encode())
                 n_bytes += len(pair.source.encode()) + len(pair.target.encode())
-                whole = [*source, tokenizer.eos_id], [tokenizer.bos_id, *target, tokenizer.eos_id]
+                whole = [*source, source_said.eos_id], [target_said.bos_id, *target, target_said.eos_id]
                 for said, ids in zip(SIDES, whole, strict=True):
-                    files[name, said].write(np.array(ids, dtype=dtype).tobytes())
+                    files[name, said].write(np.array(ids, dtype=dtypes[said]).tobytes())
                     starts[name, said].append(starts[name, said][-1] + len(ids))
             advance(len(chunk))
     for (name, said), where in starts.items():
@@ -138,26 +156,42 @@ def _make(
         "text_sha256": digest.hexdigest(),
         "bytes": n_bytes,
         "splits": counts,
-        "tokenizer": {
-            "name": tokenizer.config.name,
-            "vocab_size": tokenizer.vocab_size,
-            "sha256": tokenizer.sha256,
-        },
+        **both.facts(),
     }
     (folder / _FACTS).write_text(json.dumps(described, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+def _learned(settings: Tokenizer.Config, pairs: Callable[[], Iterator[Pair]], progress: Progress) -> Tokenizers:
+    """One tokenizer of all sentences, or one of each side's."""
+    kind = TOKENIZERS.get(settings.name)
+    learning = progress(f"training the tokenizer ({settings.name})", 1 + are_apart(settings.model_dump()))
+
+    def make(sentences: Iterator[str]) -> Tokenizer:
+        made = kind.make(settings, itertools.islice(sentences, _SAMPLE))
+        learning(1)
+        return made
+
+    if are_apart(settings.model_dump()):
+        return Tokenizers(make(pair.source for pair in pairs()), make(pair.target for pair in pairs()))
+    joint = make(itertools.chain.from_iterable(pairs()))
+    return Tokenizers(joint, joint)
+
+
+def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger]:
+    return np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+
 def _read(folder: Path) -> PairDataset:
     try:
-        tokenizer = load_tokenizer(folder / "tokenizer")
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        both = load_tokenizers(folder, apart=SOURCE in facts)
+        sides = dict(zip(SIDES, (_dtype(both.source), _dtype(both.target)), strict=True))
         splits = {
-            name: Pairs(name, *(_side(folder, name, side, dtype) for side in SIDES)) for name in SPLITS
-        }  # fmt: skip
+            name: Pairs(name, *(_side(folder, name, side, dtype) for side, dtype in sides.items())) for name in SPLITS
+        }
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"paths.cache: {folder} is damaged ({error}); remove it and run again") from error
-    return PairDataset(splits, tokenizer, facts)
+    return PairDataset(splits, both, facts)
 
 
 def _side(folder: Path, name: str, side: str, dtype: type[np.unsignedinteger]) -> Side:

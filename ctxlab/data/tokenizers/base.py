@@ -50,6 +50,12 @@ class Tokenizer(ABC):
         """The id that stands for span `number`, from 0: they fall from the last id there is (Raffel et al. 2020)."""
         return self.vocab_size - 1 - number
 
+    def with_sentinels(self, number: int) -> Tokenizer:
+        """The same pieces with so many sentinels behind them."""
+        if number == self.config.sentinels:
+            return self
+        return self.restore(self.config.model_copy(update={"sentinels": number}), self.files())
+
     @classmethod
     @abstractmethod
     def make(cls, config: Any, sample: Iterable[str]) -> Tokenizer:

@@ -75,6 +75,10 @@ class TrainedPieces(Pieces):
     class Config(Tokenizer.Config):
         name: str
         vocab_size: int = Field(2048, ge=300, le=1_000_000, description="pieces, with 256 bytes and 5 special ones")
+        separate: bool = Field(
+            False,
+            description="one of the sources and one of the targets of sentence pairs, each with vocab_size pieces",
+        )
 
     @classmethod
     def make(cls, config: Any, sample: Iterable[str]) -> Tokenizer:

@@ -44,6 +44,8 @@ class Position(nn.Module):
     """Whether all layers use the same parameters and tables."""
     bidirectional: ClassVar[bool] = True
     """Whether the scheme tells order without a causal mask, as an encoder needs."""
+    directed: ClassVar[bool] = False
+    """Whether its parameters stand for something else where there is no causal mask."""
     defined_beyond_training: ClassVar[bool] = True
     """Whether positions from the trained context on have a meaning."""
     caches_raw_keys: ClassVar[bool] = False

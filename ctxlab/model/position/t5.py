@@ -37,6 +37,7 @@ class T5(Position):
     paper = "Raffel et al. 2020, arXiv:1910.10683"
     form = "toeplitz"
     relative = True
+    directed = True  # half of the buckets are of keys ahead
 
     def __init__(self, config: Config, model: ModelConfig, context: int, *, causal: bool = True) -> None:
         super().__init__(config, model, context, causal=causal)

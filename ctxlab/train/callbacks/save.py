@@ -15,7 +15,7 @@ from ctxlab.model.recurrence import joined, state_of
 from ctxlab.records.sinks import Sink
 from ctxlab.train.callbacks.clock import Clock
 from ctxlab.train.callbacks.interrupt import StopOnSignal
-from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, point, prune, save_checkpoint
+from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, point, prune, remember, save_checkpoint
 from ctxlab.train.module import LanguageModel
 
 
@@ -41,8 +41,13 @@ class ValidateAndSave(lightning.Callback):
         attempt: int,
         micro_rows: dict[int, int],
         saved: Checkpoint | None,
+        base: str = "",
+        average: int = 0,
     ) -> None:
-        """`saved` is the checkpoint that the run goes on from."""
+        """`saved` is the checkpoint that the run goes on from, `base` the sha256 of the weights that adapters belong to,
+        `average` how many of the last checkpoints stay to be averaged."""
+        self.base, self.average = base, average
+        self.due = False  # whether a checkpoint is, so that one that is saved as the best counts as one of the last too
         self.folder = folder
         self.sink = sink
         self.clock = clock
@@ -68,6 +73,7 @@ class ValidateAndSave(lightning.Callback):
         if not (validate or save):
             return
         self.clock.pause(module)
+        self.due = save
         if validate:
             self._validate(trainer, module)
         if save and self.saved_step != module.step:
@@ -75,6 +81,9 @@ class ValidateAndSave(lightning.Callback):
         self.clock.resume()
 
     def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        # Where a signal ends it a checkpoint is taken that a whole run would not have had: none to be averaged.
+        periodic = self.save_every is not None and module.step % self.save_every == 0
+        self.due = periodic or not self.interrupt.stopping
         if not self.interrupt.stopping and self.validate_every is not None and self.validated_step != module.step:
             self._validate(trainer, module)
         if self.saved_step != module.step:
@@ -124,7 +133,10 @@ class ValidateAndSave(lightning.Callback):
                 tokens=module.budget.tokens_before(module.step),
                 seconds=module.seconds,
                 validation_loss=self.latest if self.validated_step == module.step else None,
+                base=self.base,
             )
+            if self.average and self.due:
+                remember(self.folder, checkpoint, self.average)
             # `best` first: a run that dies between the two goes on from an older `last` and finds this one named.
             if best:
                 point(self.folder, "best", checkpoint)

@@ -27,6 +27,8 @@ class Objective(ABC):
     paper: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     """The models that it trains."""
+    prefix: ClassVar[bool] = False
+    """Whether the model reads what stands before a row's first target both ways."""
     implies: ClassVar[Mapping[str, str]] = {}
     """group -> the option that a line means by choosing this objective, unless it says otherwise."""
 

@@ -28,7 +28,7 @@ class SequenceToSequence(Objective):
         )
 
     paper = "Vaswani et al. 2017, arXiv:1706.03762, sections 3.1 and 5.4"
-    architectures = ("encoder_decoder",)
+    architectures = ("encoder_decoder", "bert2bert")
 
     @classmethod
     def why_not(cls, data: type[Source]) -> str:

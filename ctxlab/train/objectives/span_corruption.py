@@ -30,7 +30,7 @@ class SpanCorruption(Denoising):
         mean_span: float = Field(3.0, ge=1, description="tokens of a span, on average")
 
     paper = "Raffel et al. 2020, arXiv:1910.10683"
-    architectures = ("encoder_decoder",)
+    architectures = ("encoder_decoder", "bert2bert")
     config: Config
 
     def counts(self, n: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Objectives that spoil a stretch of text, and have what is missing said."""
+"""Objectives that take something of a stretch of text away, by chance, and have it said."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ class Denoising(Objective):
     """A row is made of a window's tokens by chance, by another chance each epoch; held-out rows always by the same."""
 
     implies: ClassVar[Mapping[str, str]] = {"eval": "[objective]"}
+    continues: ClassVar[bool] = False
+    """Whether what it trains says what follows a text, so that it may be scored by perplexity and asked for an answer."""
 
     @classmethod
     def why_not(cls, data: type[Source]) -> str:

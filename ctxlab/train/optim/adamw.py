@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embedding_ids
+from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, by_depth, embedding_ids
 
 
 @OPTIMIZERS.register("adamw")
@@ -26,10 +26,13 @@ class AdamW(Optimizer):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         config = self.config
         assert isinstance(config, AdamW.Config)
-        groups = adamw_groups(
-            [(n, p) for n, p in model.named_parameters() if p.requires_grad],
-            lr=config.learning_rate,
-            decay=config.weight_decay,
-            embeddings=embedding_ids(model),
-        )
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        embeddings = embedding_ids(model)
+        groups = [
+            group
+            for share, some in by_depth(model, named, config.layer_decay)
+            for group in adamw_groups(
+                some, lr=config.learning_rate, decay=config.weight_decay, embeddings=embeddings, share=share
+            )
+        ]
         return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)

@@ -9,7 +9,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, adamw_groups, embedding_ids, is_hidden_matrix, stacked
+from ctxlab.train.optim.base import (
+    OPTIMIZERS,
+    Optimizer,
+    adamw_groups,
+    by_depth,
+    embedding_ids,
+    is_hidden_matrix,
+    of_share,
+    stacked,
+)
 from ctxlab.train.optim.orthogonal import Orthogonal
 
 
@@ -72,20 +81,34 @@ class Muon(Optimizer):
         assert isinstance(config, Muon.Config)
         embeddings = embedding_ids(model)
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        hidden = [p for n, p in named if is_hidden_matrix(n, p, embeddings)]
+        hidden = [(n, p) for n, p in named if is_hidden_matrix(n, p, embeddings)]
         rest = [(n, p) for n, p in named if not is_hidden_matrix(n, p, embeddings)]
         parts: list[torch.optim.Optimizer] = []
         if hidden:
             parts.append(
                 Orthogonal(
-                    [{"params": hidden, "peak_lr": config.learning_rate}],
+                    [
+                        {
+                            "params": [p for _, p in some],
+                            "lr": config.learning_rate * share,
+                            "peak_lr": config.learning_rate * share,
+                            **of_share(share),
+                        }
+                        for share, some in by_depth(model, hidden, config.layer_decay)
+                    ],
                     lr=config.learning_rate,
                     weight_decay=config.weight_decay,
                     momentum=config.momentum,
                     stacks=stacked(model),
                 )
             )
-        groups = adamw_groups(rest, lr=config.adamw_learning_rate, decay=0.0, embeddings=embeddings)
+        groups = [
+            group
+            for share, some in by_depth(model, rest, config.layer_decay)
+            for group in adamw_groups(
+                some, lr=config.adamw_learning_rate, decay=0.0, embeddings=embeddings, share=share
+            )
+        ]
         if groups:
             parts.append(torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True))
         return Together(*parts)

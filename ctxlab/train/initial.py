@@ -1,0 +1,209 @@
+"""How a run begins with another's weights: what is taken over, what is new, what is left behind, and what does not fit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers
+from ctxlab.errors import ConfigError
+from ctxlab.model.base import Model
+from ctxlab.model.position.base import Position
+
+VOCABULARY = {
+    "embedding.weight": "target", "head.weight": "target", "head_layer.bias": "target",
+    "encoder.embedding.weight": "source",
+}  # fmt: skip
+"""Parameters that have a row for each token, in the models that have them, and of which side: one where both have the same."""
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights of another run, and what they stand for: the scheme of its positions and its tokens (None: as here)."""
+
+    weights: Mapping[str, Tensor]
+    position: str | None = None
+    tokenizers: Tokenizers | None = None
+    causal: bool | None = None  # whether all of the run's model looks back only
+    sha256: str = ""  # of the file of weights, where it matters
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What became of a run's weights, but for those that were taken over as they are."""
+
+    new: dict[str, tuple[int, ...]] = field(default_factory=dict)  # name -> shape, drawn as in a fresh model
+    dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the run, without a place here
+    rows: dict[str, int] = field(default_factory=dict)  # of the vocabulary: kept, new, dropped
+    rows_of: tuple[str, ...] = ()  # the parameters that have these
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the record; nothing where all was taken over."""
+        found = {
+            "new": {name: list(shape) for name, shape in self.new.items()},
+            "dropped": {name: list(shape) for name, shape in self.dropped.items()},
+            "vocabulary": self.rows,
+        }
+        return {name: what for name, what in found.items() if what}
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = []
+        if self.dropped:
+            lines.append(f"init: left behind {_listed(self.dropped)}")
+        if self.new:
+            lines.append(f"init: new, and drawn as in a fresh model, {_listed(self.new)}")
+        if self.rows:
+            of = " and ".join(self.rows_of)
+            dropped = f", {self.rows['dropped']:,} left behind" if self.rows["dropped"] else ""
+            new = f", {self.rows['new']:,} new, each the mean of the run's" if self.rows["new"] else ""
+            lines.append(f"init: of {of} {self.rows['kept']:,} rows kept by their tokens{new}{dropped}")
+        return lines
+
+
+def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
+    """Gives a fresh model another run's weights, and says which are not as they were.
+
+    Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind: no other
+    weight is a function of them. So does the same one where they mean something else, as T5's buckets do in an encoder. Of
+    another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
+    nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average).
+    Everything else has to fit. Raises ConfigError, one line.
+    """
+    weights = dict(initial.weights)
+    rows, rows_of = _move_rows(weights, initial.tokenizers, tokenizers)
+    new: dict[str, tuple[int, ...]] = {}
+    dropped: dict[str, tuple[int, ...]] = {}
+    own = model.state_dict()
+    for scheme, module in model.named_modules():
+        if isinstance(module, Position) and _means_other(module, initial):
+            for name in [name for name in weights if name.startswith(f"{scheme}.")]:
+                dropped[name] = tuple(weights.pop(name).shape)
+            added = {name: tensor for name, tensor in own.items() if name.startswith(f"{scheme}.")}
+            weights |= added
+            new |= {name: tuple(tensor.shape) for name, tensor in added.items()}
+    _change_head(weights, own, new, dropped)
+    load_into(model, weights, "init")
+    return Begun(new, dropped, rows, rows_of)
+
+
+def _change_head(
+    weights: dict[str, Tensor], own: Mapping[str, Tensor], new: dict[str, Any], dropped: dict[str, Any]
+) -> None:
+    """The head of a task goes on where it has the same shapes; else it is left behind, and another one begins as drawn."""
+    ours, theirs = ({n: w for n, w in some.items() if n.startswith("task_head.")} for some in (own, weights))
+    if {name: weight.shape for name, weight in ours.items()} == {name: weight.shape for name, weight in theirs.items()}:
+        return
+    for name in theirs:
+        dropped[name] = tuple(weights.pop(name).shape)
+    weights |= ours
+    new |= {name: tuple(weight.shape) for name, weight in ours.items()}
+
+
+def _move_rows(
+    weights: dict[str, Tensor], old: Tokenizers | None, new: Tokenizers
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters."""
+    rows: Counter[str] = Counter()
+    moved = []
+    for side in () if old is None else ("target", "source") if old.apart else ("target",):
+        theirs, ours = getattr(old, side), getattr(new, side)
+        index = shared_rows(theirs, ours)
+        if index is None:
+            continue
+        rows.update(_check_shared(index, theirs, ours))
+        for name, of in VOCABULARY.items():
+            mine = of == side or not (old is not None and old.apart)
+            if mine and name in weights and len(weights[name]) == theirs.vocab_size:
+                weights[name] = _by_token(weights[name], index)
+                moved.append(name)
+    return dict(rows), tuple(moved)
+
+
+def _means_other(scheme: Position, initial: Initial) -> bool:
+    turned = scheme.directed and initial.causal is not None and scheme.causal != initial.causal
+    return initial.position is not None and (scheme.config.name != initial.position or turned)
+
+
+def shared_rows(old: Tokenizer, new: Tokenizer) -> Tensor | None:
+    """Of each new token the same token's old id, or -1, (V,) int64; None where all ids are as they were.
+
+    Tokens of the same bytes are the same, the k-th of them the k-th (a letter may be a piece and a byte); special ones where
+    they have the same part to play: padding, begin, end, mask, the k-th sentinel.
+    """
+    there: dict[Any, int] = {}
+    for token, names in enumerate(_names(old)):
+        for name in names:
+            there.setdefault(name, token)
+    found = [next((there[name] for name in names if name in there), -1) for names in _names(new)]
+    if found == list(range(old.vocab_size)):
+        return None
+    return torch.tensor(found)
+
+
+def _names(tokenizer: Tokenizer) -> Iterator[list[Any]]:
+    """What each token is known by."""
+    roles = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "mask": tokenizer.mask_id}
+    sentinels = {tokenizer.sentinel_id(k): k for k in range(tokenizer.config.sentinels)}
+    seen: Counter[bytes] = Counter()
+    for token, piece in enumerate(tokenizer.pieces):
+        if token in sentinels:
+            yield [("sentinel", sentinels[token])]
+            continue
+        played = [role for role, at in roles.items() if at == token]
+        if played:
+            yield list(played)
+            continue
+        seen[piece] += 1
+        yield [(piece, seen[piece])]
+
+
+def _check_shared(index: Tensor, old: Tokenizer, new: Tokenizer) -> dict[str, int]:
+    kept = int((index >= 0).sum())
+    gone = set(range(old.vocab_size)) - set(index.tolist())
+    text = [token for token, piece in enumerate(old.pieces) if piece]
+    shared = len(text) - len(gone & set(text))
+    if 2 * shared < len(text):
+        raise ConfigError(
+            f"init: of the {len(text):,} pieces that the run has learned, only {shared:,} are among the "
+            f"{sum(map(bool, new.pieces)):,} of tokenizer={new.config.name}; leave the tokenizer out, or use one that has them"
+        )
+    return {"kept": kept, "new": len(index) - kept, "dropped": len(gone)}
+
+
+def _by_token(weight: Tensor, index: Tensor) -> Tensor:
+    """Rows (V_old, ...) as those of the new tokens, (V, ...)."""
+    mean = weight.double().mean(0).to(weight.dtype)
+    found = weight[index.clamp(min=0)]
+    found[index < 0] = mean
+    return found
+
+
+def load_into(model: Model, weights: Mapping[str, Tensor], key: str) -> None:
+    """Copies weights into a model of the same shape, or says what differs. `key` is the setting that brought them."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    if wrong:
+        first = wrong[0]
+        raise ConfigError(
+            f"{key}: the weights do not fit this model: {first} is {_shape(given.get(first))} there, "
+            f"{_shape(own.get(first))} here{f', and {len(wrong) - 1} more differ' if len(wrong) > 1 else ''}"
+        )
+    model.load_state_dict(dict(weights))
+
+
+def _listed(parameters: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in parameters.items())
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))

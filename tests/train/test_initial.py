@@ -1,0 +1,176 @@
+"""What becomes of another run's weights: rows found again by their tokens, another scheme's parameters, what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.byte import Byte
+from ctxlab.data.tokenizers.sides import Tokenizers
+from ctxlab.errors import ConfigError
+from ctxlab.train.initial import Begun, Initial, begin, shared_rows
+from tests.model.builders import build, tokens
+
+BYTES = Byte(Byte.Config())
+
+
+class Listed(Tokenizer):
+    """Pieces as they are listed behind pad, bos, eos and mask."""
+
+    def __init__(self, *pieces: bytes, sentinels: int = 0, special: Sequence[int] = (0, 1, 2, 3)) -> None:
+        pad, bos, eos, mask = special
+        config = Tokenizer.Config(name="listed", sentinels=sentinels)
+        super().__init__(config, [b""] * 4 + list(pieces), pad=pad, bos=bos, eos=eos, mask=mask)
+
+    @classmethod
+    def make(cls, config: Any, sample: Iterable[str]) -> Tokenizer:
+        raise NotImplementedError
+
+    def encode_lines(self, lines: Sequence[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def files(self) -> dict[str, bytes]:
+        return {}
+
+    @classmethod
+    def restore(cls, config: Any, files: dict[str, bytes]) -> Tokenizer:
+        raise NotImplementedError
+
+
+OLD = Listed(b"a", b"b", b"a", b"ab", sentinels=2)  # ids 4 to 7, sentinel 0 is 9 and sentinel 1 is 8
+
+
+@pytest.mark.parametrize(
+    ("new", "expected"),
+    [
+        (OLD, None),
+        (Listed(b"a", b"b", b"a", b"ab", sentinels=4), [0, 1, 2, 3, 4, 5, 6, 7, -1, -1, 8, 9]),
+        (Listed(b"ab", b"c", b"a", b"b"), [0, 1, 2, 3, 7, -1, 4, 5]),
+        (Listed(b"a", b"a", b"a", b"b"), [0, 1, 2, 3, 4, 6, -1, 5]),
+        (Listed(b"a", b"b", special=(3, 2, 1, 0)), [3, 2, 1, 0, 4, 5]),
+    ],
+    ids=["the same", "more sentinels", "another order", "the third of its kind", "other special ids"],
+)
+def test_a_token_is_found_again_by_its_piece_or_its_part(new: Tokenizer, expected: list[int] | None) -> None:
+    found = shared_rows(OLD, new)
+    assert (found if found is None else found.tolist()) == expected
+
+
+def test_sentinels_of_real_tokenizers_keep_their_numbers() -> None:
+    some, more = BYTES.with_sentinels(3), BYTES.with_sentinels(5)
+    assert (some.vocab_size, more.vocab_size, more.config.sentinels) == (263, 265, 5)
+    assert more.with_sentinels(5) is more
+    index = shared_rows(some, more)
+    assert index is not None
+    assert index.tolist() == [*range(260), -1, -1, 260, 261, 262]
+    assert [int(index[more.sentinel_id(k)]) for k in range(3)] == [some.sentinel_id(k) for k in range(3)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_go_with_their_tokens_and_new_ones_are_the_mean(tied: bool) -> None:
+    """Logits over the old tokens are those of the old model; a new token has the mean of all old logits."""
+    new = Listed(b"ab", b"c", b"a", b"b", b"a", b"d", sentinels=3)
+    theirs = build(vocab_size=OLD.vocab_size, tie_embeddings=tied)
+    model = build(vocab_size=new.vocab_size, tie_embeddings=tied, seed=5)
+    begun = begin(model, Initial(theirs.state_dict(), "rope", Tokenizers.joint(OLD)), Tokenizers.joint(new))
+    assert begun.rows == {"kept": 10, "new": 3, "dropped": 0}
+    index = torch.tensor([0, 1, 2, 3, 7, -1, 4, 5, 6, -1, -1, 8, 9])
+    kept = index >= 0
+    old_ids = tokens(2, 9, vocab_size=OLD.vocab_size)
+    new_ids = torch.stack([torch.nonzero(index == int(token))[0, 0] for token in old_ids.flatten()]).view_as(old_ids)
+    expected, found = theirs(old_ids), model(new_ids)
+    torch.testing.assert_close(found[..., kept], expected[..., index[kept]], atol=1e-5, rtol=0)
+    for fresh in torch.nonzero(~kept)[:, 0]:
+        torch.testing.assert_close(found[..., fresh], expected.mean(-1), atol=1e-5, rtol=0)
+    head = "embedding.weight" if tied else "embedding.weight and head.weight"
+    assert begun.lines == [
+        f"init: of {head} 10 rows kept by their tokens, 3 new, each the mean of the run's"
+    ]  # fmt: skip
+
+
+def test_a_tokenizer_with_little_in_common_is_refused() -> None:
+    said = r"init: of the 4 pieces that the run has learned, only 1 are among the 3 of tokenizer=listed; leave the tokenizer out"
+    with pytest.raises(ConfigError, match=said):
+        begin(
+            build(vocab_size=7),
+            Initial(build(vocab_size=10).state_dict(), "rope", Tokenizers.joint(OLD)),
+            Tokenizers.joint(Listed(b"b", b"x", b"y")),
+        )
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "dropped", "new"),
+    [
+        ("rope", "nope", {}, {}),
+        ("rope", "alibi", {}, {}),
+        ("rope", "t5", {}, {"position.weight": (32, 4)}),
+        ("learned", "rope", {"position.weight": (64, 32)}, {}),
+        ("t5", "learned", {"position.weight": (32, 4)}, {"position.weight": (64, 32)}),
+        ("kerple", "fox", {"position.a": (4,), "position.p": (4,)},
+         {"position.offset": (2, 4), "position.weight": (2, 4, 32)}),
+    ],
+)  # fmt: skip
+def test_another_scheme_begins_afresh_and_all_else_is_as_it_was(
+    before: str, now: str, dropped: dict[str, Any], new: dict[str, Any]
+) -> None:
+    theirs, model, fresh = build(before), build(now, seed=3), build(now, seed=3)
+    begun = begin(model, Initial(theirs.state_dict(), before, Tokenizers.joint(BYTES)), Tokenizers.joint(BYTES))
+    assert (begun.dropped, begun.new, begun.rows) == (dropped, new, {})
+    for name, weight in model.state_dict().items():
+        source = fresh if name.startswith("position.") else theirs
+        assert torch.equal(weight, source.state_dict()[name]), name
+    assert [line.partition(" position")[0] for line in begun.lines] == [
+        *(["init: left behind"] if dropped else []),
+        *(["init: new, and drawn as in a fresh model,"] if new else []),
+    ]
+
+
+def test_the_buckets_of_t5_begin_afresh_where_they_mean_other_distances() -> None:
+    theirs = Initial(build("t5").state_dict(), "t5", Tokenizers.joint(BYTES), causal=True)
+    assert begin(build("t5"), theirs, Tokenizers.joint(BYTES)) == Begun()
+    for model in (build("t5", prefix=True, seed=3), build("t5", architecture="encoder", seed=3)):
+        assert list(begin(model, theirs, Tokenizers.joint(BYTES)).new) == ["position.weight"]
+        assert not torch.equal(model.position.weight, theirs.weights["position.weight"])
+    assert (
+        begin(
+            build("rope", prefix=True),
+            Initial(build().state_dict(), "rope", Tokenizers.joint(BYTES), causal=True),
+            Tokenizers.joint(BYTES),
+        )
+        == Begun()
+    )
+
+
+def test_both_stacks_of_an_encoder_decoder_change_their_scheme() -> None:
+    settings: dict[str, Any] = {"architecture": "encoder_decoder"}
+    theirs, model = build("t5", **settings), build("rope", **settings)
+    begun = begin(model, Initial(theirs.state_dict(), "t5", None), Tokenizers.joint(BYTES))
+    assert sorted(begun.dropped) == ["encoder.position.weight", "position.weight"]
+
+
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [
+        ({"n_layers": 1}, r"init: the weights do not fit this model: blocks.1.attention.key.weight is 16 x 32 there, absent"),
+        ({"d_ff": 64}, r"blocks.0.feed_forward.down.weight is 32 x 48 there, 32 x 64 here, and 5 more differ"),
+        ({"context": 32}, r"position.weight is 64 x 32 there, 32 x 32 here$"),
+    ],
+)  # fmt: skip
+def test_what_would_be_lost_in_silence_is_refused(here: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        begin(
+            build("learned", **here),
+            Initial(build("learned").state_dict(), "learned", Tokenizers.joint(BYTES)),
+            Tokenizers.joint(BYTES),
+        )
+
+
+def test_nothing_is_said_where_all_was_taken_over() -> None:
+    begun = begin(
+        build(seed=2), Initial(build().state_dict(), "rope", Tokenizers.joint(BYTES)), Tokenizers.joint(BYTES)
+    )
+    assert (begun, begun.facts, begun.lines) == (Begun(), {}, [])

@@ -120,7 +120,7 @@ def test_two_ranks_train_and_validate_as_one(tmp_path: Path) -> None:
         (("objective=masked", "model=nano"), "objective: masked trains model.architecture=encoder, not decoder; use objective="),
         (("objective=masked", "model=nano", "model.architecture=encoder", "eval=perplexity"), "eval.perplexity: objective="),
         (("objective=seq2seq", "model=nano", "model.architecture=encoder_decoder"), "objective: seq2seq does not go with data="),
-        ((*SMALL[1:], "trainer.context_schedule=[{context:16,share:0.5}]"), "trainer.context_schedule: pairs are as long"),
+        ((*SMALL[1:], "trainer.context_schedule=[{context:16,share:0.5}]"), "trainer.context_schedule: the examples of parallel are as long"),
         ((*SMALL[1:], "position=alibi"), "position.name: alibi tells no order without a causal mask"),
     ],
 )  # fmt: skip

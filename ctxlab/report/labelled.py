@@ -26,7 +26,7 @@ def labelled_rows(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def _is_accuracy(m: Measurement) -> bool:
-    return m.name == "accuracy" and not {"task", "objective"} & m.axes.keys()
+    return m.name == "accuracy" and not {"task", "objective", "harness"} & m.axes.keys()
 
 
 def show_labelled(runs: Sequence[Scored], console: Console) -> None:

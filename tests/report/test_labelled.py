@@ -81,5 +81,6 @@ def test_of_many_labels_the_commonest_mistakes_are_shown() -> None:
 
 def test_scores_of_tasks_and_objectives_are_none_of_these() -> None:
     others = [row("accuracy", 0.5, axes={"task": "mqar"}), row("accuracy", 0.5, axes={"objective": "masked"})]
+    others.append(row("accuracy", 0.5, axes={"harness": "arc_easy"}))
     assert labelled_rows(others) == []
     assert labelled_rows([*others, *ANSWERED]) == ANSWERED

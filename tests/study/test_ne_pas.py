@@ -11,6 +11,7 @@ import torch
 
 from ctxlab.data.pairs.dataset import PairDataset, Pairs, Side
 from ctxlab.data.tokenizers.byte import Byte
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.evaluation.heads import Pool
 from ctxlab.registry import import_file
 
@@ -82,5 +83,5 @@ def test_sentences_are_those_held_out_each_once() -> None:
             "test", f"Tu ne ris pas{end}", "Oui.", f"Tu ne ris pas{end}", f"Elle ne pense pas{end}", "Tu ne ris pas."
         ),
     }
-    found = ne_pas.sentences(PairDataset(splits, BYTES, {}), longest=29)
+    found = ne_pas.sentences(PairDataset(splits, Tokenizers.joint(BYTES), {}), longest=29)
     assert [BYTES.decode(one.tokens) for one in found] == [f"Tu ne ris pas{end}", f"Il ne dort pas{end}"]

@@ -261,7 +261,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "text that is none": (("generate", "last", "prompt=\udcc3"), (r"prompt: expected UTF-8 text, got '\\udcc3'",)),
     "nucleus above 1": (("generate", "last", "decoding.top_p=2"), (r"decoding.top_p: expected a number <= 1, got 2",)),
-    "checkpoint": (("generate", "last", "checkpoint=first"), (r"checkpoint: expected last or best, got 'first'",)),
+    "checkpoint": (("generate", "last", "checkpoint=first"), (r"checkpoint: expected last, best or average, got 'first'",)),
 }  # fmt: skip
 
 

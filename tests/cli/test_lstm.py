@@ -59,6 +59,7 @@ def test_beside_a_decoder_it_differs_by_the_models_name_and_shows_its_speed(plac
     assert "tokens/s is the median over training" in done.out
 
 
+@pytest.mark.slow
 def test_its_steps_are_measured(place: Path) -> None:
     done = ctxlab("profile", *SIZES, *QUIET, "profile.contexts=[64]")
     assert done.code == 0, done.err

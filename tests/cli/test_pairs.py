@@ -183,6 +183,7 @@ def test_two_berts_begin_with_a_folders_weights(folder: Path) -> None:
     assert resumed.code == 0, resumed.err
 
 
+@pytest.mark.slow
 def test_cost_of_two_berts(folder: Path) -> None:
     pytest.importorskip("transformers")
     quiet = ("logger.mode=disabled", "optim=adamw")

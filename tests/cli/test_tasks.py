@@ -192,7 +192,9 @@ def test_list_shows_tasks_with_what_they_are(place: Path) -> None:
 
 def test_help_names_tasks_as_data(place: Path) -> None:
     done = ctxlab("train", "--help")
-    assert re.search(r"data +classification, parallel, shakespeare\*, squad, .*task/copy, task/induction", done.out)
+    assert re.search(
+        r"data +classification, parallel, shakespeare\*, squad, stdlib, task/copy,\s+task/induction", done.out
+    )
     assert re.search(r"eval +classification, lm_eval,[\s\S]{0,120}\btask,\s+translation", done.out)
 
 

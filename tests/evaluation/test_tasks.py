@@ -49,6 +49,9 @@ SMALL: dict[str, dict[str, Any]] = {"task/mqar": {"pairs": (3,)}, "task/inductio
 class Says(nn.Module):
     """Stands for a Transformer: what comes behind each token, by a rule of all tokens up to it."""
 
+    prefix = False
+    task_head = None
+
     def __init__(self, vocab_size: int, rule: Callable[[list[int]], int]) -> None:
         super().__init__()
         self.vocab_size, self.rule = vocab_size, rule

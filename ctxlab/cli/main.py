@@ -116,7 +116,10 @@ def _dispatch(words: list[str]) -> int:
 
         raise _Refused(f"ctxlab has no command '{name}'{nearest(name, [c.name for c in COMMANDS])}")
     if not command.composed:
-        return int(importlib.import_module(f"ctxlab.cli.commands.{name}").run(rest))
+        try:
+            return int(importlib.import_module(f"ctxlab.cli.commands.{name}").run(rest))
+        except SystemExit as stop:  # argparse has printed its help
+            return int(stop.code or DONE)
     if _asks_for_help(rest):
         from ctxlab.cli.help import command_help
 

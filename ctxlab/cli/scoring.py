@@ -70,11 +70,11 @@ def prepare_data(
     with progress_bar(console) as start:
         if isinstance(data, Parallel.Config):
             return prepare_pairs(data, tokenizers, cache=folder, progress=start)
-        tokenizer = tokenizers.target if isinstance(tokenizers, Tokenizers) else tokenizers
         if isinstance(data, Squad.Config):
-            return prepare_questions(data, tokenizer, cache=folder, progress=start)
+            return prepare_questions(data, tokenizers, cache=folder, progress=start)
         if isinstance(data, Classification.Config):
-            return prepare_texts(data, tokenizer, cache=folder, progress=start)
+            return prepare_texts(data, tokenizers, cache=folder, progress=start)
+        tokenizer = tokenizers.target if isinstance(tokenizers, Tokenizers) else tokenizers
         if isinstance(data, Task.Config):
             return prepare_task(data, tokenizer, cache=folder, progress=start)
         return prepare(data, tokenizer, cache=folder, progress=start)

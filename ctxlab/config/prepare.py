@@ -66,26 +66,17 @@ def prepare(
     With `validate=False` the configs stay plain (what `--cfg job` prints). `each` wraps the loop over cells, to show
     progress. Raises ConfigError with one line for each wrong cell of a sweep: a wrong name or type refuses it whole.
     """
-    loaded = tuple(plugins.load(path) for path in line.plugins)
-    with tempfile.TemporaryDirectory(prefix="ctxlab-") as folder:
-        generated = Path(folder).resolve()
-        if loaded:
-            plugins.write_options(generated, line.config_dirs)
-        with Composer(line.command, line.config_dirs, (generated,)) as composer:
-            first = _without_sweeps(composer, line)
-            runs = Path(line.free_text.get("paths.runs", first.config["paths"]["runs"])).expanduser()
-            work = _Work(line, composer, RunStore(runs), generated, validate, first.multirun)
-            is_sweep = line.multirun or first.multirun
-            if not is_sweep:
-                as_it_is = not any(override.is_sweep_override() for override in composer.parse(line.overrides))
-                cell = work.cell(list(line.overrides), first if as_it_is else None)
-                return Prepared(line, (cell,), False, (), loaded, runs)
-            if chosen_sweeper(line.sweeper):
-                rows = _listed(line, composer, first, generated)
-            else:
-                rows = composer.cells(line.overrides, first.sweep_params)
-            swept = _varied(rows)
-            return Prepared(line, tuple(work.sweep(each(rows))), True, swept, loaded, runs)
+    with _working(line, validate=validate) as (work, first, loaded):
+        composer, runs = work.composer, work.store.root
+        if not (line.multirun or first.multirun):
+            as_it_is = not any(override.is_sweep_override() for override in composer.parse(line.overrides))
+            cell = work.cell(list(line.overrides), first if as_it_is else None)
+            return Prepared(line, (cell,), False, (), loaded, runs)
+        if chosen_sweeper(line.sweeper):
+            rows = _listed(line, composer, first, work.generated)
+        else:
+            rows = composer.cells(line.overrides, first.sweep_params)
+        return Prepared(line, tuple(work.sweep(each(rows))), True, _varied(rows), loaded, runs)
 
 
 @dataclass(frozen=True)
@@ -127,6 +118,19 @@ class Search:
 @contextmanager
 def prepare_search(line: Line) -> Iterator[Search]:
     """Composes and checks what is fixed on a line whose sweeper is adaptive, and is there to compose its trials."""
+    with _working(line, validate=True) as (work, first, loaded):
+        arguments = _sweeps(line, work.composer, first)
+        if not arguments:
+            raise ConfigError("hydra/sweeper: nothing is searched over, e.g. optim.learning_rate=interval(0.001,0.1)")
+        fixed = [o.input_line or "" for o in work.composer.parse(line.overrides) if not o.is_sweep_override()]
+        keys = tuple(map(key_of, arguments))
+        prepared = Prepared(line, (work.cell(fixed),), True, keys, loaded, work.store.root)
+        yield Search(prepared, tuple(arguments), work)
+
+
+@contextmanager
+def _working(line: Line, *, validate: bool) -> Iterator[tuple[_Work, Composed, tuple[plugins.Plugin, ...]]]:
+    """What composes the cells of a line, its config without what is swept over, and its plugins, for as long as it is open."""
     loaded = tuple(plugins.load(path) for path in line.plugins)
     with tempfile.TemporaryDirectory(prefix="ctxlab-") as folder:
         generated = Path(folder).resolve()
@@ -135,15 +139,7 @@ def prepare_search(line: Line) -> Iterator[Search]:
         with Composer(line.command, line.config_dirs, (generated,)) as composer:
             first = _without_sweeps(composer, line)
             runs = Path(line.free_text.get("paths.runs", first.config["paths"]["runs"])).expanduser()
-            work = _Work(line, composer, RunStore(runs), generated, True, first.multirun)
-            arguments = _sweeps(line, composer, first)
-            if not arguments:
-                raise ConfigError(
-                    "hydra/sweeper: nothing is searched over, e.g. optim.learning_rate=interval(0.001,0.1)"
-                )
-            fixed = [o.input_line or "" for o in composer.parse(line.overrides) if not o.is_sweep_override()]
-            keys = tuple(map(key_of, arguments))
-            yield Search(Prepared(line, (work.cell(fixed),), True, keys, loaded, runs), tuple(arguments), work)
+            yield _Work(line, composer, RunStore(runs), generated, validate, first.multirun), first, loaded
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,8 @@ def repeats(runs: Sequence[Run]) -> list[Repeats]:
         for m in run.measurements():
             if "baseline" in m.axes:
                 continue
-            evaluated = (
-                run.record.parent if run.record.command == "eval" else ""
-            )  # a training's is what it started from
+            # The parent of a training is what it started from.
+            evaluated = run.record.parent if run.record.command == "eval" else ""
             whose = by_id.get(str(m.axes.get("run") or evaluated), run)
             config = {**settings(whose.record.config), **_of_evaluation(run, whose)}
             seed = config.pop("seed", None)

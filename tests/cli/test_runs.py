@@ -236,7 +236,7 @@ def test_a_running_run_is_not_removed_nor_any_other(runs: Path) -> None:
 
 @pytest.mark.parametrize("word", [[], ["show"], ["diff"], ["tag"], ["note"], ["rm"], ["restore"]])
 def test_help(word: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*word, "--help"]) == 0
+    assert main(["runs", *word, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: ctxlab runs{' ' if word else ''}{' '.join(word)}")
 
 

@@ -328,3 +328,34 @@ def test_every_registered_position_has_a_point() -> None:
     for name in POSITIONS.names():
         config = POSITIONS.get(name).Config(name=name)
         assert POSITIONS.config(json.loads(config.model_dump_json())) == config
+
+
+class Costly:
+    """Stands for a square matrix: a product of two moves the clock on by what it costs at so many operations a second."""
+
+    clock = 0.0
+    rates: dict[int, float] = {}  # noqa: RUF012
+
+    def __init__(self, size: int, *_: Any, **__: Any) -> None:
+        self.size = size
+
+    def __matmul__(self, other: Costly) -> None:
+        Costly.clock += 2 * self.size**3 / Costly.rates[self.size]
+
+
+# Of the second, a product of 2,048 would take 17 s by the rate before it: that size is left out.
+FAST, EMULATED = {256: 1e10, 512: 4e10, 1024: 8e10, 2048: 6e10}, {256: 1e9, 512: 2e9, 1024: 1e9, 2048: 5e9}
+
+
+@pytest.mark.parametrize(("rates", "best", "at"), [(FAST, 8e10, 1024), (EMULATED, 2e9, 512)])
+def test_the_rate_of_a_matmul_is_that_of_the_best_size_that_the_time_allows(
+    monkeypatch: pytest.MonkeyPatch, rates: dict[int, float], best: float, at: int
+) -> None:
+    monkeypatch.setattr(Costly, "rates", rates)
+    monkeypatch.setattr(Costly, "clock", 0.0)
+    monkeypatch.setattr(points.torch, "randn", Costly)
+    monkeypatch.setattr(points.time, "perf_counter", lambda: Costly.clock)
+    found = points.matmul_rate("fp32", CPU, 3.0)
+    assert found["flops_per_second"] == pytest.approx(best, rel=1e-9)
+    assert found["size"] == at
+    assert Costly.clock < 12.0

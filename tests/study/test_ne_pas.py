@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctxlab.data.pairs.dataset import PairDataset, Pairs, Side
+from ctxlab.data.pairs.dataset import PairDataset, Pairs
+from ctxlab.data.sides import Side
 from ctxlab.data.tokenizers.byte import Byte
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.evaluation.heads import Pool

@@ -12,8 +12,11 @@ from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.byte import Byte
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
+from ctxlab.model.attention.full import Full
+from ctxlab.model.encoder_decoder import EncoderDecoder
+from ctxlab.model.position.rope import Rope
 from ctxlab.train.initial import Begun, Initial, begin, shared_rows
-from tests.model.builders import build, tokens
+from tests.model.builders import build, small, tokens
 
 BYTES = Byte(Byte.Config())
 
@@ -174,3 +177,28 @@ def test_nothing_is_said_where_all_was_taken_over() -> None:
         build(seed=2), Initial(build().state_dict(), "rope", Tokenizers.joint(BYTES)), Tokenizers.joint(BYTES)
     )
     assert (begun, begun.facts, begun.lines) == (Begun(), {}, [])
+
+
+def test_each_side_finds_its_own_tokens_again() -> None:
+    """Sources and targets with vocabularies of their own: the same pieces mean nothing from one to the other."""
+    sources, targets = OLD, Listed(b"b", b"a")
+    ours = Tokenizers(Listed(b"ab", b"a", b"b", b"a"), Listed(b"a", b"new", b"b"))
+
+    def translator(said: Tokenizers, seed: int) -> EncoderDecoder:
+        torch.manual_seed(seed)
+        config = small(architecture="encoder_decoder", share_embeddings=False)
+        sizes = {"vocab_size": said.target.vocab_size, "source_vocab_size": said.source.vocab_size}
+        return EncoderDecoder(config, Rope.Config(), Full.Config(), **sizes, context=64)
+
+    before = Tokenizers(sources, targets)
+    theirs, model = translator(before, 0), translator(ours, 1)
+    begun = begin(model, Initial(theirs.state_dict(), "rope", before), ours)
+    assert begun.rows == {"kept": 8 + 6, "new": 1, "dropped": 2}
+    assert set(begun.rows_of) == {"embedding.weight", "encoder.embedding.weight"}
+    found = theirs.state_dict()
+    assert torch.equal(
+        model.state_dict()["encoder.embedding.weight"], found["encoder.embedding.weight"][[0, 1, 2, 3, 7, 4, 5, 6]]
+    )
+    moved = model.state_dict()["embedding.weight"]
+    assert torch.equal(moved[[0, 1, 2, 3, 4, 6]], found["embedding.weight"][[0, 1, 2, 3, 5, 4]])
+    torch.testing.assert_close(moved[5], found["embedding.weight"].mean(0), atol=1e-7, rtol=0)

@@ -20,13 +20,6 @@ _PORT = 7341  # asked for first, so that an address is easy to recognise
 
 def run(argv: list[str]) -> int:
     """Serves until it is interrupted. Raises RecordError for a folder that is not there, ConfigError for a port that is taken."""
-    try:
-        return _dashboard(argv)
-    except SystemExit as stop:  # argparse has printed its help
-        return int(stop.code or 0)
-
-
-def _dashboard(argv: list[str]) -> int:
     parser = FlagParser("ctxlab dashboard", _HELP)
     parser.add_argument("folder", nargs="?", metavar="DIR", help="folder of the run records, instead of --runs")
     parser.add_argument("--port", type=int, metavar="N", help=f"instead of {_PORT}, or a free one where that is taken")

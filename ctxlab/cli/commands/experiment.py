@@ -42,10 +42,7 @@ def run(argv: list[str]) -> int:
         return 0
     if argv[0] not in words:
         raise ConfigError(f"experiment: expected {', '.join(WORDS)}, got '{argv[0]}'{nearest(argv[0], WORDS)}")
-    try:
-        return words[argv[0]](argv[1:])
-    except SystemExit as stop:  # argparse has printed its help
-        return int(stop.code or 0)
+    return words[argv[0]](argv[1:])
 
 
 def check(argv: list[str]) -> int:

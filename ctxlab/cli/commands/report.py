@@ -24,13 +24,6 @@ what it is about, any number of them; none: every run
 
 def run(argv: list[str]) -> int:
     """Writes the page and the pictures of one `ctxlab report` line. Raises RecordError for what is not there."""
-    try:
-        return _report(argv)
-    except SystemExit as stop:  # argparse has printed its help
-        return int(stop.code or 0)
-
-
-def _report(argv: list[str]) -> int:
     parser = FlagParser("ctxlab report", _HELP)
     parser.add_argument("what", nargs="*", metavar="RUN|SWEEP|EXPERIMENT")
     parser.add_argument("-o", "--output", metavar="FILE", default="report.html", help="the page (default report.html)")

@@ -43,12 +43,9 @@ _EXAMPLES = """other words:
 
 def run(argv: list[str]) -> int:
     """Does what one `ctxlab runs` line says and returns its exit code. Raises RecordError for what it cannot do."""
-    try:
-        if argv and argv[0] in WORDS:
-            return WORDS[argv[0]](argv[1:])
-        return _list(argv)
-    except SystemExit as stop:  # argparse has printed its help
-        return int(stop.code or 0)
+    if argv and argv[0] in WORDS:
+        return WORDS[argv[0]](argv[1:])
+    return _list(argv)
 
 
 def _parser(word: str, text: str, epilog: str | None = None) -> FlagParser:

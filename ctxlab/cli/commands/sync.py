@@ -40,10 +40,7 @@ def run(argv: list[str]) -> int:
         help="saves the charts there, as a workspace and a report, and uploads nothing",
     )
     parser.add_argument("--again", action="store_true", help="also what has been uploaded before")
-    try:
-        given = parser.read(argv)
-    except SystemExit as stop:  # argparse has printed its help
-        return int(stop.code or 0)
+    given = parser.read(argv)
     try:
         timeout = parse_seconds(given.timeout)
     except ValueError as error:

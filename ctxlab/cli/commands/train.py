@@ -68,12 +68,11 @@ def _train(config: TrainConfig, run: Run, opened: Recording, invocation: Invocat
     if is_first_rank():
         if not resume:
             tokenizers_of(dataset).save(run.path)
-        begun = {
-            name: run.record.provenance.resolved[name]
-            for name in ("init",)
-            if resume and name in run.record.provenance.resolved
-        }
-        run.update(provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins, resolved=begun))
+        begun = run.record.provenance.resolved.get("init") if resume else None  # said once, before the first step
+        resolved = {} if begun is None else {"init": begun}
+        run.update(
+            provenance=collect(seed=config.seed, data=dataset.facts, plugins=run.record.plugins, resolved=resolved)
+        )
     if config.resume != "none" and not resume and is_first_rank():
         console.print(Text(f"{run.id} was stopped before its first checkpoint: it starts over"), soft_wrap=True)
     settings = TrainSettings(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -17,6 +16,7 @@ from typing import IO, Any, Literal
 from pydantic import Field
 
 from ctxlab.data.corpora.base import Corpus, Document, lines_of
+from ctxlab.data.files import files_sha256
 from ctxlab.data.progress import Progress
 from ctxlab.data.source import SOURCES
 from ctxlab.errors import DataError
@@ -57,15 +57,11 @@ class Text(Corpus):
 
     def facts(self) -> dict[str, Any]:
         """Names, sizes and times of the files: cheap for any size. The sha256 of their content joins when tokens are made."""
-        digest = hashlib.sha256(self._config.field.encode())
-        for file in self._files:
-            stat = file.stat()
-            digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return {
             "corpus": "text",
             "path": self._config.path,
             "n_files": len(self._files),
-            "files_sha256": digest.hexdigest(),
+            "files_sha256": files_sha256(self._files, of=self._config.field),
         }
 
     @property

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from ctxlab.data.labelled.store import file_facts
+from ctxlab.data.files import FileSource
 from ctxlab.data.pairs.parallel import file_lines
 from ctxlab.data.progress import Progress
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.errors import DataError
 from ctxlab.fields import OrNone
-
-WHERE_FROM = "a file of texts with labels, one a line with a tab between (.tsv, .txt, .gz)"
 
 
 class Labelled(NamedTuple):
@@ -27,12 +24,14 @@ class Labelled(NamedTuple):
 
 
 @SOURCES.register("classification")
-class Classification(Source):
+class Classification(FileSource):
     """Labelled texts: what a text is said to be, by the words of a label."""
 
     source = "your own labelled texts, .tsv (.gz): data.path=PATH"
     implies: ClassVar[Mapping[str, str]] = {"eval": "[classification]", "objective": "classification"}
     scored_by = "classification"
+    where_from = "a file of texts with labels, one a line with a tab between (.tsv, .txt, .gz)"
+    file_settings = ("path", "test_path")
 
     class Config(Source.Config):
         name: Literal["classification"] = "classification"
@@ -45,27 +44,11 @@ class Classification(Source):
     config: Config
 
     def fetch(self, cache: Path, progress: Progress) -> None:
-        if self.config.path == "none":
-            raise DataError(f"data.path: it takes {WHERE_FROM}")
+        self.require_files()
         if self.config.text_column == self.config.label_column:
             raise DataError(f"data.label_column: column {self.config.label_column} is the text's own")
-        for key, file in self.files.items():
-            if not file.is_file():
-                raise DataError(f"data.{key}: there is no file {file}; it takes {WHERE_FROM}")
+        for key in self.files:
             next(self.examples(key), None)  # says what is wrong with the first line
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        paths = {"path": self.config.path, "test_path": self.config.test_path}
-        return {key: Path(path).expanduser() for key, path in paths.items() if path != "none"}
-
-    def facts(self) -> dict[str, Any]:
-        """What pins this state of the texts, cheap to find."""
-        return {
-            "corpus": "classification",
-            "settings": self.config.model_dump(mode="json", exclude={"workers"}),
-            "files_sha256": file_facts(self.files.values()),
-        }
 
     def examples(self, key: str) -> Iterator[Labelled]:
         """The examples of a file in its order. Raises DataError at a line that is none."""

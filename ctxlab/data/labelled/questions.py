@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ctxlab.data.labelled.split import held_out
+from ctxlab.data.kept import damaged, kept
+from ctxlab.data.labelled.split import held_out, learned
 from ctxlab.data.labelled.squad import Asked, Passage, Squad
-from ctxlab.data.labelled.store import SideWriter, damaged, kept, learned, read_side, tokenizer_facts
-from ctxlab.data.pairs.dataset import Side
 from ctxlab.data.pairs.parallel import HeldOut, sentence_hash
 from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
+from ctxlab.data.sides import Side, SideWriter, read_side
 from ctxlab.data.splits import SPLITS
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers, load_tokenizers
 from ctxlab.errors import DataError
 
 NONE = -1  # the place of an answer that there is not
@@ -85,7 +86,7 @@ class QuestionDataset:
 
 def prepare_questions(
     data: Squad.Config,
-    tokenizer: Tokenizer.Config | Tokenizer,
+    tokenizer: Tokenizer.Config | Tokenizers,
     *,
     cache: Path | None = None,
     progress: Progress = silent,
@@ -96,12 +97,12 @@ def prepare_questions(
     """
     squad = Squad(data)
     squad.fetch(default_cache() if cache is None else cache, progress)
-    facts = squad.facts()
-    folder, tokenizer, facts = kept(
-        "squad 1", facts, tokenizer, cache, lambda draft: _make(draft, squad, tokenizer, progress)
+    folder, facts = kept(
+        "squad", 1, squad.facts(), tokenizer, cache, lambda draft: _make(draft, squad, tokenizer, progress)
     )
     try:
-        return QuestionDataset({name: _read(folder, name, tokenizer) for name in SPLITS}, tokenizer, facts)
+        speaks = load_tokenizers(folder, apart=False).target
+        return QuestionDataset({name: _read(folder, name, speaks) for name in SPLITS}, speaks, facts)
     except (OSError, EOFError, ValueError) as error:
         raise damaged(folder, error) from error
 
@@ -111,7 +112,7 @@ def token_span(ends: np.ndarray, first: int, last: int) -> tuple[int, int]:
     return int(np.searchsorted(ends, first, side="right")), int(np.searchsorted(ends, last, side="left"))
 
 
-def _make(folder: Path, squad: Squad, tokenizer: Tokenizer.Config | Tokenizer, progress: Progress) -> dict[str, Any]:
+def _make(folder: Path, squad: Squad, tokenizer: Tokenizer.Config | Tokenizers, progress: Progress) -> dict[str, Any]:
     by, tested_apart = squad.config.held_out_by, "test_path" in squad.files
     advance = progress("reading the questions", 0)
     instead = "; or give data.test_path" + ("" if by == "passage" else ", or data.held_out_by=passage")
@@ -147,7 +148,7 @@ def _make(folder: Path, squad: Squad, tokenizer: Tokenizer.Config | Tokenizer, p
         "text_sha256": digest.hexdigest(),
         "splits": counts,
         "majority_answer": min(answers, key=lambda text: (-answers[text], text), default=""),
-        "tokenizer": tokenizer_facts(speaks),
+        **Tokenizers.joint(speaks).facts(),
     }
 
 

@@ -1,13 +1,17 @@
-"""Which articles, passages or texts are held out: those with the smallest hashes, whatever the order and the seed."""
+"""Which articles, passages or texts are held out (those with the smallest hashes, whatever the order and the seed), and
+what learns its tokens from the others."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from ctxlab.data.pairs.parallel import HeldOut, sentence_hash
+from ctxlab.data.tokenizers.base import TOKENIZERS, Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import DataError
 
 SHARE = 0.05  # of what there is, for the test and for the validation each
@@ -29,3 +33,11 @@ def held_out(names: Iterable[str], *, what: str, fewest: int, tested_apart: bool
         )
     lowest = heapq.nsmallest(parts * each, seen.tolist())
     return HeldOut(NOBODY if tested_apart else lowest[each - 1], lowest[-1])
+
+
+def learned(tokenizer: Tokenizer.Config | Tokenizers, sample: Iterable[str], folder: Path) -> Tokenizer:
+    """The tokenizer that is given, or one that is made of the texts; a copy lies in the folder."""
+    if not isinstance(tokenizer, Tokenizers):
+        tokenizer = Tokenizers.joint(TOKENIZERS.get(tokenizer.name).make(tokenizer, sample))
+    tokenizer.save(folder)
+    return tokenizer.target

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from ctxlab.data.files import FileSource
 from ctxlab.data.labelled.json_stream import entries
-from ctxlab.data.labelled.store import file_facts
 from ctxlab.data.progress import Progress
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.errors import DataError
 from ctxlab.fields import OrNone
-
-WHERE_FROM = "a file of questions in SQuAD's JSON, version 1.1 or 2.0 (.json, .json.gz), e.g. train-v1.1.json of SQuAD"
 
 
 class Answer(NamedTuple):
@@ -43,13 +40,17 @@ class Passage(NamedTuple):
 
 
 @SOURCES.register("squad")
-class Squad(Source):
+class Squad(FileSource):
     """Articles of passages with questions whose answers stand in them (Rajpurkar et al. 2016, arXiv:1606.05250), or do not
     (Rajpurkar, Jia and Liang 2018, arXiv:1806.03822)."""
 
     source = "your own questions in SQuAD's JSON (.gz): data.path=PATH"
     implies: ClassVar[Mapping[str, str]] = {"eval": "[qa]", "objective": "extractive"}
     scored_by = "qa"
+    where_from = (
+        "a file of questions in SQuAD's JSON, version 1.1 or 2.0 (.json, .json.gz), e.g. train-v1.1.json of SQuAD"
+    )
+    file_settings = ("path", "test_path")
 
     class Config(Source.Config):
         name: Literal["squad"] = "squad"
@@ -64,25 +65,9 @@ class Squad(Source):
     config: Config
 
     def fetch(self, cache: Path, progress: Progress) -> None:
-        if self.config.path == "none":
-            raise DataError(f"data.path: it takes {WHERE_FROM}")
-        for key, file in self.files.items():
-            if not file.is_file():
-                raise DataError(f"data.{key}: there is no file {file}; it takes {WHERE_FROM}")
+        self.require_files()
+        for key in self.files:
             next(self.passages(key), None)  # says what is wrong with the first article
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        paths = {"path": self.config.path, "test_path": self.config.test_path}
-        return {key: Path(path).expanduser() for key, path in paths.items() if path != "none"}
-
-    def facts(self) -> dict[str, Any]:
-        """What pins this state of the questions, cheap to find."""
-        return {
-            "corpus": "squad",
-            "settings": self.config.model_dump(mode="json", exclude={"workers"}),
-            "files_sha256": file_facts(self.files.values()),
-        }
 
     def passages(self, key: str) -> Iterator[Passage]:
         """The passages of a file in its order. Raises DataError at the first record that is none."""

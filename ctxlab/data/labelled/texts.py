@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from ctxlab.data.kept import damaged, kept
 from ctxlab.data.labelled.classification import Classification, Labelled
-from ctxlab.data.labelled.split import held_out
-from ctxlab.data.labelled.store import SideWriter, damaged, kept, learned, read_side, tokenizer_facts
-from ctxlab.data.pairs.dataset import Side
+from ctxlab.data.labelled.split import held_out, learned
 from ctxlab.data.pairs.parallel import HeldOut
 from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
+from ctxlab.data.sides import Side, SideWriter, read_side
 from ctxlab.data.splits import SPLITS
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.sides import Tokenizers, load_tokenizers
 from ctxlab.errors import DataError
 
 _FEWEST = 8  # texts that a part holds
@@ -59,7 +60,7 @@ class LabelDataset:
 
 def prepare_texts(
     data: Classification.Config,
-    tokenizer: Tokenizer.Config | Tokenizer,
+    tokenizer: Tokenizer.Config | Tokenizers,
     *,
     cache: Path | None = None,
     progress: Progress = silent,
@@ -70,17 +71,18 @@ def prepare_texts(
     """
     source = Classification(data)
     source.fetch(default_cache() if cache is None else cache, progress)
-    folder, tokenizer, facts = kept(
-        "classification 1", source.facts(), tokenizer, cache, lambda draft: _make(draft, source, tokenizer, progress)
+    folder, facts = kept(
+        "classification", 1, source.facts(), tokenizer, cache, lambda draft: _make(draft, source, tokenizer, progress)
     )
     try:
-        return LabelDataset({name: _read(folder, name, tokenizer) for name in SPLITS}, tokenizer, facts)
+        speaks = load_tokenizers(folder, apart=False).target
+        return LabelDataset({name: _read(folder, name, speaks) for name in SPLITS}, speaks, facts)
     except (OSError, EOFError, ValueError) as error:
         raise damaged(folder, error) from error
 
 
 def _make(
-    folder: Path, source: Classification, tokenizer: Tokenizer.Config | Tokenizer, progress: Progress
+    folder: Path, source: Classification, tokenizer: Tokenizer.Config | Tokenizers, progress: Progress
 ) -> dict[str, Any]:
     tested_apart = "test_path" in source.files
     labels: set[str] = set()
@@ -128,7 +130,7 @@ def _make(
             for name in SPLITS
         },
         "majority_label": min(counts["train"], key=lambda label: (-counts["train"][label], label)),
-        "tokenizer": tokenizer_facts(speaks),
+        **Tokenizers.joint(speaks).facts(),
     }
 
 

@@ -8,14 +8,14 @@ import io
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from ctxlab.data.corpora.text import opened
+from ctxlab.data.files import FileSource
 from ctxlab.data.progress import Progress
 from ctxlab.data.source import SOURCES, Source
 from ctxlab.errors import DataError
@@ -24,10 +24,6 @@ from ctxlab.fields import OrNone
 TEST_SHARE, VALIDATION_SHARE = 0.01, 0.005  # of the sentences that are held out by
 MOST_TEST, MOST_VALIDATION = 4096, 2048
 FEWEST = 8  # different sentences that a part needs
-WHERE_FROM = (
-    "a file of sentence pairs, one a line with a tab between (.gz too): English-French ones, for instance, are fra.txt in "
-    "fra-eng.zip of manythings.org/anki (Tatoeba, CC-BY 2.0)"
-)
 
 
 class Pair(NamedTuple):
@@ -38,12 +34,17 @@ class Pair(NamedTuple):
 
 
 @SOURCES.register("parallel")
-class Parallel(Source):
+class Parallel(FileSource):
     """Sentence pairs: a file of columns with tabs between them, or two files whose lines belong together."""
 
     source = "your own sentence pairs, .tsv or two text files (.gz): data.path=PATH"
     implies: ClassVar[Mapping[str, str]] = {"eval": "[translation]", "objective": "seq2seq"}
     scored_by = "translation"
+    where_from = (
+        "a file of sentence pairs, one a line with a tab between (.gz too): English-French ones, for instance, are fra.txt in "
+        "fra-eng.zip of manythings.org/anki (Tatoeba, CC-BY 2.0)"
+    )
+    file_settings = ("path", "target_path")
 
     class Config(Source.Config):
         name: Literal["parallel"] = "parallel"
@@ -63,31 +64,10 @@ class Parallel(Source):
     config: Config
 
     def fetch(self, cache: Path, progress: Progress) -> None:
-        if self.config.path == "none":
-            raise DataError(f"data.path: it takes {WHERE_FROM}")
-        if self.config.target_path == "none" and self.config.source_column == self.config.target_column:
+        self.require_files()
+        if "target_path" not in self.files and self.config.source_column == self.config.target_column:
             raise DataError(f"data.target_column: column {self.config.target_column} is the source's own")
-        for key, file in self._files.items():
-            if not file.is_file():
-                raise DataError(f"data.{key}: there is no file {file}; it takes {WHERE_FROM}")
         next(self.pairs(), None)  # says what is wrong with the first line
-
-    @cached_property
-    def _files(self) -> dict[str, Path]:
-        paths = {"path": self.config.path, "target_path": self.config.target_path}
-        return {key: Path(path).expanduser() for key, path in paths.items() if path != "none"}
-
-    def facts(self) -> dict[str, Any]:
-        """What pins this state of the pairs, cheap to find: names, sizes and times of the files, and the settings."""
-        digest = hashlib.sha256()
-        for file in self._files.values():
-            stat = file.stat()
-            digest.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {
-            "corpus": "parallel",
-            "settings": self.config.model_dump(mode="json", exclude={"workers"}),
-            "files_sha256": digest.hexdigest(),
-        }
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs but those excluded, in the files' order. Raises DataError at a line that is none."""
@@ -100,7 +80,7 @@ class Parallel(Source):
             yield pair
 
     def _columns(self) -> Iterator[Pair]:
-        file = self._files["path"]
+        file = self.files["path"]
         source, target = self.config.source_column - 1, self.config.target_column - 1
         for number, line in enumerate(file_lines("path", file), start=1):
             columns = line.split("\t")
@@ -114,17 +94,15 @@ class Parallel(Source):
             yield Pair(columns[source].strip(), columns[target].strip())
 
     def _apart(self) -> Iterator[Pair]:
-        sources, targets = (file_lines(key, file) for key, file in self._files.items())
+        sources, targets = (file_lines(key, file) for key, file in self.files.items())
         done = object()
         for number, source in enumerate(sources, start=1):
             target = next(targets, done)
             if not isinstance(target, str):
-                raise DataError(
-                    f"data.target_path: {self._files['target_path']} ends before line {number} of the other"
-                )
+                raise DataError(f"data.target_path: {self.files['target_path']} ends before line {number} of the other")
             yield Pair(source.strip(), target.strip())
         if next(targets, done) is not done:
-            raise DataError(f"data.path: {self._files['path']} ends before {self._files['target_path']} does")
+            raise DataError(f"data.path: {self.files['path']} ends before {self.files['target_path']} does")
 
 
 class HeldOut(NamedTuple):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ctxlab.data.pairs.dataset import Pairs, Side
+from ctxlab.data.pairs.dataset import Pairs
 from ctxlab.data.pairs.stream import PairOrder, PairStream
+from ctxlab.data.sides import Side
 from ctxlab.data.windows import IGNORED
 from ctxlab.errors import DataError
 

@@ -125,18 +125,6 @@ class RunIndex:
         found = self._ask(read)
         return {ids[folder]: _unpacked(*found[folder]) for folder in ids if folder in found}
 
-    def curve_names(self, runs: Iterable[Summary]) -> list[tuple[str, str]]:
-        """(split, name) of every curve that one of the runs has."""
-        folders = {one.path.name for one in runs}
-
-        def read(table: sqlite3.Connection) -> set[tuple[str, str]]:
-            fresh = self._thinned(table, folders)
-            rows = table.execute("SELECT split, name, folder FROM curves")
-            kept = {(split, name) for split, name, folder in rows if folder in folders - fresh.keys()}
-            return kept | {key for own in fresh.values() for key in own}
-
-        return sorted(self._ask(read))
-
     def remember(self, folder: Path) -> None:
         """Takes one run in, with its curves, so that whoever looks next does not wait for that."""
         with contextlib.suppress(RecordError):

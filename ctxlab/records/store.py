@@ -157,9 +157,8 @@ class RunStore:
             raise RecordError(
                 f"run: {many if matches else f'there is no run {name!r} in {trash}{nearest(name, thrown)}'}"
             )
-        run_id = Run(
-            trash / matches[0]
-        ).id  # one of two that were thrown away under the same name lies there under another
+        # Of two that were thrown away under the same name, one lies there under another.
+        run_id = Run(trash / matches[0]).id
         target = self.root / run_id
         try:
             if target.exists():

@@ -114,7 +114,7 @@ class Library:
                     curves.setdefault(run_id, {}).setdefault(split, points)
         for subject in found:
             if subject.own is None:
-                subject.__dict__["curves"] = curves.get(subject.id, {})
+                subject.thinned = curves.get(subject.id, {})
         return found
 
 

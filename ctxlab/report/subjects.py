@@ -35,6 +35,7 @@ class Subject:
     whose: str | None = None  # of an evaluation: the run whose weights it looked at
     results: Path | None = None
     own: dict[str, list[Measurement]] | None = field(default=None, repr=False)  # an evaluation's rows, by run
+    thinned: dict[str, Curve] | None = field(default=None, repr=False)  # its curves, where the index has them
 
     @property
     def trained(self) -> int | None:
@@ -55,7 +56,9 @@ class Subject:
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """split -> loss by tokens seen, as it was logged."""
+        """split -> loss by tokens seen, as it was logged, or thinned."""
+        if self.thinned is not None:
+            return self.thinned
         found: dict[str, Curve] = {}
         for row in self.run.metrics() if self.run is not None and self.own is None else ():
             loss = row.get("nats_per_token", row.get("loss"))

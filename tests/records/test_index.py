@@ -179,7 +179,6 @@ def test_short_curves_are_whole(tmp_path: Path) -> None:
         assert list(column) == [row[key] for row in kept]
     (other,) = index.curves(summaries, "nats_per_token", split="validation").values()
     assert (list(other.steps), list(other.values)) == ([50], [2.5])
-    assert index.curve_names(summaries) == [("train", "loss"), ("validation", "nats_per_token")]
     assert index.curves(summaries, "nats_per_token") == {}
 
 

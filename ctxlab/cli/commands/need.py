@@ -11,7 +11,7 @@ from typing import Any
 
 from ctxlab.cli.scoring import step_point
 from ctxlab.config import plugins, schema
-from ctxlab.data.tokenizers.base import load_tokenizer
+from ctxlab.data.tokenizers.sides import are_apart, load_tokenizers
 from ctxlab.profiling.predict import Predictor
 from ctxlab.records.run import Run
 from ctxlab.train.budget import micro_rows, rows_per_step
@@ -33,12 +33,15 @@ def predicted_need(run: Run) -> dict[str, Any]:
     config: Any = schema.parse(run.record.command, run.record.config)
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
-    vocab_size = load_tokenizer(run.path / "tokenizer").vocab_size
+    said = load_tokenizers(run.path, apart=are_apart(run.record.config["tokenizer"]))
+    vocab_size = said.target.vocab_size
     rows = rows_per_step(config.trainer, config.context, config.trainer.devices) // config.trainer.devices
     largest = config.trainer.micro_batch
     if largest == "auto":
         largest = fitting_rows(config, vocab_size, precision, device, config.context)
     rows = micro_rows(rows, largest)
-    point = step_point(config, vocab_size=vocab_size, precision=precision, device=device)
+    point = step_point(
+        config, vocab_size=vocab_size, source_vocab_size=said.source.vocab_size, precision=precision, device=device
+    )
     needed = Predictor(point).rows_bytes(config.context, rows)
     return {"run": run.id, "bytes": needed, "rows": rows, "context": config.context}

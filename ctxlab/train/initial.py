@@ -114,15 +114,16 @@ def _move_rows(
     """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters."""
     rows: Counter[str] = Counter()
     moved = []
-    for side in () if old is None else ("target", "source") if old.apart else ("target",):
+    if old is None:
+        return {}, ()
+    for side in ("target", "source") if old.apart else ("target",):
         theirs, ours = getattr(old, side), getattr(new, side)
         index = shared_rows(theirs, ours)
         if index is None:
             continue
         rows.update(_check_shared(index, theirs, ours))
         for name, of in VOCABULARY.items():
-            mine = of == side or not (old is not None and old.apart)
-            if mine and name in weights and len(weights[name]) == theirs.vocab_size:
+            if (of == side or not old.apart) and name in weights and len(weights[name]) == theirs.vocab_size:
                 weights[name] = _by_token(weights[name], index)
                 moved.append(name)
     return dict(rows), tuple(moved)

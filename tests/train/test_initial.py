@@ -179,26 +179,32 @@ def test_nothing_is_said_where_all_was_taken_over() -> None:
     assert (begun, begun.facts, begun.lines) == (Begun(), {}, [])
 
 
+def translator(said: Tokenizers, seed: int) -> EncoderDecoder:
+    torch.manual_seed(seed)
+    config = small(architecture="encoder_decoder", share_embeddings=False)
+    sizes = {"vocab_size": said.target.vocab_size, "source_vocab_size": said.source.vocab_size}
+    return EncoderDecoder(config, Rope.Config(), Full.Config(), **sizes, context=64)
+
+
 def test_each_side_finds_its_own_tokens_again() -> None:
-    """Sources and targets with vocabularies of their own: the same pieces mean nothing from one to the other."""
-    sources, targets = OLD, Listed(b"b", b"a")
-    ours = Tokenizers(Listed(b"ab", b"a", b"b", b"a"), Listed(b"a", b"new", b"b"))
-
-    def translator(said: Tokenizers, seed: int) -> EncoderDecoder:
-        torch.manual_seed(seed)
-        config = small(architecture="encoder_decoder", share_embeddings=False)
-        sizes = {"vocab_size": said.target.vocab_size, "source_vocab_size": said.source.vocab_size}
-        return EncoderDecoder(config, Rope.Config(), Full.Config(), **sizes, context=64)
-
-    before = Tokenizers(sources, targets)
+    """Vocabularies of their own, of one size: the same pieces mean nothing from one side to the other."""
+    before = Tokenizers(OLD, Listed(b"b", b"a", b"c", b"d", sentinels=2))
+    ours = Tokenizers(Listed(b"ab", b"a", b"b", b"a"), Listed(b"a", b"new", b"b", b"d"))
     theirs, model = translator(before, 0), translator(ours, 1)
     begun = begin(model, Initial(theirs.state_dict(), "rope", before), ours)
-    assert begun.rows == {"kept": 8 + 6, "new": 1, "dropped": 2}
+    assert begun.rows == {"kept": 8 + 7, "new": 1, "dropped": 2 + 3}
     assert set(begun.rows_of) == {"embedding.weight", "encoder.embedding.weight"}
-    found = theirs.state_dict()
-    assert torch.equal(
-        model.state_dict()["encoder.embedding.weight"], found["encoder.embedding.weight"][[0, 1, 2, 3, 7, 4, 5, 6]]
-    )
-    moved = model.state_dict()["embedding.weight"]
-    assert torch.equal(moved[[0, 1, 2, 3, 4, 6]], found["embedding.weight"][[0, 1, 2, 3, 5, 4]])
-    torch.testing.assert_close(moved[5], found["embedding.weight"].mean(0), atol=1e-7, rtol=0)
+    found, moved = theirs.state_dict(), model.state_dict()
+    sources, targets = found["encoder.embedding.weight"], found["embedding.weight"]
+    assert torch.equal(moved["encoder.embedding.weight"], sources[[0, 1, 2, 3, 7, 4, 5, 6]])
+    assert torch.equal(moved["embedding.weight"][[0, 1, 2, 3, 4, 6, 7]], targets[[0, 1, 2, 3, 5, 4, 7]])
+    torch.testing.assert_close(moved["embedding.weight"][5], targets.mean(0), atol=1e-7, rtol=0)
+
+
+def test_two_matrices_of_one_vocabulary_are_moved_alike() -> None:
+    before, ours = Tokenizers.joint(OLD), Tokenizers.joint(Listed(b"ab", b"a", b"b", b"a"))
+    theirs, model = translator(before, 0), translator(ours, 1)
+    begun = begin(model, Initial(theirs.state_dict(), "rope", before), ours)
+    assert begun.rows == {"kept": 8, "new": 0, "dropped": 2}
+    for name in ("embedding.weight", "encoder.embedding.weight"):
+        assert torch.equal(model.state_dict()[name], theirs.state_dict()[name][[0, 1, 2, 3, 7, 4, 5, 6]])

@@ -20,11 +20,14 @@ SMALL = (
 
 
 def write_pairs(folder: Path, n: int = 4000) -> None:
-    """Sentences of three words, translated word by word in the other order: a toy language that needs every token."""
+    """Sentences of four words, translated word by word in the other order: a toy language that needs every token.
+
+    Of fewer words BLEU counts no four in a row and is 0.
+    """
     draw = random.Random(0)
     lines = []
     for _ in range(n):
-        words = draw.choices(sorted(WORDS), k=3)
+        words = draw.choices(sorted(WORDS), k=4)
         lines.append(" ".join(words) + "\t" + " ".join(WORDS[word] for word in reversed(words)))
     (folder / "pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -44,7 +47,7 @@ def test_it_learns_to_translate(tmp_path: Path) -> None:
     assert len(items) == found["bleu"].n_docs
     assert sum(item.answer == item.wanted[1] for item in items) > 0.9 * len(items)
     loaded = open_run(run)
-    assert loaded.generate("un chat rouge", temperature=0) == "red cat one"
+    assert loaded.generate("un chat rouge deux", temperature=0) == "two red cat one"
     assert loaded.texts(["un chat rouge", "deux chien bleu"]) != ["", ""]
     rows = [row for row in run.metrics() if row["split"] == "train"]
     assert all(row["loss"] > row["nats_per_token"] for row in rows[len(rows) // 2 :]), "smoothed loss, plain nats"

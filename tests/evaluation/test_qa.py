@@ -99,6 +99,9 @@ def test_a_model_that_knows_is_right_everywhere(tmp_path: Path) -> None:
         assert found[name, None, "answerable"].value == 1
         assert found[name, None, "unanswerable"].n_targets == 4
         assert found[name, "majority", None].value == 0.25  # training's most frequent answer is none
+        assert found[name, "majority", None].protocol == "training's majority"
+        assert found[name, None, None].protocol == "extractive, at most 30 tokens"
+        assert (found[name, "majority", None].facts, found[name, None, None].facts["cut"]) == ({}, 0)
     assert [item.answer == "" for item in items] == [len(item.wanted) == 1 for item in items]
     assert all(item.score == 1 for item in items)
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ctxlab.data.by_length import even_parts
 from ctxlab.data.pairs.dataset import Pairs
 from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.sides import Side
@@ -117,3 +120,15 @@ def test_no_batch_is_empty() -> None:
         batches = [made.batch(k) for k in range(made.n_batches)]
         assert all(len(batch) for batch in batches)
         assert set(np.concatenate(batches).tolist()) == set(range(700))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=0, max_size=60), st.integers(1, 120))
+def test_parts_that_are_read_together_fill_what_they_may_and_no_more(sizes: list[int], most: int) -> None:
+    rising = np.sort(np.array(sizes, dtype=np.int64))
+    parts = list(even_parts(np.arange(len(rising)), rising, most))
+    assert [int(n) for part in parts for n in part] == list(range(len(rising)))
+    for part, after in zip(parts, [*parts[1:], None]):
+        assert len(part) == 1 or len(part) * rising[part[-1]] <= most
+        if after is not None:  # not one more would have had room
+            assert (len(part) + 1) * rising[after[0]] > most

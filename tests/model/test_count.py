@@ -24,7 +24,7 @@ from ctxlab.model.transformer import Transformer
 from tests.model.builders import build, small, tokens
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
-SIZES = ["nano", "tiny", "mini", "small", "medium", "large", "1b", "vaswani_base", "chapter_example"]
+SIZES = ["pico", "micro", "nano", "tiny", "mini", "small", "medium", "large", "1b", "vaswani_base", "chapter_example"]
 FOREIGN = ["bert2bert"]  # of another library's parts: test_bert2bert.py
 RECURRENT = {"lstm": "tiny", "lstm_nano": "nano"}  # and the decoder whose parameters it has
 

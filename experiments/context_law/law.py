@@ -5,7 +5,7 @@ is: `law`, loss against parameters at a context; `pair`, loss against parameters
 the next; `gain`, a longer trained context at the context trained; `beyond`, the rise of loss beyond it;
 `scheme`, a scheme against rope; `cost`, a step at one context against another.
 
-    python experiments/context_law/law.py pico- micro- nano- tiny- profile-
+    python experiments/context_law/law.py pico micro nano tiny profile
 """
 
 from __future__ import annotations

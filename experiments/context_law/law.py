@@ -1,9 +1,9 @@
 """What context, size and positional scheme buy, from the runs of context_law and the profiles of their steps: printed, and drawn.
 
 Words are ids of runs in the folder of runs, or what those begin with. Every row says what it
-is: `law`, loss against parameters at a context; `pair`, loss against parameters from one size to
-the next; `gain`, a longer trained context at the context trained; `beyond`, the rise of loss beyond it;
-`scheme`, a scheme against rope; `cost`, a step at one context against another.
+is of: `loss`, by scheme; `law`, loss against parameters at a context; `pair`, the same from one size to
+the next; `gain`, what a longer trained context is worth; `beyond`, the rise of loss beyond the trained context;
+`scheme`, a scheme against rope; `cost`, a training step by context.
 
     python experiments/context_law/law.py pico micro nano tiny profile
 """
@@ -45,12 +45,23 @@ def main(selectors: Sequence[str]) -> None:
             parameters[model] = run.record.parameters["without_embeddings"]
     laws, pairs = list(law_rows(losses, parameters)), list(pair_rows(losses, parameters))
     gains, costs = list(gain_rows(losses)), list(cost_rows(runs))
-    for rows in (laws, pairs, gains, beyond_rows(losses), scheme_rows(losses), costs):
+    for rows in (loss_rows(losses), laws, pairs, gains, beyond_rows(losses), scheme_rows(losses), costs):
         for row in rows:
             print(json.dumps(row), flush=True)
     if losses:
         draw_loss(losses)
         draw_law(losses, parameters, laws)
+
+
+def loss_rows(losses: dict[Cell, Losses]) -> Iterable[Row]:
+    """Nats per token of each scheme by size, trained context and context scored: the mean over seeds."""
+    for model, trained in sorted({(model, trained) for model, trained, _ in losses}):
+        schemes = {position: by for (m, t, position), by in sorted(losses.items()) if (m, t) == (model, trained)}
+        for context in sorted({context for by in schemes.values() for context in contexts(by)}):
+            row: Row = {"of": "loss", "model": model, "trained": trained, "scored": context}
+            for position, by in schemes.items():
+                row |= mean([one[context] for one in by.values() if context in one], position)
+            yield row
 
 
 def law_rows(losses: dict[Cell, Losses], parameters: dict[str, int]) -> Iterable[Row]:
@@ -71,7 +82,8 @@ def law_rows(losses: dict[Cell, Losses], parameters: dict[str, int]) -> Iterable
             continue
         fit = power_law(points)
         yield {
-            "law": REFERENCE,
+            "of": "law",
+            "position": REFERENCE,
             "trained": trained,
             "context": scored,
             "runs": len(points),
@@ -93,7 +105,7 @@ def pair_rows(losses: dict[Cell, Losses], parameters: dict[str, int]) -> Iterabl
                 for a, b in by_seed(losses, (small, trained, REFERENCE), (large, trained, REFERENCE))
             ]
             if found:
-                yield {"pair": f"{small} to {large}", "trained": trained, **mean(found, "alpha")}
+                yield {"of": "pair", "from": small, "to": large, "trained": trained, **mean(found, "alpha")}
 
 
 def gain_rows(losses: dict[Cell, Losses]) -> Iterable[Row]:
@@ -108,7 +120,14 @@ def gain_rows(losses: dict[Cell, Losses]) -> Iterable[Row]:
             own = [b[long] - a[short] for a, b in pairs]
             same = [b[long] - a[long] for a, b in pairs if long in a]
             if own and same:
-                row = {"gain": model, "position": position, "context": long, "from": short, "seeds": len(own)}
+                row = {
+                    "of": "gain",
+                    "model": model,
+                    "position": position,
+                    "context": long,
+                    "shorter": short,
+                    "seeds": len(own),
+                }
                 yield {**row, **mean(own, "own"), **mean(same, "same")}
 
 
@@ -118,7 +137,7 @@ def beyond_rows(losses: dict[Cell, Losses]) -> Iterable[Row]:
         for context in contexts(by):
             rises = [one[context] - one[trained] for one in by.values() if context in one]
             if context > trained and rises:
-                row = {"beyond": model, "position": position, "trained": trained, "context": context}
+                row = {"of": "beyond", "model": model, "position": position, "trained": trained, "context": context}
                 yield {**row, **mean(rises, "rise")}
 
 
@@ -128,7 +147,7 @@ def scheme_rows(losses: dict[Cell, Losses]) -> Iterable[Row]:
         pairs = by_seed(losses, (model, trained, REFERENCE), (model, trained, position))
         differences = [b[trained] - a[trained] for a, b in pairs]
         if position != REFERENCE and differences:
-            row = {"scheme": position, "model": model, "trained": trained, "seeds": len(differences)}
+            row = {"of": "scheme", "model": model, "position": position, "trained": trained, "seeds": len(differences)}
             yield {**row, **mean(differences, "difference")}
 
 
@@ -142,7 +161,8 @@ def cost_rows(runs: Sequence[Run]) -> Iterable[Row]:
         shortest = min(seconds, default=0)
         for context in sorted(seconds.keys() & peaks.keys()):
             yield {
-                "cost": config["model"]["name"],
+                "of": "cost",
+                "model": config["model"]["name"],
                 "position": config["position"]["name"],
                 "context": context,
                 "step_seconds": seconds[context],

@@ -10,7 +10,7 @@ one part share one cast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import Attention
@@ -25,9 +26,9 @@ from ctxlab.model.attention.full import Full
 from ctxlab.model.attention.native import Kernel
 from ctxlab.model.cache import LayerCache
 from ctxlab.model.config import ModelConfig
-from ctxlab.model.elementwise import rms_norm, swiglu
+from ctxlab.model.elementwise import gated, rms_norm, row_scale, scaled
 from ctxlab.model.position.base import Position
-from ctxlab.model.remake import remade
+from ctxlab.model.remake import Recompute, remade
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class Norm(nn.Module):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(dtype)
         return rms_norm(x, self.weight, self.eps, dtype)
 
+    def of(self, x: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """What makes the norm of x, as often as it is called, of RMSNorm from one pass over x for its statistics."""
+        if self.centred:
+            return lambda: self(x, dtype)
+        r = row_scale(x, self.eps)
+        return lambda: scaled(x, self.weight, r, dtype)
+
 
 class FeedForward(nn.Module):
     """down(f(up(x))), or with a gate down(f(gate(x)) * up(x)); f is SiLU, GELU, its tanh approximation, or ReLU."""
@@ -88,17 +96,19 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, remakes: bool = False) -> Tensor:
-        """`remakes`: what the last matrix reads is not kept for the backward pass but made again from what is."""
+        """`remakes`: what the last matrix reads is not kept for the backward pass but made again from what is.
+
+        ReLU's own gradient needs that tensor, and not the one that it is made from.
+        """
         gate = self.gate(x) if hasattr(self, "gate") else None
         up = self.up(x)
         hidden = self._hidden(gate, up)
+        remakes = remakes and self.activation != "relu"
         with remade(hidden, lambda: self._hidden(gate, up)) if remakes else nullcontext():
             return self.down(hidden)
 
     def _hidden(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        if gate is None:
-            return activated(up, self.activation)
-        return swiglu(gate, up) if self.activation == "swiglu" else F.gelu(gate, approximate="tanh") * up
+        return activated(up, self.activation) if gate is None else gated(gate, up, self.activation)  # type: ignore[arg-type]
 
 
 def activated(x: Tensor, activation: str) -> Tensor:
@@ -268,12 +278,15 @@ class Block(nn.Module):
         frame: Frame,
         cache: LayerCache | None,
         past: Tensor | None = None,
-        remakes: bool = False,
+        recompute: Recompute = "block",
     ) -> Tensor:
         """x (B,T,d) on to the next block; past (B,n,d): what this block's inputs were at the n tokens before.
 
-        `remakes`: backward makes outputs of norms and of the activation function again, which are then not kept.
+        `recompute`: what backward makes again is left to the caller where it is the block, whole. Else it is outputs of norms
+        and of the activation function, and where selective what they and the feed-forward layer are made from. torch.compile
+        chooses for itself what to keep.
         """
+        remakes = recompute != "block" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
         with self._reading(self.attention_norm, seen, frame, remakes) as read:
             attended = self.attention(read, position, frame, cache, 0 if past is None else past.shape[1])
@@ -283,9 +296,16 @@ class Block(nn.Module):
             with self._reading(self.cross_attention_norm, x, frame, remakes) as read:
                 crossed = self.cross_attention(read, frame.encoded, cache)
             x = self._add(self.cross_attention_norm, x, crossed)
-        with self._reading(self.feed_forward_norm, x, frame, remakes) as read:
-            mapped = self.feed_forward(read, remakes)
+        if remakes and recompute == "selective":
+            mapped = checkpoint(self._mapped, x, frame, False, use_reentrant=False)
+        else:
+            mapped = self._mapped(x, frame, remakes)
         return self._add(self.feed_forward_norm, x, mapped)
+
+    def _mapped(self, x: Tensor, frame: Frame, remakes: bool) -> Tensor:
+        """What the feed-forward layer says to the residual stream x."""
+        with self._reading(self.feed_forward_norm, x, frame, remakes) as read:
+            return self.feed_forward(read, remakes)
 
     @property
     def last_matrices(self) -> list[nn.Linear]:
@@ -297,11 +317,12 @@ class Block(nn.Module):
     def _reading(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> Iterator[Tensor]:
         """What a part reads of the residual stream, while it reads it."""
 
-        def read() -> Tensor:
-            return x.to(frame.dtype) if self.post_norm else norm(x, frame.dtype)
-
-        once = read()
-        with remade(once, read) if remakes and not self.post_norm else nullcontext():
+        if self.post_norm:
+            yield x.to(frame.dtype)
+            return
+        made = norm.of(x, frame.dtype)
+        once = made()
+        with remade(once, made) if remakes else nullcontext():
             yield once
 
     def _add(self, norm: Norm, x: Tensor, new: Tensor) -> Tensor:

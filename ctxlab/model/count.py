@@ -16,8 +16,9 @@ Part = Any
 Precision = Literal["fp32", "bf16"]
 BERT_TYPES = 2  # of tokens, each with an embedding, in both of two BERTs
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-# Tensors of the feed-forward width that backward needs.
-_HIDDEN = {"swiglu": 3, "geglu_tanh": 4, "gelu": 2, "gelu_tanh": 2, "relu": 1}
+# Tensors of the feed-forward width that backward needs, and those of them that it can make from the others.
+_HIDDEN = {"swiglu": 3, "geglu_tanh": 3, "gelu": 2, "gelu_tanh": 2, "relu": 1}
+_REMADE = {"swiglu": 1, "geglu_tanh": 1, "gelu": 1, "gelu_tanh": 1, "relu": 0}
 
 
 @dataclass(frozen=True)
@@ -149,18 +150,18 @@ def activation_bytes(
     context: int,
     rows: int = 1,
     precision: Precision = "fp32",
-    recompute: Recompute = "none",
+    recompute: Recompute | None = "none",
     loss_chunk: int | None = None,
     source: int | None = None,
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
 
-    What the blocks keep for the backward pass (all of it; without the outputs of norms and of the activation function where
-    `recompute` is selective; each block's input and one whole block where it is block), what stands around them, and the
-    largest temporary. Under bf16 the residual stream stays fp32 and everything that a matmul reads is bf16, the copies of the
-    weights included. Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the operations of this model:
+    What the blocks keep for the backward pass under `recompute` (None: nothing is made again), what one of them holds besides
+    where it, or its feed-forward layer, is there once more, whole; what stands around them, and the largest temporary.
+    Under bf16 the residual stream stays fp32 and everything that a matmul reads is bf16, the copies of the weights included.
+    Counted as Korthikanti et al. 2022, arXiv:2205.05198, section 4, count, for the operations of this model:
     attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
-    attention has its tokens of memory (old, read and new) and their norm, keys and values besides.
+    attention has its tokens of memory (old, read and new), their keys and values besides, and what is kept of their norm.
     An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`. Two
     BERTs, nothing of which is made again: as ours of their sizes.
     """
@@ -171,7 +172,7 @@ def activation_bytes(
     if isinstance(config, LSTMConfig):
         return tokens * _recurrent_activations(config, precision) + logits
     if isinstance(config, Bert2BertConfig):
-        (config, position, attention), recompute = _as_ours(config), "none"
+        (config, position, attention), recompute = _as_ours(config), None
     carried = ATTENTIONS.get(attention.name).carried_tokens(attention)
     stream = 4 * config.d_model  # one fp32 copy of the residual stream
     ends = 2 * stream + 2 * size * config.d_model  # around the blocks: stream, last norm, gradient of the head's input
@@ -180,21 +181,24 @@ def activation_bytes(
     kept, widest, casts = 0, 0, 0
     for stack in _stacks(config):
         length = rows * (source if stack.is_source and source is not None else context)
-        block = length * kept_bytes_per_token(config, position, precision, crosses=stack.crosses)
-        if stack.crosses:
-            read = rows * (context if source is None else source)
-            block += read * _cross_keys(config) * size
-        again = recompute == "block"
-        if recompute == "selective":
-            norms = (3 if stack.crosses else 2) * config.d_model if config.norm_place == "pre" else 0
-            block -= length * size * (norms + config.d_ff)
-        kept += stack.config.n_layers * (length * stream if again else block) + length * ends
-        widest = max(widest, length * backward + (block if again else 0))
+        read = rows * (context if source is None else source) * _cross_keys(config) * size if stack.crosses else 0
+        block = length * kept_bytes_per_token(config, position, precision, crosses=stack.crosses, recompute=recompute)
+        block += 0 if recompute == "block" else read
+        kept += stack.config.n_layers * block + length * ends
+        again = 0
+        if recompute == "block":
+            again = length * kept_bytes_per_token(config, position, precision, crosses=stack.crosses, recompute=None)
+            again += read
+        elif recompute == "selective":
+            again = length * size * (config.d_ff * (_HIDDEN[config.activation] - _REMADE[config.activation]))
+            again += length * size * config.d_model
+        widest = max(widest, length * backward + again)
         casts += 0 if precision == "fp32" else size * stack.config.n_layers * _block_matrices(config, stack.crosses)
     if config.head_layer:
         kept += tokens * (3 * size * config.d_model + 8)
     width = 2 * config.head_dim + POSITIONS.get(position.name).key_columns(position, config)
-    keys = stream + size * (config.d_model + config.n_kv_heads * width) + 4
+    whole = recompute in (None, "block") or config.norm_place == "post"
+    keys = stream + size * ((config.d_model if whole else 0) + config.n_kv_heads * width) + 4
     memory = 3 * stream * config.n_layers + keys * (1 if recompute == "block" else config.n_layers)
     return kept + widest + rows * carried * memory + logits + casts
 
@@ -231,24 +235,37 @@ def chosen_recompute(
 
 
 def kept_bytes_per_token(
-    config: ModelConfig, position: Position.Config, precision: Precision, *, crosses: bool = False
+    config: ModelConfig,
+    position: Position.Config,
+    precision: Precision,
+    *,
+    crosses: bool = False,
+    recompute: Recompute | None = "none",
 ) -> int:
-    """Bytes that one block keeps of a token between its forward and its backward pass.
+    """Bytes that one block keeps of a token between its forward and its backward pass; None: where nothing is made again.
 
-    Its norms: their fp32 inputs, a reciprocal (two statistics for LayerNorm) and what is read of their outputs; queries, keys,
-    values and output of attention with its log-sum-exp, of cross-attention without keys and values, which are the source's; the
-    feed-forward layer's hidden tensors: gate, up and their product, GELU's result before it too, or one and its activation, the
-    latter alone of ReLU; the dropout masks.
+    Its norms: their fp32 inputs and a reciprocal (two statistics for LayerNorm); queries, keys, values and output of attention
+    with its log-sum-exp, of cross-attention without keys and values, which are the source's; the feed-forward layer's hidden
+    tensors: gate and up, or one, ReLU's behind it; the dropout masks. What is read of the norms' outputs and the product of gate
+    and up, or what GELU makes, come on top where nothing is made again, outputs of norms behind an addition always.
+    Selective, of the feed-forward layer with the norm before it only what goes in is kept; of a block that is made again, too.
     """
     size = _BYTES[precision]
+    if recompute == "block":
+        return 4 * config.d_model
     columns = POSITIONS.get(position.name).key_columns(position, config)
     width = config.head_dim + columns
     parts = 3 if crosses else 2
-    norms = parts * ((4 + size) * config.d_model + (4 if config.norm == "rmsnorm" else 8))
+    statistics = 4 if config.norm == "rmsnorm" else 8
+    outputs = size * config.d_model if recompute is None or config.norm_place == "post" else 0
+    norms = parts * (4 * config.d_model + outputs + statistics)
     attention = size * width * 2 * (config.n_heads + config.n_kv_heads) + 4 * config.n_heads
     if crosses:
         attention += size * config.head_dim * 2 * config.n_heads + 4 * config.n_heads
-    feed_forward = size * config.d_ff * _HIDDEN[config.activation]
+    hidden = _HIDDEN[config.activation] - (0 if recompute is None else _REMADE[config.activation])
+    feed_forward = size * config.d_ff * hidden
+    if recompute == "selective":
+        feed_forward = -statistics if config.norm_place == "pre" else (4 - size) * config.d_model
     masks = parts * size * config.d_model if config.dropout else 0
     return norms + attention + feed_forward + masks
 

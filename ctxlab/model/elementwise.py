@@ -1,15 +1,18 @@
 """Elementwise steps of a block whose gradient, written by hand, is faster or keeps less than autograd's own.
 
 On CPU, torch's RMSNorm is a chain of small kernels (its backward took eight times LayerNorm's), and `silu(a) * b` keeps
-three tensors of the feed-forward width where two are enough.
+three tensors of the feed-forward width where two are enough, as many as its gradient needs besides what it is given.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+Gate = Literal["swiglu", "geglu_tanh"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -17,13 +20,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
     Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4, with eps inside the root as everybody has it.
     """
-    result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return scaled(x, weight, row_scale(x, eps), dtype)
+
+
+def row_scale(x: Tensor, eps: float) -> Tensor:
+    """r = 1 / sqrt(mean(x^2) + eps) over the last dimension, (...,1) in fp32 or better, as a number without a gradient."""
+    with torch.no_grad():
+        high = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
+        return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def scaled(x: Tensor, weight: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
+    """y = x r weight for the r that is x's own `row_scale`: the gradient is that of the whole norm. Keeps x, weight and r."""
+    result: Tensor = _RMSNorm.apply(x, weight, r, dtype)
     return result
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """y = silu(gate) * up, silu(a) = a sigmoid(a) (Shazeer 2020, arXiv:2002.05202, eq. 5). Keeps only its two inputs."""
-    result: Tensor = _SwiGLU.apply(gate, up)
+def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
+    """y = f(gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 5). Keeps only its two inputs.
+
+    swiglu: f(a) = a sigmoid(a). geglu_tanh: f is GELU by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    """
+    result: Tensor = _Gated.apply(gate, up, kind)
     return result
 
 
@@ -31,12 +50,9 @@ class _RMSNorm(torch.autograd.Function):
     """With n the width, r = 1 / sqrt(mean(x^2) + eps), u = grad * weight: dx = r (u - x r^2 sum(u x) / n)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight, r)
-        return (high * r).mul_(weight).to(dtype)
+        return (x.to(r.dtype) * r).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -52,14 +68,26 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dweight.to(weight.dtype), None, None
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+class _Gated(torch.autograd.Function):
+    """With g the gradient: dup = f(gate) g, dgate = f'(gate) up g, each in the memory of its first factor's product."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kind = kind
+        return _gate(gate, kind).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        dup = torch.nn.functional.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), dup
+        dup = _gate(gate, ctx.kind).mul_(grad)
+        dgate = grad * up
+        if ctx.kind == "swiglu":
+            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+        else:
+            torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
+        return dgate, dup, None
+
+
+def _gate(x: Tensor, kind: Gate) -> Tensor:
+    return F.silu(x) if kind == "swiglu" else F.gelu(x, approximate="tanh")

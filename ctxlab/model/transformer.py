@@ -81,8 +81,7 @@ class Stack(nn.Module):
             if recompute == "block" and torch.is_grad_enabled():
                 x = checkpoint(block, x, self.position, frame, None, before, use_reentrant=False)
             else:
-                remakes = recompute == "selective" and torch.is_grad_enabled()
-                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before, remakes)
+                x = block(x, self.position, frame, None if cache is None else cache.layers[layer], before, recompute)
         return x.to(frame.dtype) if self.norm is None else self.norm(x, frame.dtype)
 
     def _initialize_blocks(self, config: ModelConfig) -> None:

@@ -78,8 +78,8 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
         def step() -> None:
             with autocast(spec["precision"], device):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
-                loss = model.nats(hidden, tokens[:, 1:]).mean()
+                nats = model.nats(model.hidden(tokens[:, :-1], memory=memory, **source), tokens[:, 1:])
+                loss = nats.sum() / context  # not their mean, whose gradient torch writes out token by token
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
             optimizer.step()

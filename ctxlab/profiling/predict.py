@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ctxlab.model import count
 from ctxlab.model.base import read_parts
+from ctxlab.model.loss import chunk_for
 from ctxlab.profiling.measure import Point
 from ctxlab.profiling.trace import KINDS, trace_step, trace_update
 
@@ -57,19 +58,24 @@ class Predictor:
 
         Of a component that no fake tensor gets through, the closed form beside the model.
         """
+        moments, way = self._stretches(context)
+        return Prediction(context, max(moments, key=lambda split: sum(split.values())), way)
+
+    def _stretches(self, context: int) -> tuple[Sequence[Mapping[str, float]], str]:
+        """The splits at the worst moment of each stretch of a step, and how they were found."""
         process = PROCESS_BYTES if self.point.device == "cpu" else 0
         try:
             if context <= LINE[-1]:
-                return Prediction(context, {**_worst(self.moments(context)), "process": process}, "traced")
+                return [{**split, "process": process} for split in self.moments(context)], "traced"
             near, far = (self.moments(length) for length in LINE)
         except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
-            return Prediction(context, {**self._closed(context), "process": process}, "closed form")
+            return [{**self._closed(context), "process": process}], "closed form"
         share = (context - LINE[0]) / (LINE[1] - LINE[0])
         moments = [
-            {kind: max(0.0, a[kind] + share * (b[kind] - a[kind])) for kind in KINDS}
+            {kind: max(0.0, a[kind] + share * (b[kind] - a[kind])) for kind in KINDS} | {"process": process}
             for a, b in zip(near, far, strict=True)
         ]
-        return Prediction(context, {**_worst(moments), "process": process}, "continued from traces at 1k and 2k")
+        return moments, "continued from traces at 1k and 2k"
 
     def fits(self, context: int, memory: float) -> bool:
         """Whether a step is predicted to fit, with ROOM."""
@@ -94,21 +100,45 @@ class Predictor:
         return low
 
     def rows_bytes(self, context: int, rows: int) -> float:
-        """Bytes of a step whose rows are `rows` at once: what one row adds is taken to be what its own tokens add."""
-        one = self.memory(context)
-        standing = sum(one.split[kind] for kind in _STANDING)
-        return standing + rows * (one.bytes - standing)
+        """Bytes of a step whose rows are `rows` at once: what one row adds is taken to be what its own tokens add.
+
+        The logits of a chunk, and the gradient of the matrix that makes them, are there once.
+        """
+        one, all_rows = self._loss(context), self._loss(rows * context)
+        found = []
+        for split in self._stretches(context)[0]:
+            standing = sum(split[kind] for kind in _STANDING)
+            added = sum(split.values()) - standing
+            if split["logits"] >= one:
+                found.append(standing + all_rows + rows * (added - one))
+            else:
+                found.append(standing + rows * added)
+        return max(found)
 
     def rows(self, context: int, memory: float) -> int:
         """How many rows of `context` tokens fit at once, the largest number whose `rows_bytes`, with ROOM, do.
 
         0 where one does not.
         """
-        if not self.fits(context, memory):
-            return 0
-        one = self.memory(context)
-        standing = sum(one.split[kind] for kind in _STANDING)
-        return max(1, int((memory / (1 + ROOM) - standing) / (one.bytes - standing)))
+        low, high = 0, 1
+        while self.rows_bytes(context, high) * (1 + ROOM) <= memory:
+            low, high = high, 2 * high
+            if high > 2**40:
+                break
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.rows_bytes(context, middle) * (1 + ROOM) <= memory:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _loss(self, tokens: int) -> int:
+        """Bytes that the loss of so many tokens holds once: a chunk's logits, in the compute dtype and fp32, and the gradient."""
+        point = self.point
+        chunk = chunk_for(point.vocab_size) if point.loss_chunk is None else point.loss_chunk
+        each = 8 if point.precision == "fp32" else 6
+        return point.vocab_size * (each * min(tokens, chunk) + 4 * point.model["d_model"])
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)
@@ -144,7 +174,3 @@ class Predictor:
         states = 2 if self.point.optim["name"] == "adamw" else 1
         found = {"weights": weights, "gradients": weights, "optimizer": states * weights, "activations": activations}
         return {kind: float(found.get(kind, 0)) for kind in KINDS}
-
-
-def _worst(moments: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    return max(moments, key=lambda split: sum(split.values()))

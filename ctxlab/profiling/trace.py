@@ -117,7 +117,7 @@ def trace_step(point: Point) -> list[dict[str, int]]:
                 hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
             live.mark()
             with live.counting("logits"):
-                loss = model.nats(hidden, tokens[:, 1:]).mean()
+                loss = model.nats(hidden, tokens[:, 1:]).sum() / point.context
         with live.counting("temporaries"):
             del hidden
             loss.backward()

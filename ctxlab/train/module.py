@@ -74,6 +74,7 @@ class LanguageModel(lightning.LightningModule):
                 scored = targets != IGNORED
                 hidden, targets = hidden[scored].unsqueeze(0), targets[scored].unsqueeze(0)  # (1, n, d_model), (1, n)
             losses, nats = self.model.losses(hidden, targets, self.smoothing)
+        del hidden  # backward frees it once the head has been there
         loss = losses.sum() / batch.n_targets_in_step
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(loss * self.trainer.world_size)

@@ -63,7 +63,9 @@ class TrainerConfig(ComponentConfig):
     devices: int = Field(1, ge=1)
     strategy: Literal["auto", "ddp"] = "auto"
     recompute: Annotated[RecomputeSetting, BeforeValidator(_from_flag)] = Field(
-        "none", description="what backward computes again instead of keeping it; auto: the least that fits the machine"
+        "none",
+        description="what backward computes again instead of keeping it: nothing that takes time, feed-forward layers, or "
+        "whole blocks; auto: the least that fits the machine",
     )
     loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
     compile: bool = False

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model import count
@@ -20,7 +19,9 @@ from ctxlab.model.cache import KVCache
 from ctxlab.model.config import LSTMConfig, ModelConfig
 from ctxlab.model.encoder_decoder import EncoderDecoder
 from ctxlab.model.position.base import POSITIONS
+from ctxlab.model.remake import POLICIES, Recompute
 from ctxlab.model.transformer import Transformer
+from ctxlab.profiling.trace import Live
 from tests.model.builders import build, small, tokens
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
@@ -231,37 +232,29 @@ def test_flops_of_a_window_that_looks_both_ways(size: int) -> None:
     assert found == 4 * config.n_heads * config.head_dim * most
 
 
-class Kept:
-    """Bytes that autograd keeps, each storage once, weights and their casts left out."""
+def kept_per_layer_and_token(position: str, precision: count.Precision, policy: Recompute, **settings: Any) -> float:
+    """Bytes alive behind the forward pass, the casts of weights left out.
 
-    def __init__(self, model: Transformer) -> None:
-        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self.shapes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape)[::-1] for p in model.parameters()}
-        self.storages: dict[int, int] = {}
-        self.alive: list[Tensor] = []
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.weights and tuple(tensor.shape) not in self.shapes:
-            self.storages[storage.data_ptr()] = storage.nbytes()
-            self.alive.append(tensor)
-        return tensor
-
-
-def kept_per_layer_and_token(position: str, precision: count.Precision, **settings: Any) -> float:
-    """From models of 1 and 3 layers, so that what stands around the blocks falls out; of a decoder's layers, an encoder's too."""
+    From models of 1 and 3 layers, so that what stands around the blocks falls out; of a decoder's layers, an encoder's too.
+    """
     sizes = []
     for n_layers in (1, 3):
         model = build(position, n_layers=n_layers, d_model=64, d_ff=96, **settings).train()
+        model.recompute = policy
         source: Any = {"source": tokens(2, 128, seed=2)} if model.reads_source else {}
-        kept = Kept(model)
-        hooks = torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            model.hidden(tokens(2, 128), **source)
-        sizes.append(sum(kept.storages.values()))
+        cast = re.compile({"none": r"^blocks\.", "selective": r"^blocks\..*attention\.", "block": r"^$"}[policy])
+        casts = 2 * sum(p.numel() for name, p in model.named_parameters() if cast.search(name) and p.ndim == 2)
+        with Live() as live, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            weights = [p.detach() for p in model.parameters()]  # seen now, so that they fall out too
+            before = sum(live.now.values())
+            hidden = model.hidden(tokens(2, 128), **source)
+        sizes.append(sum(live.now.values()) - before - (casts if precision == "bf16" else 0))
+        del weights
+        del hidden
     return (sizes[1] - sizes[0]) / 2 / (2 * 128)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "settings",
@@ -269,19 +262,20 @@ def kept_per_layer_and_token(position: str, precision: count.Precision, **settin
         {},
         {"activation": "gelu", "norm": "layernorm", "bias": True, "dropout": 0.1, "n_kv_heads": 4},
         {"norm_place": "post", "norm": "layernorm", "bias": True, "activation": "relu"},
+        {"norm_place": "post", "activation": "gelu_tanh"},
         {"architecture": "encoder", "activation": "geglu_tanh"},
         {"architecture": "encoder_decoder", "n_encoder_layers": 2},
     ],
 )
 @pytest.mark.parametrize("position", ["nope", "rope"])
 def test_kept_bytes_are_what_autograd_keeps(
-    position: str, settings: dict[str, Any], precision: count.Precision
+    position: str, settings: dict[str, Any], precision: count.Precision, policy: Recompute
 ) -> None:
     config = small(d_model=64, d_ff=96, **settings)
     crosses = config.architecture == "encoder_decoder"
     expected = count.kept_bytes_per_token(
-        config, POSITIONS.get(position).Config(name=position), precision, crosses=crosses
+        config, POSITIONS.get(position).Config(name=position), precision, crosses=crosses, recompute=policy
     )
-    if crosses:  # with a source as long
+    if crosses and policy != "block":  # with a source as long
         expected += 2 * config.n_kv_heads * config.head_dim * (4 if precision == "fp32" else 2)
-    assert kept_per_layer_and_token(position, precision, context=128, **settings) == expected
+    assert kept_per_layer_and_token(position, precision, policy, context=128, **settings) == expected

@@ -1,7 +1,8 @@
 """Elementwise steps of a block whose gradient, written by hand, is faster or keeps less than autograd's own.
 
 On CPU, torch's RMSNorm is a chain of small kernels (its backward took eight times LayerNorm's), and `silu(a) * b` keeps
-three tensors of the feed-forward width where two are enough.
+three tensors of the feed-forward width where two are enough. Without a gradient they are what they compute: for one
+token, calling a function of one's own takes longer than its arithmetic.
 """
 
 from __future__ import annotations
@@ -17,14 +18,30 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
     Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4, with eps inside the root as everybody has it.
     """
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps, dtype)[0]
     result: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
     return result
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = silu(gate) * up, silu(a) = a sigmoid(a) (Shazeer 2020, arXiv:2002.05202, eq. 5). Keeps only its two inputs."""
+    if not torch.is_grad_enabled():
+        return _gated(gate, up)
     result: Tensor = _SwiGLU.apply(gate, up)
     return result
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """y, and r = 1 / sqrt(mean(x^2) + eps)."""
+    high = x.to(torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
+    r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (high * r).mul_(weight).to(dtype), r
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate).mul_(up)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -32,11 +49,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        high = x.to(torch.promote_types(x.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(high, dim=-1, keepdim=True)
-        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = _normed(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, r)
-        return (high * r).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -56,7 +71,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return torch.nn.functional.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -70,6 +70,8 @@ def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Te
 
 def rotate(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
     """The first n pairs of x (B,H,T,D) as complex numbers, each multiplied by turns (T,n), in the dtype of x."""
+    if not torch.is_grad_enabled():
+        return _turn(x, turns, layout)
     result: Tensor = _Rotate.apply(x, turns, layout)
     return result
 

@@ -10,8 +10,7 @@ one part share one cast.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,7 +125,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Of x (B,T,d), or with `remembered` tokens of memory before it (B,S,d), the new tokens' part: (B,T,d)."""
         q, k, v = (
-            project(y).unflatten(-1, (-1, self.head_dim))
+            project(y).view(*y.shape[:2], -1, self.head_dim)
             for project, y in ((self.query, x[:, remembered:]), (self.key, x), (self.value, x))
         )
         if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D), or (B,S,Hkv,D)
@@ -275,15 +274,18 @@ class Block(nn.Module):
         `remakes`: backward makes outputs of norms and of the activation function again, which are then not kept.
         """
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
-        with self._reading(self.attention_norm, seen, frame, remakes) as read:
+        read = self._read(self.attention_norm, seen, frame)
+        with self._made_again(self.attention_norm, read, seen, frame) if remakes else nullcontext():
             attended = self.attention(read, position, frame, cache, 0 if past is None else past.shape[1])
         x = self._add(self.attention_norm, x, attended)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert frame.encoded is not None
-            with self._reading(self.cross_attention_norm, x, frame, remakes) as read:
+            read = self._read(self.cross_attention_norm, x, frame)
+            with self._made_again(self.cross_attention_norm, read, x, frame) if remakes else nullcontext():
                 crossed = self.cross_attention(read, frame.encoded, cache)
             x = self._add(self.cross_attention_norm, x, crossed)
-        with self._reading(self.feed_forward_norm, x, frame, remakes) as read:
+        read = self._read(self.feed_forward_norm, x, frame)
+        with self._made_again(self.feed_forward_norm, read, x, frame) if remakes else nullcontext():
             mapped = self.feed_forward(read, remakes)
         return self._add(self.feed_forward_norm, x, mapped)
 
@@ -293,19 +295,16 @@ class Block(nn.Module):
         crossing = [] if self.cross_attention is None else [self.cross_attention.out]
         return [self.attention.out, *crossing, self.feed_forward.down]
 
-    @contextmanager
-    def _reading(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> Iterator[Tensor]:
-        """What a part reads of the residual stream, while it reads it."""
+    def _read(self, norm: Norm, x: Tensor, frame: Frame) -> Tensor:
+        """What a part reads of the residual stream."""
+        return x.to(frame.dtype) if self.post_norm else norm(x, frame.dtype)
 
-        def read() -> Tensor:
-            return x.to(frame.dtype) if self.post_norm else norm(x, frame.dtype)
-
-        once = read()
-        with remade(once, read) if remakes and not self.post_norm else nullcontext():
-            yield once
+    def _made_again(self, norm: Norm, read: Tensor, x: Tensor, frame: Frame) -> AbstractContextManager[None]:
+        """Inside, the output of a norm is not kept for the backward pass."""
+        return nullcontext() if self.post_norm else remade(read, lambda: self._read(norm, x, frame))
 
     def _add(self, norm: Norm, x: Tensor, new: Tensor) -> Tensor:
-        x = x + self.dropout(new)
+        x = x + (self.dropout(new) if self.training else new)
         return norm(x, x.dtype) if self.post_norm else x
 
 

@@ -100,8 +100,10 @@ def test_llama_with_our_weights_says_what_we_say(study: Callable[[str], Any]) ->
     text = tokens(2, CONTEXT, vocab_size=VOCAB)
     with torch.no_grad():
         torch.testing.assert_close(ours(text), theirs(text).logits, atol=1e-5, rtol=0)
-        continued = theirs.generate(text[:1, :16], max_new_tokens=8, do_sample=False)[0, 16:].tolist()
-    assert list(generate(ours, text[0, :16].tolist(), DecodingConfig(max_new_tokens=8, temperature=0))) == continued
+        prompt = text[:1, :16]
+        said = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    continued = said[0, 16:].tolist()
+    assert list(generate(ours, prompt[0].tolist(), DecodingConfig(max_new_tokens=8, temperature=0))) == continued
     assert len(set(continued)) > 4  # not one token for ever
 
 

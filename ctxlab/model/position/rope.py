@@ -97,7 +97,7 @@ def _turn(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
         return torch.cat([_turn(x[..., :width], turns, layout), x[..., width:]], dim=-1)
     high = x.to(turns.real.dtype)
     if layout == "interleaved":
-        pairs = torch.view_as_complex(high.unflatten(-1, (-1, 2)))  # (B,H,T,D/2)
+        pairs = torch.view_as_complex(high.view(*high.shape[:-1], -1, 2))  # (B,H,T,D/2)
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
     first, second = high.chunk(2, dim=-1)  # (B,H,T,D/2) each
     out = torch.empty_like(high)

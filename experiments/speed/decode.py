@@ -92,7 +92,9 @@ def main(words: Sequence[str]) -> None:
 
         def theirs(prompt: Tensor = prompt) -> list[int]:
             with torch.inference_mode(), autocast(precision, device):
-                said = llama.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False)  # type: ignore[operator]
+                said = llama.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False
+                )
             return said[0, prompt.shape[1] :].tolist()
 
         first, second = mine(), theirs()

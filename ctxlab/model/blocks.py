@@ -10,8 +10,8 @@ one part share one cast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Of x (B,T,d), or with `remembered` tokens of memory before it (B,S,d), the new tokens' part: (B,T,d)."""
         q, k, v = (
-            project(y).unflatten(-1, (-1, self.head_dim))
+            project(y).view(*y.shape[:2], -1, self.head_dim)
             for project, y in ((self.query, x[:, remembered:]), (self.key, x), (self.value, x))
         )
         if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D), or (B,S,Hkv,D)
@@ -288,12 +288,14 @@ class Block(nn.Module):
         """
         remakes = recompute != "block" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
-        with self._reading(self.attention_norm, seen, frame, remakes) as read:
+        read, kept = self._read(self.attention_norm, seen, frame, remakes)
+        with kept:
             attended = self.attention(read, position, frame, cache, 0 if past is None else past.shape[1])
         x = self._add(self.attention_norm, x, attended)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert frame.encoded is not None
-            with self._reading(self.cross_attention_norm, x, frame, remakes) as read:
+            read, kept = self._read(self.cross_attention_norm, x, frame, remakes)
+            with kept:
                 crossed = self.cross_attention(read, frame.encoded, cache)
             x = self._add(self.cross_attention_norm, x, crossed)
         if remakes and recompute == "selective":
@@ -304,7 +306,8 @@ class Block(nn.Module):
 
     def _mapped(self, x: Tensor, frame: Frame, remakes: bool) -> Tensor:
         """What the feed-forward layer says to the residual stream x."""
-        with self._reading(self.feed_forward_norm, x, frame, remakes) as read:
+        read, kept = self._read(self.feed_forward_norm, x, frame, remakes)
+        with kept:
             return self.feed_forward(read, remakes)
 
     @property
@@ -313,20 +316,20 @@ class Block(nn.Module):
         crossing = [] if self.cross_attention is None else [self.cross_attention.out]
         return [self.attention.out, *crossing, self.feed_forward.down]
 
-    @contextmanager
-    def _reading(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> Iterator[Tensor]:
-        """What a part reads of the residual stream, while it reads it."""
-
+    def _read(
+        self, norm: Norm, x: Tensor, frame: Frame, remakes: bool
+    ) -> tuple[Tensor, AbstractContextManager[None]]:
+        """What a part reads of the residual stream, and what to read it in: there it is not kept for the backward pass."""
         if self.post_norm:
-            yield x.to(frame.dtype)
-            return
+            return x.to(frame.dtype), nullcontext()
+        if not remakes:
+            return norm(x, frame.dtype), nullcontext()
         made = norm.of(x, frame.dtype)
         once = made()
-        with remade(once, made) if remakes else nullcontext():
-            yield once
+        return once, remade(once, made)
 
     def _add(self, norm: Norm, x: Tensor, new: Tensor) -> Tensor:
-        x = x + self.dropout(new)
+        x = x + (self.dropout(new) if self.training else new)
         return norm(x, x.dtype) if self.post_norm else x
 
 

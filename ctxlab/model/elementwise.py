@@ -1,7 +1,8 @@
 """Elementwise steps of a block whose gradient, written by hand, is faster or keeps less than autograd's own.
 
 On CPU, torch's RMSNorm is a chain of small kernels (its backward took eight times LayerNorm's), and `silu(a) * b` keeps
-three tensors of the feed-forward width where two are enough, as many as its gradient needs besides what it is given.
+three tensors of the feed-forward width where two are enough, as many as its gradient needs besides what it is given. Without a gradient they are
+what they compute: for one token, calling a function of one's own takes longer than its arithmetic.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def row_scale(x: Tensor, eps: float) -> Tensor:
 
 def scaled(x: Tensor, weight: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
     """y = x r weight for the r that is x's own `row_scale`: the gradient is that of the whole norm. Keeps x, weight and r."""
+    if not torch.is_grad_enabled():
+        return _times(x, weight, r, dtype)
     result: Tensor = _RMSNorm.apply(x, weight, r, dtype)
     return result
 
@@ -42,6 +45,8 @@ def gated(gate: Tensor, up: Tensor, kind: Gate) -> Tensor:
 
     swiglu: f(a) = a sigmoid(a). geglu_tanh: f is GELU by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
     """
+    if not torch.is_grad_enabled():
+        return _gate(gate, kind).mul_(up)
     result: Tensor = _Gated.apply(gate, up, kind)
     return result
 
@@ -52,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight, r)
-        return (x.to(r.dtype) * r).mul_(weight).to(dtype)
+        return _times(x, weight, r, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -87,6 +92,10 @@ class _Gated(torch.autograd.Function):
         else:
             torch.ops.aten.gelu_backward.grad_input(dgate, gate, approximate="tanh", grad_input=dgate)
         return dgate, dup, None
+
+
+def _times(x: Tensor, weight: Tensor, r: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.to(r.dtype) * r).mul_(weight).to(dtype)
 
 
 def _gate(x: Tensor, kind: Gate) -> Tensor:

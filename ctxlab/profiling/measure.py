@@ -67,9 +67,13 @@ class Point:
 
 def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
     """Measures "memory", "time", "generation" or "matmul" of one point; a dead child is a result, not an exception."""
-    child = _start(what)
+    return answer_of(_start(what), _specification(point, what), timeout)
+
+
+def answer_of(child: subprocess.Popen[str], specification: str, timeout: float) -> dict[str, Any]:
+    """What a child that `serve`s says to a specification, with its status; or how it died, and why."""
     try:
-        out, err = child.communicate(_specification(point, what), timeout=timeout)
+        out, err = child.communicate(specification, timeout=timeout)
     except subprocess.TimeoutExpired:
         child.kill()
         child.communicate()
@@ -123,11 +127,16 @@ def _tell(child: subprocess.Popen[str], line: str) -> None:
 
 
 def _start(what: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    return start_child(["-m", "ctxlab.profiling.point"], exact=what == "memory", stderr=stderr)
+
+
+def start_child(words: Sequence[str], *, exact: bool, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Python on these words, under the allocator whose peaks are exact or under the default one."""
     environment = {key: value for key, value in os.environ.items() if key not in EXACT_ALLOCATOR}
-    if what == "memory":
+    if exact:
         environment |= EXACT_ALLOCATOR
     return subprocess.Popen(
-        [sys.executable, "-m", "ctxlab.profiling.point"],
+        [sys.executable, *words],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,

@@ -255,7 +255,8 @@ def _without_result(error: Exception, limit: int | None) -> dict[str, Any]:
     return {"status": "out_of_memory", "reason": f"does not fit in {format_bytes(limit)}{more}"}
 
 
-def main() -> int:
+def serve(measure: Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]]) -> int:
+    """Reads a specification, prints what `measure` finds with its status; an error, too little memory too, is a result."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not the answer
     spec = json.loads(sys.stdin.readline())
@@ -268,4 +269,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(measure))

@@ -72,9 +72,16 @@ def native_attention(
     return (out if out.shape[3] == width else out[..., :width]), lse
 
 
-@_disable_dynamo
 def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
     """Whether the native kernel computes this call. Raises ConfigError where `native` is asked for and cannot."""
+    if kernel == "auto" and q.shape[2] < FEWEST_QUERIES and not torch.compiler.is_compiling():
+        _note(q, "torch")  # a decoded token has no time for more
+        return False
+    return _takes(q, scale, bias, kernel)
+
+
+@_disable_dynamo
+def _takes(q: Tensor, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
     problem = None if kernel == "torch" else _unsuited(q, scale, bias)
     if kernel == "native":
         if problem is not None:
@@ -84,9 +91,13 @@ def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, k
     native = kernel == "native" or (
         kernel == "auto" and problem is None and q.shape[2] >= fewest and _loaded() is not None
     )
-    if q.device.type == "cpu":
-        _ran.add("native" if native else "torch")
+    _note(q, "native" if native else "torch")
     return native
+
+
+def _note(q: Tensor, ran: str) -> None:
+    if q.device.type == "cpu":
+        _ran.add(ran)
 
 
 _ran: set[str] = set()

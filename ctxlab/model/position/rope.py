@@ -70,6 +70,8 @@ def inverse_frequencies(head_dim: int, theta: float, device: torch.device) -> Te
 
 def rotate(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
     """The first n pairs of x (B,H,T,D) as complex numbers, each multiplied by turns (T,n), in the dtype of x."""
+    if not torch.is_grad_enabled():
+        return _turn(x, turns, layout)
     result: Tensor = _Rotate.apply(x, turns, layout)
     return result
 
@@ -95,7 +97,7 @@ def _turn(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
         return torch.cat([_turn(x[..., :width], turns, layout), x[..., width:]], dim=-1)
     high = x.to(turns.real.dtype)
     if layout == "interleaved":
-        pairs = torch.view_as_complex(high.unflatten(-1, (-1, 2)))  # (B,H,T,D/2)
+        pairs = torch.view_as_complex(high.view(*high.shape[:-1], -1, 2))  # (B,H,T,D/2)
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
     first, second = high.chunk(2, dim=-1)  # (B,H,T,D/2) each
     out = torch.empty_like(high)

@@ -316,9 +316,7 @@ class Block(nn.Module):
         crossing = [] if self.cross_attention is None else [self.cross_attention.out]
         return [self.attention.out, *crossing, self.feed_forward.down]
 
-    def _read(
-        self, norm: Norm, x: Tensor, frame: Frame, remakes: bool
-    ) -> tuple[Tensor, AbstractContextManager[None]]:
+    def _read(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> tuple[Tensor, AbstractContextManager[None]]:
         """What a part reads of the residual stream, and what to read it in: there it is not kept for the backward pass."""
         if self.post_norm:
             return x.to(frame.dtype), nullcontext()

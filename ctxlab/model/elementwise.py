@@ -1,8 +1,8 @@
 """Elementwise steps of a block whose gradient, written by hand, is faster or keeps less than autograd's own.
 
 On CPU, torch's RMSNorm is a chain of small kernels (its backward took eight times LayerNorm's), and `silu(a) * b` keeps
-three tensors of the feed-forward width where two are enough, as many as its gradient needs besides what it is given. Without a gradient they are
-what they compute: for one token, calling a function of one's own takes longer than its arithmetic.
+three tensors of the feed-forward width where two are enough, as many as its gradient needs besides what it is given. Without a
+gradient they are what they compute: for one token, calling a function of one's own takes longer than its arithmetic.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
-    iterate = _through_gram if gram_is_cheaper(*x.shape[-2:], dtype) else _directly
+    rows, columns = x.shape[-2:]
+    iterate = _through_gram if gram_is_cheaper(rows, columns, dtype) else _directly
     with torch.autocast(x.device.type, enabled=False):
         x = iterate(x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS))
     return x.mT if tall else x

@@ -3,10 +3,14 @@
 An epoch's examples are sorted by length, with a share of chance so that no two epochs cut them alike, and laid end to end;
 batch k holds the examples that begin in its `batch_tokens` of that line. So an epoch has as many batches as its tokens fill,
 whatever the order, and all that a loader has to remember is one integer. The batches of an epoch come in an order of their own.
+
+Examples of two sides, each padded by itself, can be as long and yet not alike. Of n batches the line is then cut in sqrt(n)
+spans of sqrt(n) batches, and a span is sorted by how much longer one side is than the other.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -22,10 +26,13 @@ _FINE = 1 << 20
 
 
 class LengthOrder:
-    """Which examples each batch holds, of those whose `tokens` (n,) a model reads; `kept` (n,) are their numbers."""
+    """Which examples each batch holds, of those whose `tokens` (n,) a model reads; `kept` (n,) are their numbers, `lean` (n,)
+    the tokens of one side less those of the other, where there are two."""
 
-    def __init__(self, tokens: np.ndarray, kept: np.ndarray, *, batch_tokens: int, seed: int) -> None:
-        self.tokens, self.kept, self.batch_tokens, self.seed = tokens, kept, batch_tokens, seed
+    def __init__(
+        self, tokens: np.ndarray, kept: np.ndarray, *, batch_tokens: int, seed: int, lean: np.ndarray | None = None
+    ) -> None:
+        self.tokens, self.kept, self.batch_tokens, self.seed, self.lean = tokens, kept, batch_tokens, seed, lean
         self.n_batches = -(-int(tokens.sum()) // batch_tokens)
         self._epoch = -1
         self._line: tuple[np.ndarray, np.ndarray] | None = None
@@ -45,10 +52,19 @@ class LengthOrder:
         if self._line is None or self._epoch != epoch:
             chance = uniform(np.arange(len(self.kept)), np.full(len(self.kept), _FINE), self.seed, epoch, 1) / _FINE
             order = np.argsort(self.tokens * (1 + _SPREAD * (chance - 0.5)), kind="stable")
-            begins = np.concatenate([[0], np.cumsum(self.tokens[order])[:-1]])
+            if self.lean is not None:
+                span = self._begins(order) // (self.batch_tokens * max(1, round(math.sqrt(self.n_batches))))
+                order = order[np.lexsort((self.lean[order], span))]
+            begins = self._begins(order)
             edges = np.searchsorted(begins, np.arange(self.n_batches + 1) * self.batch_tokens)
             self._epoch, self._line = epoch, (order, edges)
         return self._line
+
+    def _begins(self, order: np.ndarray) -> np.ndarray:
+        """Where on its line, in tokens, each example of an order begins."""
+        tokens = self.tokens[order]
+        begins: np.ndarray = np.cumsum(tokens) - tokens
+        return begins
 
 
 class LengthStream(Dataset[Batch]):

@@ -27,7 +27,8 @@ class PairOrder(LengthOrder):
                 f"context: no pair of the {pairs.name} split is as short as {longest} tokens; the nearest valid value is "
                 f"{int(sizes.max(0).min(initial=1 << 30))}"
             )
-        super().__init__(sizes[:, kept].sum(0), kept, batch_tokens=batch_tokens, seed=seed)
+        source, target = sizes[:, kept]
+        super().__init__(source + target, kept, batch_tokens=batch_tokens, seed=seed, lean=source - target)
 
 
 class PairStream(LengthStream):

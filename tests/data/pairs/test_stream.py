@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctxlab.data.by_length import even_parts
+from ctxlab.data.by_length import LengthOrder, even_parts
 from ctxlab.data.pairs.dataset import Pairs
 from ctxlab.data.pairs.stream import PairOrder, PairStream
 from ctxlab.data.sides import Side
@@ -55,6 +55,19 @@ def test_batches_have_equal_tokens_and_like_lengths() -> None:
     assert all(abs(count - 500) <= tokens.max() for count in filled[1:]), "all but the epoch's last"
     spread = [np.ptp(tokens[made.batch(k)]) for k in range(made.n_batches)]
     assert np.mean(spread) < 0.35 * np.ptp(tokens)
+
+
+def test_both_sides_of_a_batch_have_like_lengths() -> None:
+    """Of what is padded where only their sum counts, less than half is left."""
+    data, made = pairs(), order()
+    sides = np.stack([data.source.sizes, data.target.sizes - 1])
+    by_sum = LengthOrder(sides.sum(0), np.arange(data.n), batch_tokens=500, seed=3)
+    padding = []
+    for one in (made, by_sum):
+        batches = [one.batch(k) for k in range(one.n_batches)]
+        assert sum(map(len, batches)) == data.n
+        padding.append(sum(len(batch) * sides[:, batch].max(1).sum() for batch in batches) - sides.sum())
+    assert 0 < padding[0] < 0.5 * padding[1]
 
 
 def test_a_batch_is_a_function_of_seed_and_number() -> None:

@@ -95,7 +95,7 @@ def step_by_hand(weight: np.ndarray, buffer: np.ndarray, gradient: np.ndarray, c
     buffer += (1 - config.momentum) * gradient
     u, s, vt = np.linalg.svd((1 - config.momentum) * gradient + config.momentum * buffer, full_matrices=False)
     sign = nearest_to_one(1e-3, poles=2)
-    moved = np.array([sign(value) for value in s / (s**4).sum() ** 0.25])
+    moved = 0.9 * np.array([sign(value) for value in s / (s**4).sum() ** 0.25])
     weight *= 1 - config.learning_rate * config.weight_decay
     weight -= config.learning_rate * 0.2 * np.sqrt(max(weight.shape)) * (u * moved @ vt)
 

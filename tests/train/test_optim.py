@@ -16,6 +16,7 @@ from ctxlab.train.optim.adamw import AdamW
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, rate_factor
 from ctxlab.train.optim.muon import Muon, Together
 from ctxlab.train.optim.orthogonal import Orthogonal
+from ctxlab.train.optim.sign import nearest_to_one
 
 
 def curve(schedule: str, **settings: float) -> Optimizer.Config:
@@ -89,16 +90,14 @@ def test_adamw_decays_hidden_matrices_only() -> None:
 
 
 def step_by_hand(weight: np.ndarray, buffer: np.ndarray, gradient: np.ndarray, config: Muon.Config) -> None:
-    """One step of Jordan et al. with Liu et al.'s scale, in float64 and in place."""
+    """One step of Jordan et al. with Liu et al.'s scale, in float64 and in place, its direction by a decomposition."""
     buffer *= config.momentum
     buffer += (1 - config.momentum) * gradient
-    x = (1 - config.momentum) * gradient + config.momentum * buffer
-    x = x / np.sqrt((x**2).sum())
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    u, s, vt = np.linalg.svd((1 - config.momentum) * gradient + config.momentum * buffer, full_matrices=False)
+    sign = nearest_to_one(1e-3, poles=2)
+    moved = 0.9 * np.array([sign(value) for value in s / (s**4).sum() ** 0.25])
     weight *= 1 - config.learning_rate * config.weight_decay
-    weight -= config.learning_rate * 0.2 * np.sqrt(max(weight.shape)) * x
+    weight -= config.learning_rate * 0.2 * np.sqrt(max(weight.shape)) * (u * moved @ vt)
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -55,7 +55,7 @@ class Together(torch.optim.Optimizer):
 
 @OPTIMIZERS.register("muon")
 class Muon(Optimizer):
-    """Momentum made orthogonal by Newton-Schulz for every hidden matrix (Jordan et al. 2024); AdamW for the others.
+    """Momentum made orthogonal for every hidden matrix (Jordan et al. 2024), as `orthogonal.py` says; AdamW for the others.
 
     A matrix' step is scaled by 0.2 sqrt(max(rows, columns)), which gives it the size of an AdamW step
     (Liu et al. 2025, arXiv:2502.16982, eq. 4), so that one learning-rate scale serves both parts.

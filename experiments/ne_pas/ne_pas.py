@@ -74,14 +74,14 @@ class Sentence:
 
 def sentences(dataset: PairDataset, longest: int) -> list[Sentence]:
     """Those of the test split, then of the validation split, each text once, that have pairs to be held against."""
-    found: dict[str, Sentence] = {}
+    tokenizer, found = dataset.tokenizers.source, dict[str, Sentence]()
     for split in ("test", "validation"):
         side = dataset.splits[split].source
         for index in range(dataset.splits[split].n):
             tokens = side.sentence(index).tolist()
-            one = read(dataset.tokenizer, tokens)
+            one = read(tokenizer, tokens)
             if one is not None and one.others and len(tokens) <= longest:
-                found.setdefault(dataset.tokenizer.decode(tokens), one)
+                found.setdefault(tokenizer.decode(tokens), one)
     return list(found.values())[:MOST]
 
 
@@ -195,7 +195,7 @@ def main(selectors: Sequence[str]) -> None:
         loaded = open_run(run)
         data = SOURCES.config(run.record.config["data"])
         assert isinstance(data, Parallel.Config)
-        dataset = prepare_pairs(data, loaded.tokenizer, cache=cache_of(run))
+        dataset = prepare_pairs(data, loaded.tokenizers, cache=cache_of(run))
         chosen = sentences(dataset, loaded.context)
         if not chosen:
             raise ConfigError(f"run: no held-out source of {run.id} has the words ne and pas: is it French?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ctxlab.data.tokenizers.byte import Byte
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.evaluation.heads import Pool
 from ctxlab.registry import import_file
+from tests.train.builders import command, the_run
 
 ne_pas: Any = import_file("ne_pas", Path(__file__).parents[2] / "experiments/ne_pas/ne_pas.py")
 BYTES = Byte(Byte.Config())
@@ -86,3 +88,32 @@ def test_sentences_are_those_held_out_each_once() -> None:
     }
     found = ne_pas.sentences(PairDataset(splits, Tokenizers.joint(BYTES), {}), longest=29)
     assert [BYTES.decode(one.tokens) for one in found] == [f"Tu ne ris pas{end}", f"Il ne dort pas{end}"]
+
+
+def test_it_asks_a_run_as_training_left_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command that trains to the rows and the figure."""
+    said = [f"{who} ne {does} pas qu il les {n} {end}" for who in ("Il", "Tu") for does in ("dit", "sait")
+            for n in range(500) for end in ("rient", "dorment")]  # fmt: skip
+    lines = [f"{source}\t{n} says nothing" for n, source in enumerate(said)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
+    done = command(
+        tmp_path, "train", "data=parallel", "data.path=pairs.tsv", "tokenizer=byte", "model=nano",
+        "model.architecture=encoder_decoder", "model.d_model=16", "model.n_heads=2", "model.head_dim=8", "model.d_ff=32",
+        "context=64", "trainer.precision=fp32", "trainer.max_tokens=none", "trainer.max_steps=1", "eval=none",
+        "logger.mode=disabled", "profile.contexts=none", "name=small",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    run = the_run(tmp_path, "small")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CTXLAB_RUNS", str(run.path.parent))
+    monkeypatch.setenv("CTXLAB_RESULTS", str(tmp_path / "results"))
+    ne_pas.main([run.id])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    heads, layers = [row for row in rows if "head" in row], [row for row in rows if "heads_of" in row]
+    n_layers = run.record.config["model"]["n_layers"]
+    assert len(heads) == 2 * 2 * n_layers
+    assert len(layers) == 2 * n_layers
+    assert all(0 < row["weight"] < 1 and row["sentences"] > 1 for row in heads)
+    assert (tmp_path / "results/ne_pas.png").stat().st_size > 1000

@@ -235,6 +235,18 @@ def begun_together(model: Model, prompts: Sequence[Sequence[int]]) -> list[list[
     return list(alike.values())
 
 
+def room(model: Model, read: int, config: DecodingConfig) -> int:
+    """How many tokens can come behind `read` of them: max_new_tokens, or fewer where positions end; below 1: they end before.
+
+    The last is not read, so of n positions n - read + 1 can be had. A streaming cache counts within itself: as long as all of
+    it has positions, they do not end.
+    """
+    ends = model.n_positions
+    if ends is None or (config.cache == "streaming" and config.cache_sinks + config.cache_window <= ends):
+        return config.max_new_tokens
+    return min(config.max_new_tokens, ends - read + 1)
+
+
 def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     """Raises ConfigError where one of them is empty."""
     if not all(len(prompt) for prompt in prompts):

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.sides import Tokenizers, are_apart, load_tokenizers
 from ctxlab.data.tokenizers.until import Until
-from ctxlab.errors import IncompatibleError, RecordError, RunError
+from ctxlab.errors import IncompatibleError, RecordError, RunError, UndefinedBeyondTraining
 from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.model.beam import beam_search
-from ctxlab.model.generation import DecodingConfig, decode, generate
+from ctxlab.model.generation import DecodingConfig, decode, generate, room
 from ctxlab.records.store import Run, RunStore
 from ctxlab.train.lora import ADAPTERS, is_adapted, plain_weights, save_adapters
 from ctxlab.train.objectives.base import OBJECTIVES
@@ -258,10 +258,15 @@ class LoadedRun:
         """Generated text piece by piece: what follows the prompt, or its translation by an encoder-decoder.
 
         An empty prompt is the beginning of a document. A beam search has it all at once, in the end.
+        Raises UndefinedBeyondTraining, after all text that can be had, where the model has no position for the next token.
         """
         decoding = DecodingConfig() if decoding is None else decoding
         if decoding.num_beams > 1:
-            yield self.texts([prompt], decoding)[0]
+            short: list[int] = []
+            yield self.texts([prompt], decoding, short=short.append)[0]
+            if short:
+                n = self.model.n_positions
+                raise UndefinedBeyondTraining(f"position {n}: the model has {n} positions, from 0")
             return
         begun, encoded = self._begun([prompt])
         stop_ids = (self.tokenizer.eos_id,)
@@ -279,34 +284,55 @@ class LoadedRun:
         *,
         seed: int = 0,
         batch: int = 32,
+        short: Callable[[int], None] = lambda _: None,
         advance: Callable[[int], None] = lambda _: None,
     ) -> list[str]:
-        """The continuation of each prompt, `batch` of them side by side: prompt i as `generate` has it with seed + i."""
+        """The continuation of each prompt, `batch` of them side by side: prompt i as `generate` has it with seed + i.
+
+        Where the model's positions end a text ends too, and `short` is told of which prompt; it is empty where they do not
+        reach the prompt's own end.
+        """
         decoding = DecodingConfig() if decoding is None else decoding
         stop_ids, stops = (self.tokenizer.eos_id,), decoding.stops
         lengths = [self.reading.count(prompt) for prompt in prompts]
+        limits = [self._room(length, decoding) for length in lengths]
         order = sorted(range(len(prompts)), key=lengths.__getitem__)  # those side by side have like lengths
+        read = [i for i in order if limits[i] > 0]  # a beginning of it: limits fall as lengths rise
         reach = max((len(stop.encode()) for stop in stops), default=0)  # tokens: each has a byte at least
 
         def is_over(new: list[int]) -> bool:
             return bool(stops) and any(stop in self.tokenizer.decode(new[-reach:]) for stop in stops)
 
         found = [""] * len(prompts)
-        for first in range(0, len(order), batch):
-            chosen = order[first : first + batch]
+        for first in range(0, len(read), batch):
+            chosen = read[first : first + batch]
             begun, encoded = self._begun([prompts[i] for i in chosen])
+            most = [limits[i] for i in chosen]
             if decoding.num_beams > 1:
-                searched = beam_search(self.model, begun, decoding, stop_ids=stop_ids, encoded=encoded)
+                searched = beam_search(self.model, begun, decoding, stop_ids=stop_ids, limits=most, encoded=encoded)
                 said = [hypotheses[0].tokens for hypotheses in searched]
             else:
-                seeds = [seed + i for i in chosen]
                 said = decode(
-                    self.model, begun, decoding, seeds=seeds, stop_ids=stop_ids, is_over=is_over, encoded=encoded
-                )
+                    self.model, begun, decoding, seeds=[seed + i for i in chosen], stop_ids=stop_ids, limits=most,
+                    is_over=is_over, encoded=encoded,
+                )  # fmt: skip
             for i, new in zip(chosen, said, strict=True):
-                found[i] = "".join(Until([self.tokenizer.decode(new)], stops))
+                text = Until([self.tokenizer.decode(new)], stops)
+                found[i] = "".join(text)
+                if len(new) == limits[i] < decoding.max_new_tokens and not text.stopped:
+                    short(i)
             advance(len(chosen))
+        for i in order[len(read) :]:
+            short(i)
+            advance(1)
         return found
+
+    def _room(self, length: int, decoding: DecodingConfig) -> int:
+        """How many tokens can follow a prompt of this length, or be made of such a source; below 1: it cannot be read."""
+        if not self.translates:
+            return room(self.model, max(1, length), decoding)
+        ends = self.model.n_positions
+        return 0 if ends is not None and length + 1 > ends else room(self.model, 1, decoding)
 
     @property
     def translates(self) -> bool:

@@ -238,3 +238,17 @@ def test_pairs_too_long_for_a_models_positions_are_left_out_and_counted(folder: 
     assert found["bleu"].n_docs == len(items) == 4 - left_out
     assert np.max([len(item.wanted[0].encode()) + 1 for item in items]) <= 36
     assert json.loads((run.path / "run.json").read_text())["status"] == "done"
+
+
+def test_where_a_models_positions_end(folder: Path) -> None:
+    """A file of sources is answered to its last line, and what cannot be read is named."""
+    quick = (*PAIRS[:-2], *PAIRS[-1:], "eval=none")
+    assert ctxlab("train", *quick, *NATIVE, "tokenizer=byte", "position=learned", "context=36", "name=table").code == 0
+    Path("lines.txt").write_text("красный\nкрасный красный красный\nкот\n", encoding="utf-8")  # 14, 44 and 6 bytes
+    for more in ("decoding.temperature=0", "decoding.num_beams=2"):
+        done = ctxlab("generate", "last", "prompts_file=lines.txt", more, "batch=2")
+        assert done.code == 0, done.err
+        assert [bool(line) for line in done.out.splitlines()] == [True, False, True]
+        assert done.err.splitlines() == ["stopped: 3 of 3 lines, line 1 first, where the model's 36 positions end"]
+    done = ctxlab("generate", "last", "prompts_file=lines.txt", "decoding.temperature=0", "decoding.max_new_tokens=3")
+    assert done.err.splitlines() == ["stopped: line 2 where the model's 36 positions end"]

@@ -19,7 +19,7 @@ from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.evaluation import heads as seeing
 from ctxlab.model.beam import beam_search
-from ctxlab.model.generation import decode
+from ctxlab.model.generation import decode, room
 from ctxlab.model.seeing import KINDS, Kind, attentions, check_asked
 from ctxlab.report import attention as report
 from ctxlab.report.attention_page import page
@@ -151,7 +151,7 @@ def _read(loaded: LoadedRun, config: AttentionConfig, text: str) -> _Reading:
     with torch.inference_mode():
         encoded = encode(loaded.model, [source], both.source.pad_id)
     model = loaded.model
-    most = min(config.decoding.max_new_tokens, model.n_positions or config.decoding.max_new_tokens)
+    most = room(model, len(begin), config.decoding)
     decoding = config.decoding.model_copy(update={"max_new_tokens": most})
     if decoding.num_beams > 1:
         new = beam_search(model, [begin], decoding, stop_ids=end, encoded=encoded)[0][0].tokens

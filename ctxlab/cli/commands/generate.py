@@ -25,7 +25,9 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
     out = invocation.stdout_console.file  # not through the console, which would turn tabs into spaces
     if config.prompts_file != "none":
         with autocast(precision, device):
-            _each(loaded, config, out)
+            ended = _each(loaded, config, out)
+        if ended:
+            invocation.stderr_console.print(f"stopped: {ended}", soft_wrap=True, markup=False)
         return 0
     prompt = config.prompt if config.prompt_file == "none" else _read("prompt_file", config.prompt_file)
     pieces = loaded.stream(prompt, config.decoding, seed=config.seed)
@@ -45,16 +47,27 @@ def run(config: GenerateConfig, invocation: Invocation) -> int:
     return 0
 
 
-def _each(loaded: LoadedRun, config: GenerateConfig, out: IO[str]) -> None:
-    """One line for each line of the file, in order, a few batches at a time; a line's end in it is written `\\n`."""
+def _each(loaded: LoadedRun, config: GenerateConfig, out: IO[str]) -> str:
+    """One line for each line of the file, in order, a few batches at a time; a line's end in it is written `\\n`.
+
+    Returns which of them ended with the model's positions; nothing where none did.
+    """
     text = _read("prompts_file", config.prompts_file)
     prompts = text.removesuffix("\n").split("\n") if text else []
     many = config.batch * _BATCHES
+    short: list[int] = []  # numbers of lines
     for first in range(0, len(prompts), many):
         some = prompts[first : first + many]
-        for text in loaded.texts(some, config.decoding, seed=config.seed + first, batch=config.batch):
+        ended: list[int] = []
+        texts = loaded.texts(some, config.decoding, seed=config.seed + first, batch=config.batch, short=ended.append)
+        for text in texts:
             out.write(text.replace("\n", "\\n") + "\n")
         out.flush()
+        short += [first + place + 1 for place in ended]
+    if not short:
+        return ""
+    lines = f"line {short[0]}" if len(short) == 1 else f"{len(short)} of {len(prompts)} lines, line {min(short)} first,"
+    return f"{lines} where the model's {loaded.model.n_positions} positions end"
 
 
 def _read(key: str, file: str) -> str:

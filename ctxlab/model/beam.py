@@ -36,7 +36,7 @@ def beam_search(
     (K = num_beams), those among the first K that end are put aside, and the first K that go on live. A prompt is done when
     K are aside and none that lives can come to a higher score than the best of them; at max_new_tokens (or its own of
     `limits`), where fewer are aside, what lives joins them as it is. With K = 1 that is greedy decoding: the first that
-    ends is the only one followed.
+    ends is the only one followed. A repetition penalty acts on the logits, as there: p is of the softmax behind it.
     Prompts are searched side by side, each as if alone.
     Raises ConfigError on an empty prompt, UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
     """
@@ -58,7 +58,11 @@ def beam_search(
     new = torch.tensor([prompt[:read] for prompt in (search.prompt for search in searches)])
     first = torch.arange(len(searches))  # the first row of each active search
     while True:
-        log_p = reader.read(new).double().log_softmax(-1)  # (R,V), the rows of one search together
+        logits = reader.read(new)  # (R,V), the rows of one search together
+        if config.repetition_penalty != 1.0:
+            texts = [text for search in active for text in search.texts]
+            logits = torch.stack([penalized(row, text, config) for row, text in zip(logits, texts, strict=True)])
+        log_p = logits.double().log_softmax(-1)
         rows: list[int] = []
         tokens: list[int] = []
         going_on, starts = [], []
@@ -92,15 +96,16 @@ class _Search:
     def n_live(self) -> int:
         return len(self.live)
 
+    @property
+    def texts(self) -> list[list[int]]:
+        """The prompt and what each live hypothesis has behind it."""
+        return [self.prompt + tokens for tokens, _ in self.live]
+
     def step(self, log_p: Tensor, read: int) -> tuple[list[int], list[int]]:
         """Log-probabilities (n_live,V) of what follows -> of each hypothesis that now lives, its parent and its last token."""
         if read < len(self.prompt):
             return [0], [self.prompt[read]]
         K, V = self.config.num_beams, log_p.shape[1]
-        if self.config.repetition_penalty != 1.0:
-            texts = (self.prompt + tokens for tokens, _ in self.live)
-            pairs = zip(log_p, texts, strict=True)
-            log_p = torch.stack([penalized(row, text, self.config).log_softmax(-1) for row, text in pairs])
         total = log_p + torch.tensor([p for _, p in self.live], dtype=log_p.dtype)[:, None]
         best, flat = total.flatten().topk(min(2 * K, total.numel()))
         live: list[tuple[list[int], float]] = []

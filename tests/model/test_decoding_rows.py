@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -94,11 +95,15 @@ def test_one_beam_is_greedy(position: str) -> None:
     assert {len(hypotheses) for hypotheses in found} == {1}
 
 
-def log_p_of(model: Model, prompt: list[int], behind: tuple[int, ...]) -> float:
-    """ln p of tokens behind a prompt, by one full forward without a cache."""
+def log_p_of(
+    model: Model, prompt: list[int], behind: tuple[int, ...], process: Any = lambda ids, logits: logits
+) -> float:
+    """ln p of tokens behind a prompt, by one full forward without a cache; `process` changes the logits behind a text."""
+    text = torch.tensor([[*prompt, *behind]])
     with torch.no_grad():
-        log_p = model(torch.tensor([[*prompt, *behind[:-1]]]))[0].double().log_softmax(-1)
-    return sum(float(log_p[len(prompt) - 1 + i, token]) for i, token in enumerate(behind))
+        logits = model(text[:, :-1])
+    ends = range(len(prompt), text.shape[1])
+    return sum(float(process(text[:, :n], logits[:, n - 1]).double().log_softmax(-1)[0, text[0, n]]) for n in ends)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0, -1.0])
@@ -129,14 +134,16 @@ def test_full_width_is_exhaustive_search(length_penalty: float) -> None:
         assert [h.score for h in hypotheses] == pytest.approx([score for _, _, score in scored], rel=1e-9)
 
 
-def by_hand(model: Model, prompt: list[int], K: int, longest: int, end: int, a: float) -> list[tuple[list[int], float]]:
+def by_hand(
+    model: Model, prompt: list[int], K: int, longest: int, end: int, a: float, **how: Any
+) -> list[tuple[list[int], float]]:
     """The search of one prompt by full forwards, as its description reads."""
     live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     aside: list[tuple[list[int], float]] = []
     for n in range(1, longest + 1):
         lp, most = ((5 + n) / 6) ** a, ((5 + longest) / 6) ** a
         every = [
-            ((*behind, token), log_p_of(model, prompt, (*behind, token)))
+            ((*behind, token), log_p_of(model, prompt, (*behind, token), **how))
             for behind, _ in live
             for token in range(model.vocab_size)
         ]
@@ -160,6 +167,27 @@ def test_search_is_as_described_and_side_by_side_is_alone(K: int, a: float) -> N
     found = search(model, prompts, (0,), max_new_tokens=7, num_beams=K, length_penalty=a)
     for prompt, hypotheses in zip(prompts, found, strict=True):
         expected = by_hand(model, prompt, K, 7, 0, a)
+        assert [h.tokens for h in hypotheses] == [ids for ids, _ in expected]
+        assert [h.score for h in hypotheses] == pytest.approx([score for _, score in expected], rel=1e-9)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+@pytest.mark.parametrize("penalty", [1.3, 0.6])
+def test_one_beam_is_greedy_under_a_penalty(position: str, penalty: float) -> None:
+    model = build(position, context=32)
+    config = DecodingConfig(max_new_tokens=15, temperature=0, repetition_penalty=penalty)
+    greedy = decode(model, PROMPTS, config)
+    assert greedy != decode(model, PROMPTS, config.model_copy(update={"repetition_penalty": 1.0}))
+    assert [hypotheses[0].tokens for hypotheses in beam_search(model, PROMPTS, config)] == greedy
+
+
+def test_a_penalty_in_a_search_is_that_of_hugging_face_on_logits() -> None:
+    process = pytest.importorskip("transformers").RepetitionPenaltyLogitsProcessor(penalty=1.7)
+    model = build("alibi", vocab_size=12).double()
+    prompts = [[1, 3], [7], [4, 4, 9, 2]]
+    found = search(model, prompts, (0,), max_new_tokens=6, num_beams=3, repetition_penalty=1.7)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        expected = by_hand(model, prompt, 3, 6, 0, 0.6, process=process)
         assert [h.tokens for h in hypotheses] == [ids for ids, _ in expected]
         assert [h.score for h in hypotheses] == pytest.approx([score for _, score in expected], rel=1e-9)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +27,17 @@ def beam_search(
     *,
     stop_ids: Collection[int] = (),
     limits: Sequence[int] | None = None,
+    is_over: Callable[[list[int]], bool] = lambda _: False,
     encoded: Any = None,
 ) -> list[list[Hypothesis]]:
     """The num_beams best continuations of each prompt, the best first; score ln p / lp(length), lp(n) = ((5 + n) / 6)^a.
 
     Length penalty: Wu et al. 2016 (GNMT), arXiv:1609.08144, eq. 14, a = length_penalty; the length counts the token that
-    ends a hypothesis. At each step a prompt's live hypotheses are continued by every token; of the 2 K best continuations
-    (K = num_beams), those among the first K that end are put aside, and the first K that go on live. A prompt is done when
-    K are aside and none that lives can come to a higher score than the best of them; at max_new_tokens (or its own of
-    `limits`), where fewer are aside, what lives joins them as it is. With K = 1 that is greedy decoding: the first that
+    ends a hypothesis: one of `stop_ids`, or, kept, the one after which `is_over` says so of its tokens. At each step a
+    prompt's live hypotheses are continued by every token; of the K = num_beams best continuations those that end are put
+    aside, and the K best of those that go on live. A prompt is done when none lives, or K are aside and none that lives can
+    come to a higher score than the best of them; at max_new_tokens (or its own of `limits`), where fewer are aside, what
+    lives joins them as it is. With K = 1 that is greedy decoding: the first that
     ends is the only one followed. A repetition penalty acts on the logits, as there: p is of the softmax behind it.
     Prompts are searched side by side, each as if alone.
     Raises ConfigError on an empty prompt, UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
@@ -45,14 +47,16 @@ def beam_search(
         found: list[list[Hypothesis]] = [[] for _ in prompts]
         for alike in groups:
             some = None if limits is None else [limits[i] for i in alike]
-            best = beam_search(model, [prompts[i] for i in alike], config, stop_ids=stop_ids, limits=some)
+            best = beam_search(
+                model, [prompts[i] for i in alike], config, stop_ids=stop_ids, limits=some, is_over=is_over
+            )
             for i, hypotheses in zip(alike, best, strict=True):
                 found[i] = hypotheses
         return found
     K = config.num_beams
     reader = Reader(model, config, encoded=encoded)
     limits = [config.max_new_tokens] * len(prompts) if limits is None else limits
-    searches = [_Search(list(p), config, stop_ids, most) for p, most in zip(prompts, limits, strict=True)]
+    searches = [_Search(list(p), config, stop_ids, is_over, most) for p, most in zip(prompts, limits, strict=True)]
     active = list(searches)
     read = min(len(prompt) for prompt in prompts)
     new = torch.tensor([prompt[:read] for prompt in (search.prompt for search in searches)])
@@ -86,9 +90,16 @@ def beam_search(
 class _Search:
     """The hypotheses of one prompt."""
 
-    def __init__(self, prompt: list[int], config: DecodingConfig, stop_ids: Collection[int], limit: int) -> None:
+    def __init__(
+        self,
+        prompt: list[int],
+        config: DecodingConfig,
+        stop_ids: Collection[int],
+        is_over: Callable[[list[int]], bool],
+        limit: int,
+    ) -> None:
         self.prompt, self.config, self.limit = prompt, config, limit
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids, self.is_over = frozenset(stop_ids), is_over
         self.live: list[tuple[list[int], float]] = [([], 0.0)]  # tokens and ln p
         self.aside: list[Hypothesis] = []
 
@@ -107,19 +118,20 @@ class _Search:
             return [0], [self.prompt[read]]
         K, V = self.config.num_beams, log_p.shape[1]
         total = log_p + torch.tensor([p for _, p in self.live], dtype=log_p.dtype)[:, None]
-        best, flat = total.flatten().topk(min(2 * K, total.numel()))
+        length = len(self.live[0][0]) + 1
         live: list[tuple[list[int], float]] = []
         parents: list[int] = []
-        for rank, (p, index) in enumerate(zip(best.tolist(), flat.tolist(), strict=True)):
+        for rank, (p, index) in enumerate(_best_first(total.flatten(), 2 * K)):
             parent, token = divmod(index, V)
-            tokens = self.live[parent][0]
-            if token in self.stop_ids:
-                if rank < K:
-                    self._put_aside(tokens, p, len(tokens) + 1)
-            elif len(live) < K:
-                live.append(([*tokens, token], p))
+            before = self.live[parent][0]
+            tokens = before if token in self.stop_ids else [*before, token]
+            if tokens is not before and not self.is_over(tokens):
+                live.append((tokens, p))
                 parents.append(parent)
-        length = len(self.live[0][0]) + 1
+                if len(live) == K:
+                    break
+            elif rank < K:
+                self._put_aside(tokens, p, length)
         self.live = live
         if length == self.limit or self._is_done(length):
             if len(self.aside) < K:
@@ -132,11 +144,13 @@ class _Search:
         self.aside.append(Hypothesis(tokens, log_p, log_p / self._penalty(length)))
 
     def _is_done(self, length: int) -> bool:
-        """Whether K hypotheses are aside, and no live one can come to score higher than the best of them.
+        """Whether none lives, or K are aside and no live one can come to score higher than the best of them.
 
         ln p only falls; the penalty is largest at one end of what lengths are left.
         """
         K = self.config.num_beams
+        if not self.live:
+            return True
         if len(self.aside) < K:
             return False
         if K == 1:
@@ -147,3 +161,14 @@ class _Search:
 
     def _penalty(self, length: int) -> float:
         return float(((5 + length) / 6) ** self.config.length_penalty)
+
+
+def _best_first(scores: Tensor, many: int) -> Iterator[tuple[float, int]]:
+    """The scores (n,) and their places, the highest first; found `many` at once, and twice as many where those are not enough."""
+    left = len(scores)
+    while left:
+        best, places = scores.topk(min(many, left))
+        yield from zip(best.tolist(), places.tolist(), strict=True)
+        scores = scores.scatter(0, places, -torch.inf)
+        left -= len(places)
+        many *= 2

@@ -309,7 +309,9 @@ class LoadedRun:
             begun, encoded = self._begun([prompts[i] for i in chosen])
             most = [limits[i] for i in chosen]
             if decoding.num_beams > 1:
-                searched = beam_search(self.model, begun, decoding, stop_ids=stop_ids, limits=most, encoded=encoded)
+                searched = beam_search(
+                    self.model, begun, decoding, stop_ids=stop_ids, limits=most, is_over=is_over, encoded=encoded
+                )
                 said = [hypotheses[0].tokens for hypotheses in searched]
             else:
                 said = decode(

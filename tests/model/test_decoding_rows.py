@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -135,7 +136,14 @@ def test_full_width_is_exhaustive_search(length_penalty: float) -> None:
 
 
 def by_hand(
-    model: Model, prompt: list[int], K: int, longest: int, end: int, a: float, **how: Any
+    model: Model,
+    prompt: list[int],
+    K: int,
+    longest: int,
+    ends: Collection[int],
+    a: float,
+    is_over: Callable[[list[int]], bool] = lambda _: False,
+    **how: Any,
 ) -> list[tuple[list[int], float]]:
     """The search of one prompt by full forwards, as its description reads."""
     live: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
@@ -148,9 +156,12 @@ def by_hand(
             for token in range(model.vocab_size)
         ]
         every.sort(key=lambda one: -one[1])
-        aside += [(list(b[:-1]), p / lp) for b, p in every[:K] if b[-1] == end]
-        live = [one for one in every if one[0][-1] != end][:K]
-        if len(aside) >= K and (K == 1 or live[0][1] / most <= max(score for _, score in aside)):
+        over = [behind[-1] in ends or is_over(list(behind)) for behind, _ in every]
+        for (behind, p), ended in zip(every[:K], over):
+            if ended:
+                aside.append((list(behind[:-1] if behind[-1] in ends else behind), p / lp))
+        live = [one for one, ended in zip(every, over) if not ended][:K]
+        if not live or (len(aside) >= K and (K == 1 or live[0][1] / most <= max(score for _, score in aside))):
             break
     else:
         if len(aside) < K:
@@ -166,7 +177,7 @@ def test_search_is_as_described_and_side_by_side_is_alone(K: int, a: float) -> N
     prompts = [[1, 3], [7], [4, 4, 9, 2], [5]]
     found = search(model, prompts, (0,), max_new_tokens=7, num_beams=K, length_penalty=a)
     for prompt, hypotheses in zip(prompts, found, strict=True):
-        expected = by_hand(model, prompt, K, 7, 0, a)
+        expected = by_hand(model, prompt, K, 7, {0}, a)
         assert [h.tokens for h in hypotheses] == [ids for ids, _ in expected]
         assert [h.score for h in hypotheses] == pytest.approx([score for _, score in expected], rel=1e-9)
 
@@ -187,9 +198,43 @@ def test_a_penalty_in_a_search_is_that_of_hugging_face_on_logits() -> None:
     prompts = [[1, 3], [7], [4, 4, 9, 2]]
     found = search(model, prompts, (0,), max_new_tokens=6, num_beams=3, repetition_penalty=1.7)
     for prompt, hypotheses in zip(prompts, found, strict=True):
-        expected = by_hand(model, prompt, 3, 6, 0, 0.6, process=process)
+        expected = by_hand(model, prompt, 3, 6, {0}, 0.6, process=process)
         assert [h.tokens for h in hypotheses] == [ids for ids, _ in expected]
         assert [h.score for h in hypotheses] == pytest.approx([score for _, score in expected], rel=1e-9)
+
+
+def is_odd(ids: list[int]) -> bool:
+    return len(ids) > 1 and ids[-1] % 2 == 1
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("stop_ids", "is_over"),
+    [
+        ((), is_odd),
+        ((0,), is_odd),
+        (range(1, 12), lambda _: False),  # few go on: no K of the best 2 K do
+        (range(12), lambda _: False),
+        ((), lambda _: True),
+    ],
+)
+def test_a_search_of_what_ends_in_many_ways(
+    K: int, stop_ids: Collection[int], is_over: Callable[[list[int]], bool]
+) -> None:
+    model = build("alibi", vocab_size=12).double()
+    with torch.no_grad():
+        model.embedding.weight.mul_(4)
+    prompts = [[1, 3], [7], [4, 4, 9, 2]]
+    config = DecodingConfig(max_new_tokens=5, num_beams=K)
+    found = beam_search(model, prompts, config, stop_ids=stop_ids, is_over=is_over)
+    for prompt, hypotheses in zip(prompts, found, strict=True):
+        expected = by_hand(model, prompt, K, 5, stop_ids, 0.6, is_over)
+        assert [h.tokens for h in hypotheses] == [ids for ids, _ in expected]
+        assert [h.score for h in hypotheses] == pytest.approx([score for _, score in expected], rel=1e-9)
+    if K == 1:
+        greedy = DecodingConfig(max_new_tokens=5, temperature=0)
+        said = decode(model, prompts, greedy, stop_ids=stop_ids, is_over=is_over)
+        assert [hypotheses[0].tokens for hypotheses in found] == said
 
 
 def test_prompts_have_limits_of_their_own() -> None:

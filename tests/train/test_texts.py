@@ -102,3 +102,25 @@ def test_positions_without_an_end_and_those_within_a_streaming_cache() -> None:
     streaming = {"cache": "streaming", "cache_sinks": 4}
     assert room(table, 1000, DecodingConfig.model_validate({**streaming, "cache_window": 20})) == 256
     assert room(table, 5, DecodingConfig.model_validate({**streaming, "cache_window": 21})) == 20
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_a_search_ends_with_a_stop_string(num_beams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hypotheses that are likely say one of the letters early, and no more is read than until they do."""
+    run = loaded("rope")
+    stops = tuple(chr(code) for code in range(64, 127))
+    config = DecodingConfig(
+        num_beams=num_beams, temperature=float(num_beams > 1), max_new_tokens=60, stop_strings=stops
+    )
+    calls = 0
+    hidden = run.model.hidden
+
+    def counted(*args: Any, **more: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return hidden(*args, **more)
+
+    monkeypatch.setattr(run.model, "hidden", counted)
+    said = run.texts(["ab", "abcdef"], config)
+    assert not any(stop in text for stop in stops for text in said)
+    assert calls < 30

@@ -274,7 +274,9 @@ def choose(logits: Tensor, config: DecodingConfig, random: torch.Generator) -> i
     """
     if config.temperature == 0:
         return int(logits.argmax())
-    scores = logits.to(torch.float32) / config.temperature
+    scores = logits.to(torch.float32)
+    # What is at most 0, divided in float64 by any number above 0, is at worst -inf, which is no chance and no NaN.
+    scores = ((scores - scores.max()).double() / config.temperature).float()
     if 0 < config.top_k < scores.shape[0]:
         scores, ids = scores.topk(config.top_k)  # in falling order
     else:

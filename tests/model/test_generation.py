@@ -114,6 +114,22 @@ def test_sampling_distribution(settings: dict[str, float], expected: list[float]
     assert (found - target).abs().max() < 4 * (0.25 / 4000) ** 0.5  # four standard errors
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.5}])
+@pytest.mark.parametrize("scale", [1.0, 1e38])
+def test_a_temperature_near_0_is_that_of_0(temperature: float, cut: dict[str, float], scale: float) -> None:
+    logits = torch.tensor([0.5, 3.0, 1.0, -2.0]) * scale
+    config = DecodingConfig(temperature=temperature, **cut)  # type: ignore[arg-type]
+    random = torch.Generator().manual_seed(0)
+    assert [choose(logits, config, random) for _ in range(20)] == [1] * 20
+
+
+def test_two_that_are_likeliest_stay_so_at_any_temperature() -> None:
+    found = frequencies(DecodingConfig(temperature=1e-40), torch.tensor([7.0, 3.0, 7.0, 6.9]), draws=1000)
+    assert found[1] == found[3] == 0
+    assert abs(found[0] - 0.5) < 4 * (0.25 / 1000) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -83,6 +83,23 @@ def test_words_stand_for_their_pieces(trained: Path) -> None:
     assert axes == {"rows": ["to", "be", ",", "or", "not"], "columns": ["to", "be", ",", "or", "not"]}
 
 
+@pytest.mark.parametrize("words", ["true", "false"])
+def test_no_character_of_a_text_acts_on_a_terminal_or_turns_a_page(words: str, trained: Path) -> None:
+    text = "a \u202eabc \x1b[31m \x9b31m x\u200dy\nb"
+    Path("odd.txt").write_text(text, encoding="utf-8")
+    done = ctxlab(
+        "attention", "last", "text_file=odd.txt", f"words={words}", "layers=[1]", "heads=[1]", "file=some.html"
+    )
+    assert done.code == 0, done.err
+    assert "text: a <202E>abc <1B>[31m <9B>31m x<200D>y\nb\n" in done.out
+    data = data_of(Path("some.html"))
+    said = [done.out, *data["facts"], *data["axes"]["self"]["rows"]]
+    assert [c for c in "".join(said) if not c.isprintable() and c != "\n"] == []
+    if words == "true":
+        names = ["a", "<202E>", "abc", "<1B>", "[", "31m", "<9B>", "31m", "x", "<200D>", "y", "b"]
+        assert data["axes"]["self"]["rows"] == names
+
+
 def test_a_long_text_is_drawn_in_parts(trained: Path) -> None:
     Path("long.txt").write_text("to be or not " * 40, encoding="utf-8")
     done = ctxlab("attention", "last", "text_file=long.txt", "cells=10", "layers=[1]", "heads=[1]", "file=some.html")
@@ -190,3 +207,6 @@ def test_a_text_that_is_longer_than_its_positions_is_refused(place: Path) -> Non
     assert done.errors[0].startswith(
         "text: is too long for the run: position 119: learned positions are defined up to 63"
     )
+    Path("long.txt").write_text("to be " * 20, encoding="utf-8")
+    done = ctxlab("attention", "table", "text_file=long.txt", "file=none")
+    assert done.errors[0].startswith("text_file: is too long for the run: position 119")

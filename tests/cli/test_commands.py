@@ -231,7 +231,8 @@ def test_generate_goes_on_from_every_line_of_a_file(place: Path) -> None:
     assert letters
     stop = letters[0]
     words = (*settings, f"decoding.stop_strings=[{stop}]")
-    cut = ctxlab("generate", "last", "prompts_file=prompts.txt", "seed=5", *words)
+    Path("windows.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8", newline="\r\n")
+    cut = ctxlab("generate", "last", "prompts_file=windows.txt", "seed=5", *words)
     assert cut.out.split("\n") == [*(text.partition(stop)[0] for text in expected), ""]
     assert (
         ctxlab("generate", "last", "prompt=To be", "seed=5", *words).out == f"To be{expected[0].partition(stop)[0]}\n"

@@ -252,3 +252,7 @@ def test_where_a_models_positions_end(folder: Path) -> None:
         assert done.err.splitlines() == ["stopped: 3 of 3 lines, line 1 first, where the model's 36 positions end"]
     done = ctxlab("generate", "last", "prompts_file=lines.txt", "decoding.temperature=0", "decoding.max_new_tokens=3")
     assert done.err.splitlines() == ["stopped: line 2 where the model's 36 positions end"]
+    for text, target, which in (("кот", "red " * 10, "target"), ("кот " * 8, "red", "text")):
+        seen = ctxlab("attention", "last", text, f"target={target}", "file=none")
+        assert (seen.code, len(seen.errors)) == (2, 1)
+        assert seen.errors[0].startswith(f"{which}: is too long for the run: position ")

@@ -6,7 +6,7 @@ import pytest
 
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.byte import Byte
-from ctxlab.data.tokenizers.shown import shown, words_of
+from ctxlab.data.tokenizers.shown import shown, visible, words_of
 
 
 class Listed(Byte):
@@ -20,6 +20,15 @@ def test_labels_say_what_a_piece_is() -> None:
     some = Listed(b" ne", b"\n", b"\t", "ç".encode(), b"\xc3", b"\x00", b"", "你".encode())
     labels = [shown(some, token) for token in range(11)]
     assert labels == ["<pad>", "<s>", "</s>", "·ne", "↵", "⇥", "ç", "<C3>", "<00>", "<9>", "你"]
+
+
+def test_a_text_is_made_visible_character_by_character() -> None:
+    text = "é 你\u202e\x1b[31m\x9b\u200d\u00ad\U000e0041\r\n"
+    assert visible(text) == "é·你<202E><1B>[31m<9B><200D><AD><E0041>␍↵"
+    assert visible(text, as_it_is=" \n") == "é 你<202E><1B>[31m<9B><200D><AD><E0041>␍\n"
+    assert all(
+        c.isprintable() for c in visible("".join(map(chr, range(0xD800))) + "".join(map(chr, range(0xE000, 0x110000))))
+    )
 
 
 @pytest.mark.parametrize(

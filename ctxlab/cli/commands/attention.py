@@ -14,7 +14,7 @@ from rich.text import Text
 from ctxlab.cli.console import progress_bar
 from ctxlab.cli.main import DONE
 from ctxlab.data.tokenizers.base import Tokenizer
-from ctxlab.data.tokenizers.shown import shown, words_of
+from ctxlab.data.tokenizers.shown import shown, visible, words_of
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.evaluation import heads as seeing
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ctxlab.config.schema import AttentionConfig
 
 _PICTURES = (".png", ".svg")
+_PLAIN = " \n\t"  # what is read of a text as it stands
 _TERMINAL, _PAGE, _PICTURE = "terminal", "page", "picture"
 
 
@@ -92,7 +93,7 @@ def run(config: AttentionConfig, invocation: Invocation) -> int:
                 [] if cross is None else seeing.steps(loaded.model, hidden, cross, [*reading.tokens, *reading.end])
             )
     except UndefinedBeyondTraining as end:
-        raise ConfigError(f"text: is too long for the run: {end}") from end
+        raise ConfigError(f"{_too_long(loaded, config, text)}: is too long for the run: {end}") from end
     _draw(loaded, reading, found, groups, _labelled(reading, written), files, console)
     return DONE
 
@@ -137,6 +138,14 @@ def _text(config: AttentionConfig) -> str:
     if not text:
         raise ConfigError('text: expected a text to look at, got nothing; ctxlab attention last "To be, or not to be"')
     return text
+
+
+def _too_long(loaded: LoadedRun, config: AttentionConfig, text: str) -> str:
+    """Which setting gave what the run has no positions for: the text, unless all of a source has some."""
+    ends = loaded.model.n_positions
+    if loaded.translates and ends is not None and loaded.reading.count(text) + 1 <= ends:
+        return "target"
+    return "text" if config.text_file == "none" else "text_file"
 
 
 def _read(loaded: LoadedRun, config: AttentionConfig, text: str) -> _Reading:
@@ -218,7 +227,7 @@ def _labels(side: _Side, groups: Sequence[int]) -> list[str]:
         word = tokenizer.decode(tokens[place] for place in part).strip()
         first = shown(tokenizer, tokens[part[0]])
         is_word = len(part) > 1 and len(word.split()) == 1
-        labels.append(word if is_word else first if len(part) == 1 else f"{part[0] + 1} {first}…")
+        labels.append(visible(word) if is_word else first if len(part) == 1 else f"{part[0] + 1} {first}…")
     return labels
 
 
@@ -274,7 +283,7 @@ def _draw(
 
 
 def _said(reading: _Reading) -> list[str]:
-    """What was read and, of an encoder-decoder, what was made of it."""
+    """What was read and, of an encoder-decoder, what was made of it; lines of it are lines, and nothing else in it acts."""
     said = []
     for name, tokenizer, tokens in (
         ("source", reading.tokenizers.source, reading.source),
@@ -282,7 +291,7 @@ def _said(reading: _Reading) -> list[str]:
     ):
         if tokens is not None:
             text = tokenizer.decode(tokens)
-            said.append(f"{name}: {text if len(text) <= 400 else text[:400] + '…'}")
+            said.append(f"{name}: {visible(text[:400], as_it_is=_PLAIN)}{'…' if len(text) > 400 else ''}")
     return said
 
 

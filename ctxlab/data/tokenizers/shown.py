@@ -22,7 +22,14 @@ def shown(tokenizer: Tokenizer, token: int) -> str:
         text = piece.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(f"<{byte:02X}>" for byte in piece)
-    return "".join(_VISIBLE.get(c, c if c.isprintable() else f"<{ord(c):02X}>") for c in text)
+    return visible(text)
+
+
+def visible(text: str, *, as_it_is: str = "") -> str:
+    """A text in which every character is seen, and none acts on a terminal or turns what stands behind it: signs for spaces
+    and ends of lines, <1B> for what else is not printable. `as_it_is`: characters that stay."""
+    seen = {c: c for c in as_it_is}
+    return "".join(seen.get(c) or _VISIBLE.get(c) or (c if c.isprintable() else f"<{ord(c):02X}>") for c in text)
 
 
 def words_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:

@@ -212,7 +212,7 @@ def show_training(run: Run, console: Console) -> None:
     console.print()
     console.print(Text(f"run {record.id} in {run.path}{f' ({figure.name})' if figure else ''}"), soft_wrap=True)
     where = _elsewhere(run)
-    prompt = f'{where}ctxlab generate {record.id} "{_prompt(record.config)}"'
+    prompt = f"{where}ctxlab generate {record.id} {_prompt(run)}"
     look = f"{where}ctxlab runs show {record.id}", "look at it"
     if record.config.get("data", {}).get("name") == "parallel":
         more = f"{where}ctxlab eval {record.id} eval.translation.num_beams=8"
@@ -233,11 +233,22 @@ def show_training(run: Run, console: Console) -> None:
     show_next(console, (prompt, "go on from a prompt"), (f"{where}ctxlab train -m {sweep}", "a sweep around it"), look)
 
 
-def _prompt(config: dict[str, Any]) -> str:
-    """Something to go on from, in what the run speaks, or to translate."""
-    if config.get("data", {}).get("name") == "parallel":
-        return "Je ne parle pas français."
-    return "1 2 3 4" if config.get("tokenizer", {}).get("name") == "ids" else "To be, or not to be"
+def _prompt(run: Run) -> str:
+    """Something to go on from in what the run speaks, or of the test sentences a short one to translate; for a shell."""
+    config = run.record.config
+    if config.get("data", {}).get("name") != "parallel":
+        return '"1 2 3 4"' if config.get("tokenizer", {}).get("name") == "ids" else '"To be, or not to be"'
+    sources = [item.wanted[0] for item in run.items() if item.wanted and item.wanted[0].isprintable()]
+    sentence = min(
+        (s for s in sources if len(s.split()) > 2), key=len, default=min(sources, key=len, default="a sentence")
+    )
+    words = shlex.quote(sentence if _is_bare(sentence) else f"prompt={sentence}")
+    return f"{words} decoding.num_beams=4"
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a command line takes a word for text, and not for a setting or a flag."""
+    return "=" not in text and not text.startswith("-")
 
 
 def _elsewhere(run: Run) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from ctxlab.config.overrides import split
 from ctxlab.evaluation.perplexity import DocumentScores
-from ctxlab.records.schema import Measurement
+from ctxlab.records.schema import Measurement, TaskItem
 from ctxlab.report.screens import difference_table, show_difference, show_run
 from ctxlab.report.tables import (
     comparison_table,
@@ -141,6 +143,41 @@ def test_what_train_ends_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (run.path / "loss_by_length.png").read_bytes().startswith(b"\x89PNG")
     tabular = [line for line in lines[:-4] if not line.startswith("run ")]
     assert max(map(len, tabular)) <= 80
+
+
+SENTENCES = [
+    (["Der Hund schläft heute gar nicht.", "Gut!", "L'un dit: \"c'est $5 `là` \\ !\"", "Où est \x1b[2J-il ?"], 2),
+    (["Wo ist er denn heute?", "- Hier bin ich!"], 1),
+    (["Wo ist er denn heute?", "x = y"], 1),
+    (["你好", "我不会说法语。"], 0),
+    ([], None),
+]
+
+
+@pytest.mark.parametrize(("sentences", "chosen"), SENTENCES)
+def test_a_translator_is_given_a_sentence_of_its_test_set_next(
+    sentences: list[str], chosen: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed into a shell, it is the sentence, to be translated as the test set was."""
+    monkeypatch.setenv("CTXLAB_RUNS", str(tmp_path))
+    run = make_run(tmp_path, status="done", config={"data": {"name": "parallel", "path": "some.tsv"}})
+    run.measure(
+        Measurement(name="bleu", value=30.0, unit="1", split="test", facts={"num_beams": 4, "length_penalty": 0.6})
+    )
+    run.write_items(
+        [
+            TaskItem(task="translation", context=9, item=number, score=0.5, wanted=(sentence, "wanted"), answer="said")
+            for number, sentence in enumerate(sentences)
+        ]
+    )
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    show_training(run, console)
+    words = shlex.split(written(console).splitlines()[-3].partition("  # ")[0])
+    line = split("generate", words[2:])
+    assert words[:2] == ["ctxlab", "generate"]
+    assert line.selectors == {"run": (run.id,)}
+    assert line.free_text == {"prompt": "a sentence" if chosen is None else sentences[chosen]}
+    assert line.overrides == ("decoding.num_beams=4",)
 
 
 def test_what_a_sweep_ends_with(tmp_path: Path) -> None:

@@ -138,6 +138,20 @@ def test_questions_that_all_have_answers_get_one(tmp_path: Path) -> None:
     assert all(found.texts)
 
 
+@pytest.mark.parametrize("impossible", [False, True])
+def test_whether_there_may_be_no_answer_was_learned_in_training(tmp_path: Path, impossible: bool) -> None:
+    """Evaluated on other data than it was trained on, where the other kind of questions is asked."""
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "asked").mkdir()
+    trained = questions(tmp_path / "trained", articles(impossible=impossible))
+    asked = questions(tmp_path / "asked", articles(impossible=not impossible))
+    model: Any = Pointer(asked, "test", none=9.0)  # surer of bos than of any span
+    _, items = evaluate_qa(
+        model, asked, Extractive(Extractive.Config()), QAConfig(), context=128, learned=trained.facts, **HERE
+    )
+    assert [item.answer == "" for item in items] == [impossible] * asked.splits["test"].n
+
+
 def test_an_answer_is_found_in_whichever_segment_it_stands(tmp_path: Path) -> None:
     """A real encoder over segments: the answer is the best span of all of them, as scored one by one."""
     dataset = questions(tmp_path)

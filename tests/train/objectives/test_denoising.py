@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from dataclasses import replace
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ctxlab.errors import DataError
 from ctxlab.train.objectives.masked import Masked
 from ctxlab.train.objectives.span_corruption import SpanCorruption, parts
 from tests.evaluation.builders import split_of
+from tests.train.builders import settings, train
 
 BYTES = Byte(Byte.Config())
 MARKED = Byte(Byte.Config(sentinels=100))
@@ -66,11 +68,29 @@ def test_of_the_chosen_four_in_five_are_hidden_and_one_in_ten_is_random() -> Non
 
 
 def test_whole_words_are_hidden_together() -> None:
-    said = "one three  five, seven\nnine eleven a b c d e f g h"
+    said = "one three  five, don't\nnine (a) 你好 b c d"
     tokens = np.array([BYTES.bos_id, *BYTES.encode(said)], dtype=np.int64)
-    words = [
-        (m.start() + 1, m.end() + 1) for m in re.finditer(r"\S+|\s", said)
-    ]  # of bytes, a space is a word by itself
+    sizes = [
+        3,
+        6,
+        6,
+        1,
+        4,
+        1,
+        1,
+        5,
+        2,
+        1,
+        1,
+        4,
+        3,
+        2,
+        2,
+        2,
+    ]  # in bytes, with the spaces before: "one", " three", "  five", ","
+    ends = np.cumsum([1, *sizes]).tolist()
+    assert ends[-1] == len(tokens)
+    words = list(zip(ends[:-1], ends[1:]))
     objective = Masked(Masked.Config(whole_words=True, share=0.3))
     seen = set()
     for seed in range(60):
@@ -81,8 +101,46 @@ def test_whole_words_are_hidden_together() -> None:
             inside = chosen & set(range(first, stop))
             assert inside in (set(), set(range(first, stop))), (first, stop, chosen)
             seen.add((first, bool(inside)))
-    assert (1, True) in seen
-    assert (5, True) in seen
+    assert {first for first, hidden in seen if hidden} == set(ends[:-1])
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_text_without_spaces_is_masked_too(whole_words: bool) -> None:
+    """Of 256 bytes of Chinese 38 are to be chosen: of whole characters of 3 bytes, 12."""
+    said = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。" * 4
+    tokens = np.array(BYTES.encode(said))[:255]
+    objective = Masked(Masked.Config(whole_words=whole_words))
+    hidden = set()
+    for seed in range(40):
+        chosen = np.flatnonzero(objective.row(tokens, generator(seed), BYTES).targets != IGNORED)
+        assert len(chosen) == (36 if whole_words else 38)
+        hidden.update(chosen.tolist())
+    assert len(hidden) > 250
+
+
+def test_a_row_of_words_that_are_all_too_long_has_targets() -> None:
+    """15 of 100 tokens: a stretch of one of the two words, anywhere in it."""
+    tokens = np.array([BYTES.bos_id, *BYTES.encode("a" * 49 + " " + "b" * 49)])
+    firsts = []
+    for seed in range(60):
+        row = Masked(Masked.Config(whole_words=True)).row(tokens, generator(seed), BYTES)
+        chosen = np.flatnonzero(row.targets != IGNORED)
+        assert chosen.tolist() == list(range(chosen[0], chosen[0] + 15))
+        assert chosen[-1] < 50 or chosen[0] >= 50
+        firsts.append(int(chosen[0]))
+    assert min(firsts) < 10
+    assert max(firsts) > 75
+
+
+def test_a_step_without_targets_moves_nothing_to_nan(tmp_path: Path) -> None:
+    """Documents of bos and eos alone: nothing can be masked, and the mean over no targets is 0."""
+    data = TextDataset({name: split_of([[1, 2]] * 6, name) for name in ("train", "validation", "test")}, BYTES, {})
+    config = replace(
+        settings(context=1, max_steps=2, model={"architecture": "encoder"}), objective=Masked.Config(whole_words=True)
+    )
+    run = train(tmp_path, data, config)
+    assert [row["loss"] for row in run.rows.of("train")] == [0.0, 0.0]
+    assert all(bool(weight.isfinite().all()) for weight in run.weights.values())
 
 
 @pytest.mark.parametrize(("context", "raw", "said"), [(512, 568, 114), (128, 141, 29)])

@@ -48,7 +48,7 @@ class QAConfig(ComponentConfig):
 
 
 class Answers(NamedTuple):
-    """What was said to each question, and how many passages were cut to fit the context."""
+    """What was said to each question, and how many prompts were cut to fit the context."""
 
     texts: list[str]
     cut: int
@@ -269,7 +269,9 @@ def _said(
     """What greedy generation says to each prompt."""
     tokenizer = dataset.tokenizer
     prompts = Prompts(dataset, split, context, apart=model.reads_source)
-    most = min(config.max_answer, max(1, context // 4))  # of a short context a passage keeps the larger part
+    most = max(
+        1, min(config.max_answer, context // 4, prompts.room)
+    )  # of a short context a passage keeps the larger part
     begun = [prompts.prompt(index, most) for index in chosen.tolist()]
     sizes = np.array([len(prompt) for prompt, _ in begun])
     texts = [""] * len(chosen)

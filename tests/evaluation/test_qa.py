@@ -17,6 +17,7 @@ from ctxlab.evaluation.squad_scores import Scores
 from ctxlab.model.heads import SpanHead
 from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.objectives.extractive import Extractive
+from ctxlab.train.objectives.seq2seq import SequenceToSequence
 from tests.data.labelled.builders import articles, questions
 from tests.model.builders import build
 
@@ -198,6 +199,25 @@ def test_a_decoder_says_what_it_would_say_alone(tmp_path: Path) -> None:
             model, prompt, DecodingConfig(temperature=0.0, max_new_tokens=6), stop_ids=(dataset.tokenizer.eos_id,)
         )
         assert text == dataset.tokenizer.decode(alone).strip()
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("context", [34, 80])
+def test_a_question_longer_than_the_context_is_answered(tmp_path: Path, architecture: str, context: int) -> None:
+    """Under positions that end where the context does, and where no answer stands in what is read."""
+    found = articles()
+    for paragraph in (paragraph for article in found for paragraph in article["paragraphs"]):
+        paragraph["qas"][-1]["question"] = "who " * 40 + "?"
+    dataset = questions(tmp_path, found)
+    torch.manual_seed(0)
+    model: Any = build("learned", context=context, architecture=architecture, vocab_size=dataset.tokenizer.vocab_size)
+    objective: Any = {"decoder": Causal, "encoder_decoder": SequenceToSequence}[architecture]
+    chosen = np.arange(dataset.splits["test"].n)
+    found_answers = answers(
+        model, dataset, objective(objective.Config()), QAConfig(), chosen, split="test", context=context, **HERE
+    )
+    assert len(found_answers.texts) == len(chosen)
+    assert found_answers.cut == len(chosen)
 
 
 def test_scores_are_means_over_questions_and_spread_over_texts() -> None:

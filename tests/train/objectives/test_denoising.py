@@ -181,6 +181,25 @@ def test_source_and_target_put_together_are_the_text(n: int) -> None:
         assert source[-1] >= 260, "the text ends in noise"
 
 
+@pytest.mark.parametrize(
+    ("density", "mean", "noise", "spans"),
+    [(0.5, 1, 64, 64), (0.6, 1, 77, 51), (0.75, 2, 96, 32), (0.8, 3, 102, 26), (0.9, 3, 115, 13), (0.15, 3, 19, 6)],
+)
+def test_spans_are_no_more_than_the_text_between_them(density: float, mean: float, noise: int, spans: int) -> None:
+    """Of 128 tokens round(128 density) are noise; the rest keeps that many spans apart at most."""
+    objective = SpanCorruption(SpanCorruption.Config(density=density, mean_span=mean))
+    assert objective.counts(128) == (noise, spans)
+    many = Byte(Byte.Config(sentinels=2000))
+    for context in (*range(3, 40), 300):
+        n = objective.window(context, many)
+        for length in {2, n}:
+            row = objective.row(text(length), generator(context), many)
+            assert row.source is not None
+            assert max(len(row.source), len(row.targets)) <= context
+            left_out = sum(token < 260 and token != many.eos_id for token in row.targets.tolist())
+            assert left_out == objective.counts(length)[0]
+
+
 def test_every_way_to_cut_is_as_likely() -> None:
     random = np.random.default_rng(0)
     draws, n, k = 12_000, 7, 3
@@ -197,8 +216,9 @@ def test_too_few_sentinels_and_too_short_a_context() -> None:
         DataError, match=r"tokenizer.sentinels: 0 are too few for the 28 spans of 568 tokens; use .*=100"
     ):
         objective.window(512, BYTES)
-    with pytest.raises(DataError, match=r"context: 1 tokens are too few"):
-        objective.window(1, MARKED)
+    with pytest.raises(DataError, match=r"context: 2 tokens are too few .*; the nearest valid value is 3"):
+        objective.window(2, MARKED)
+    assert objective.window(3, MARKED) == 2
 
 
 def test_rows_change_with_the_epoch_and_held_out_ones_never_do() -> None:

@@ -29,8 +29,9 @@ from ctxlab.config.explain import explain_hydra
 from ctxlab.config.overrides import key_of
 from ctxlab.data.source import SOURCES
 from ctxlab.errors import ConfigError
+from ctxlab.model.base import architecture_of
 from ctxlab.registry import nearest
-from ctxlab.train.objectives.base import OBJECTIVES
+from ctxlab.train.objectives.base import OBJECTIVES, objectives_of
 
 # The keys below `hydra` that a line or a file may set, exact or as the start of a dotted key.
 _ALLOWED = ("mode", "sweeper.params", "run.dir", "sweep.dir", "sweep.subdir")
@@ -84,8 +85,12 @@ class Composer:
         for override in parsed:
             self._refuse_override(override)
         try:
-            overrides = [*self._implied(parsed), *overrides]
-            loaded = self._load(overrides)
+            implied = self._implied(parsed)
+            loaded = self._load([*implied, *overrides])
+            if (fitting := _fitting_objective(loaded, implied)) is not None:
+                implied = [fitting if override.startswith("objective=") else override for override in implied]
+                loaded = self._load([*implied, *overrides])
+            overrides = [*implied, *overrides]
             _refuse_targets(OmegaConf.to_container(_without_hydra(loaded), resolve=False))
             self._refuse_hydra_changes(loaded)
             config = OmegaConf.to_container(_without_hydra(loaded), resolve=True)
@@ -203,6 +208,17 @@ class Composer:
         for key in sorted(flat.keys() | self._plain_hydra.keys(), key=lambda key: (key not in flat, key)):
             if flat.get(key, "") != self._plain_hydra.get(key, "") and not _allowed(key):
                 raise ConfigError(_hydra_refusal(key))
+
+
+def _fitting_objective(loaded: DictConfig, implied: Sequence[str]) -> str | None:
+    """What data means for the objective of a model that its usual one does not train: the only other one that does, if any."""
+    if not any(override.startswith("objective=") for override in implied):
+        return None
+    architecture = architecture_of(loaded.model)
+    if architecture in OBJECTIVES.get(loaded.objective.name).architectures:
+        return None
+    fitting = objectives_of(architecture, SOURCES.get(loaded.data.name))
+    return f"objective={fitting[0]}" if len(fitting) == 1 else None
 
 
 def set_key(config: dict[str, Any], key: str, value: Any) -> None:

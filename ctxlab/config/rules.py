@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
+from ctxlab.config import catalog
 from ctxlab.config.overrides import key_of
 from ctxlab.config.schema import (
     AttentionConfig,
@@ -24,10 +25,10 @@ from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.evaluation.tasks import TaskEvaluation, ruler_names
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import ARCHITECTURES, architecture_of
-from ctxlab.model.config import ModelConfig
+from ctxlab.model.config import ModelConfig, SizesConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
-from ctxlab.train.objectives.base import OBJECTIVES
+from ctxlab.train.objectives.base import OBJECTIVES, objectives_of
 from ctxlab.train.objectives.windows import Denoising
 from ctxlab.units import format_length
 
@@ -99,15 +100,18 @@ def check(config: CommandConfig) -> None:
 def _objective(config: TrainConfig) -> None:
     """An objective trains some architectures, on some kinds of data."""
     objective, architecture = OBJECTIVES.get(config.objective.name), config.model.architecture
+    data = SOURCES.get(config.data.name)
+    reason = objective.why_not(data)
     if architecture not in objective.architectures:
-        data = SOURCES.get(config.data.name)
-        trained = [name for name in OBJECTIVES.names() if architecture in OBJECTIVES.get(name).architectures]
-        fitting = [name for name in trained if not OBJECTIVES.get(name).why_not(data)] or trained
-        raise IncompatibleError(
-            f"objective: {config.objective.name} trains model.architecture={' or '.join(objective.architectures)}, not "
-            f"{architecture}; use {' or '.join(f'objective={name}' for name in fitting)}"
-        )
-    if reason := objective.why_not(SOURCES.get(config.data.name)):
+        instead = [f"objective={name}" for name in objectives_of(architecture, data)]
+        if not reason and config.init == "none":  # the weights of another run are of its architecture
+            instead += [_model_of(architecture, config.model) for architecture in objective.architectures]
+        if instead or not reason:
+            raise IncompatibleError(
+                f"objective: {config.objective.name} trains model.architecture={' or '.join(objective.architectures)}, not "
+                f"{architecture}{f'; use {_either(instead)}' if instead else ''}"
+            )
+    if reason:
         raise IncompatibleError(
             f"objective: {config.objective.name} does not go with data={config.data.name}: {reason}"
         )
@@ -129,13 +133,27 @@ def _objective(config: TrainConfig) -> None:
         )
 
 
+def _model_of(architecture: str, instead_of: SizesConfig) -> str:
+    """What chooses a model of an architecture: the same sizes where they leave it open, else an option that has it."""
+    if architecture not in get_args(ModelConfig.model_fields["architecture"].annotation):
+        return f"model={architecture}"
+    chosen = f"model.architecture={architecture}"
+    if isinstance(instead_of, ModelConfig):
+        return chosen
+    return f"{next(f'model={default.option}' for default in catalog.defaults('train') if default.group == 'model')} {chosen}"
+
+
+def _either(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def _prefix(config: TrainConfig) -> None:
     """A prefix is read both ways, as an encoder reads."""
     if isinstance(config.position, Position.Config) and not POSITIONS.get(config.position.name).bidirectional:
         fitting = [name for name in POSITIONS.names() if POSITIONS.get(name).bidirectional]
         raise IncompatibleError(
             f"position.name: {config.position.name} tells no order without a causal mask, and objective="
-            f"{config.objective.name} has none within the prefix; use {', '.join(fitting[:-1])} or {fitting[-1]}"
+            f"{config.objective.name} has none within the prefix; use {_either(fitting)}"
         )
     if config.attention != "none" and ATTENTIONS.get(config.attention.name).carried_tokens(config.attention):
         raise IncompatibleError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,7 +48,7 @@ class QAConfig(ComponentConfig):
 
 
 class Answers(NamedTuple):
-    """What was said to each question, and how many passages were cut to fit the context."""
+    """What was said to each question, and how many prompts were cut to fit the context."""
 
     texts: list[str]
     cut: int
@@ -83,7 +84,7 @@ def evaluate_qa(
     def answered(asked: Model, what: str) -> Answers:
         return answers(
             asked, dataset, objective, config, chosen, split=split, context=context, device=device, precision=precision,
-            advance=progress(what, len(chosen)),
+            learned=learned, advance=progress(what, len(chosen)),
         )  # fmt: skip
 
     found = answered(model, "answering")
@@ -150,18 +151,26 @@ def answers(
     context: int,
     device: torch.device,
     precision: Precision,
+    learned: Mapping[str, Any] = MappingProxyType({}),
     advance: Callable[[int], None] = lambda _: None,
 ) -> Answers:
     """The model's answer to each of the `chosen` questions (n,) of a split; an empty text is no answer."""
     if isinstance(objective, Extractive):
         segments = objective.examples(dataset, split, context)
-        may_have_none = dataset.may_have_none if config.no_answer == "auto" else config.no_answer
+        may_have_none = _learned_none(learned, dataset) if config.no_answer == "auto" else config.no_answer
         return _pointed(
             model, dataset, segments, config, chosen, may_have_none, device=device, precision=precision, advance=advance
         )
     return _said(
         model, dataset, split, context, config, chosen, device=device, precision=precision, advance=advance
     )  # fmt: skip
+
+
+def _learned_none(learned: Mapping[str, Any], dataset: QuestionDataset) -> bool:
+    """Whether the model was trained to say that there is no answer; as `dataset` would have taught it, where `learned` is
+    silent. A model that was not has logits at bos that mean nothing, whatever it is asked now."""
+    unanswerable = learned.get("splits", {}).get("train", {}).get("unanswerable")
+    return dataset.may_have_none if unanswerable is None else unanswerable > 0
 
 
 class Span(NamedTuple):
@@ -260,7 +269,9 @@ def _said(
     """What greedy generation says to each prompt."""
     tokenizer = dataset.tokenizer
     prompts = Prompts(dataset, split, context, apart=model.reads_source)
-    most = min(config.max_answer, max(1, context // 4))  # of a short context a passage keeps the larger part
+    most = max(
+        1, min(config.max_answer, context // 4, prompts.room)
+    )  # of a short context a passage keeps the larger part
     begun = [prompts.prompt(index, most) for index in chosen.tolist()]
     sizes = np.array([len(prompt) for prompt, _ in begun])
     texts = [""] * len(chosen)

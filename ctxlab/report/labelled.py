@@ -94,7 +94,7 @@ def _notes(rows: Sequence[Measurement], *, asked: bool) -> list[str]:
                 f"{m.split} split, {m.n_targets:,} questions of {m.n_docs:,} texts held out; {m.protocol}; SQuAD's rules; "
                 "± is 95% over texts"
             )
-            lines += [f"{cut:,} passages were cut to fit the context"] if cut else []
+            lines += [f"{cut:,} prompts were cut to fit the context"] if cut else []
         else:
             lines.append(
                 f"{m.split} split, {m.n_docs:,} texts; {m.protocol}; ± is 95%: Wilson's for accuracy, resampled for macro f1"

@@ -75,10 +75,11 @@ class LanguageModel(lightning.LightningModule):
                 hidden, targets = hidden[scored].unsqueeze(0), targets[scored].unsqueeze(0)  # (1, n, d_model), (1, n)
             losses, nats = self.model.losses(hidden, targets, self.smoothing)
         del hidden  # backward frees it once the head has been there
-        loss = losses.sum() / batch.n_targets_in_step
+        n_targets = max(1, batch.n_targets_in_step)  # of no targets the loss is 0
+        loss = losses.sum() / n_targets
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(loss * self.trainer.world_size)
-        sums = torch.stack([loss.detach(), nats.sum() / batch.n_targets_in_step])  # (2,)
+        sums = torch.stack([loss.detach(), nats.sum() / n_targets])  # (2,)
         self._sums = sums if self._sums is None else self._sums + sums
         self._micro += 1
         self.stepped = self._micro == self.stream.micro_batches(self.step)

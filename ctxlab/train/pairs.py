@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ctxlab.data.pairs.dataset import PairDataset, Pairs
-from ctxlab.data.pairs.stream import pair_batch
+from ctxlab.data.pairs.stream import nothing_fits, pair_batch, read_sizes
 from ctxlab.data.stream import padded
 from ctxlab.model.base import Model
 from ctxlab.train.precision import Precision, autocast
@@ -61,14 +61,16 @@ def score_pairs(
 
 
 class PairValidation:
-    """Scores a fixed set of the validation split's pairs, shared by the ranks."""
+    """Scores a fixed set of the validation split's pairs, shared by the ranks. Raises DataError where none is short enough."""
 
     def __init__(self, dataset: PairDataset, *, longest: int, max_tokens: int, precision: Precision) -> None:
         self.pairs = dataset.splits["validation"]
         self.pad_id = dataset.tokenizer.pad_id
         self.precision = precision
-        sizes = np.stack([self.pairs.source.sizes, self.pairs.target.sizes - 1])
+        sizes = read_sizes(self.pairs)
         short = np.flatnonzero((sizes <= longest).all(0))
+        if not len(short):
+            raise nothing_fits(self.pairs, longest)
         self.indices = short[: max(1, int(np.searchsorted(np.cumsum(sizes[1, short]), max_tokens, side="right")))]
         targets = self.pairs.target
         self.n_targets = int(sizes[1, self.indices].sum())

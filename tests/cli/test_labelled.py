@@ -67,7 +67,8 @@ def test_several_runs_stand_side_by_side() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train", *SQUAD), "objective: extractive trains model.architecture=encoder, not decoder; use objective=causal"),
+        (("train", *SQUAD, "objective=extractive"),
+         "objective: extractive trains model.architecture=encoder, not decoder; use objective=causal or model.architecture="),
         (("train", *SQUAD, "objective=causal", "model.architecture=encoder_decoder"), "use objective=seq2seq"),
         (("train", *SQUAD, ENCODER, "eval=perplexity"), "eval.perplexity: data=squad is scored by qa; use eval=qa"),
         (("train", *LABELS, "objective=causal"), "labels are chosen; use objective=classification"),

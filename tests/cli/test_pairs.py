@@ -209,7 +209,7 @@ def test_cost_of_two_berts(folder: Path) -> None:
          "model: d_model (32) must be divisible by n_heads (6), whose widths add up to it in BERT"),
         ((*BERTS, "data=shakespeare", "objective=causal", "eval=perplexity"),
          "objective: causal trains model.architecture=decoder or lstm, not bert2bert; use "
-         "objective=span_corruption"),
+         "objective=span_corruption, model=tiny model.architecture=decoder or model=lstm"),
         ((*BERTS, "trainer.compile=true"),
          "trainer.compile: BERT's layers are run as they come (model=bert2bert); use false"),
     ],

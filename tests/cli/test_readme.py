@@ -34,7 +34,7 @@ def blocks(readme: str, language: str) -> list[str]:
 
 
 def lines(readme: str) -> list[tuple[str, ...]]:
-    """The words of every `ctxlab ...` line, those inside `eval "$(...)"` too, without comments."""
+    """The words of every `ctxlab ...` line, those inside `eval "$(...)"` too, without comments, and of those in tables."""
     found = []
     for block in blocks(readme, "sh"):
         for line in block.splitlines():
@@ -42,7 +42,15 @@ def lines(readme: str) -> list[tuple[str, ...]]:
             words = shlex.split(command[1] if command else line, comments=True)
             if words and words[0] == "ctxlab":
                 found.append(tuple(words[1:]))
-    return found
+    found += [tuple(shlex.split(line)[1:]) for row in rows(readme) for line in row]
+    return list(dict.fromkeys(found))
+
+
+def rows(readme: str) -> list[list[str]]:
+    """The `ctxlab ...` lines of every row of a table that has some."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / readme).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = (re.findall(r"`(ctxlab [^`]*)`", row) for row in re.findall(r"^\|.*", text, re.MULTILINE))
+    return [row for row in found if row]
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -57,7 +65,9 @@ def test_has_the_two_lines_that_start_from_nothing(readme: str) -> None:
 
 def test_both_languages_have_the_same_commands() -> None:
     assert lines("README.md") == lines("README.zh.md")
+    assert rows("README.md") == rows("README.zh.md")
     assert len(lines("README.md")) >= 10
+    assert len(rows("README.md")) >= 10, "a table with a row for each part of the story"
 
 
 @pytest.mark.parametrize("words", [w for w in lines("README.md") if w[0] in COMPOSED], ids=" ".join)

@@ -17,6 +17,7 @@ from ctxlab.evaluation.squad_scores import Scores
 from ctxlab.model.heads import SpanHead
 from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.objectives.extractive import Extractive
+from ctxlab.train.objectives.seq2seq import SequenceToSequence
 from tests.data.labelled.builders import articles, questions
 from tests.model.builders import build
 
@@ -138,6 +139,20 @@ def test_questions_that_all_have_answers_get_one(tmp_path: Path) -> None:
     assert all(found.texts)
 
 
+@pytest.mark.parametrize("impossible", [False, True])
+def test_whether_there_may_be_no_answer_was_learned_in_training(tmp_path: Path, impossible: bool) -> None:
+    """Evaluated on other data than it was trained on, where the other kind of questions is asked."""
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "asked").mkdir()
+    trained = questions(tmp_path / "trained", articles(impossible=impossible))
+    asked = questions(tmp_path / "asked", articles(impossible=not impossible))
+    model: Any = Pointer(asked, "test", none=9.0)  # surer of bos than of any span
+    _, items = evaluate_qa(
+        model, asked, Extractive(Extractive.Config()), QAConfig(), context=128, learned=trained.facts, **HERE
+    )
+    assert [item.answer == "" for item in items] == [impossible] * asked.splits["test"].n
+
+
 def test_an_answer_is_found_in_whichever_segment_it_stands(tmp_path: Path) -> None:
     """A real encoder over segments: the answer is the best span of all of them, as scored one by one."""
     dataset = questions(tmp_path)
@@ -184,6 +199,25 @@ def test_a_decoder_says_what_it_would_say_alone(tmp_path: Path) -> None:
             model, prompt, DecodingConfig(temperature=0.0, max_new_tokens=6), stop_ids=(dataset.tokenizer.eos_id,)
         )
         assert text == dataset.tokenizer.decode(alone).strip()
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@pytest.mark.parametrize("context", [34, 80])
+def test_a_question_longer_than_the_context_is_answered(tmp_path: Path, architecture: str, context: int) -> None:
+    """Under positions that end where the context does, and where no answer stands in what is read."""
+    found = articles()
+    for paragraph in (paragraph for article in found for paragraph in article["paragraphs"]):
+        paragraph["qas"][-1]["question"] = "who " * 40 + "?"
+    dataset = questions(tmp_path, found)
+    torch.manual_seed(0)
+    model: Any = build("learned", context=context, architecture=architecture, vocab_size=dataset.tokenizer.vocab_size)
+    objective: Any = {"decoder": Causal, "encoder_decoder": SequenceToSequence}[architecture]
+    chosen = np.arange(dataset.splits["test"].n)
+    found_answers = answers(
+        model, dataset, objective(objective.Config()), QAConfig(), chosen, split="test", context=context, **HERE
+    )
+    assert len(found_answers.texts) == len(chosen)
+    assert found_answers.cut == len(chosen)
 
 
 def test_scores_are_means_over_questions_and_spread_over_texts() -> None:

@@ -44,7 +44,7 @@ def test_a_run_stands_above_its_parts_and_baselines() -> None:
     assert "answerable (30) 0.700 ±0.100 0.800 ±0.100" in lines
     assert "training's most frequent 0.100 ±0.100 0.200 ±0.200" in lines
     assert any("test split, 40 questions of 8 texts held out; extractive; SQuAD's rules" in line for line in lines)
-    assert "3 passages were cut to fit the context" in lines
+    assert "3 prompts were cut to fit the context" in lines
     assert lines[-7:] == [
         "asked Who?", "said (no answer)", "wanted (no answer)", "", "asked Who is it?", "said Ann", "wanted Ann | Anna",
     ]  # fmt: skip

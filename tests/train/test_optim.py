@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from ctxlab.config.catalog import conf_dir
+from ctxlab.config.overrides import split
+from ctxlab.config.prepare import prepare
 from ctxlab.train.optim import orthogonal
 from ctxlab.train.optim.adamw import AdamW
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer, rate_factor
@@ -44,6 +48,20 @@ def test_noam_is_the_formula_of_the_paper() -> None:
         expected = d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
         assert config.learning_rate * rate_factor(config, step - 1, 0.3) == pytest.approx(expected, rel=1e-12)
     assert config.learning_rate == pytest.approx(6.99e-4, rel=1e-3)  # the peak
+
+
+def test_the_settings_that_the_original_names_are_those_of_the_paper() -> None:
+    """Vaswani et al. 2017, section 5.3: Adam (0.9, 0.98, 1e-9), and the rate of equation 3 with d_model 512 and warm-up 4000."""
+    words = re.findall(r"optim[.=]\S+", (conf_dir() / "model" / "vaswani_base.yaml").read_text(encoding="utf-8"))
+    line = ["model=vaswani_base", "data=parallel", "data.path=pairs.tsv", *words]
+    (cell,) = prepare(split("train", line)).cells
+    assert not cell.skipped
+    config = cell.typed.optim
+    for step in (1, 4000, 16_000):
+        expected = 512**-0.5 * min(step**-0.5, step * 4000**-1.5)
+        assert config.learning_rate * rate_factor(config, step - 1, 0.5) == pytest.approx(expected, rel=1e-8)
+    assert (config.name, config.betas, config.eps) == ("adamw", (0.9, 0.98), 1e-9)
+    assert (config.weight_decay, config.clip, config.layer_decay) == (0, 0, 1)
 
 
 def test_wsd_is_flat_and_then_linear() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ctxlab.records.store import RunStore
 from ctxlab.train.checkpoint import open_run
 from tests.train.builders import command, computed, ended, last_files, started, the_run
 
@@ -96,6 +97,20 @@ def test_killed_and_resumed_it_is_the_same_to_the_last_bit(tmp_path: Path, kind:
     assert [m.value for m in run.measurements()] == [m.value for m in whole.measurements()]
     for name in ("weights.safetensors", "training.pt"):
         assert (last_files(run) / name).read_bytes() == (last_files(whole) / name).read_bytes(), name
+
+
+def test_pairs_that_are_all_too_long_to_validate_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """Of 600 pairs 15 fit 8 bytes, and the validation split, which sentences fall into by their hash, has none of them."""
+    words = [0 if n % 40 == 0 else 6 for n in range(600)]
+    lines = [f"s{n}{' word' * more}\tt{n}{' w' * more}" for n, more in enumerate(words)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines), encoding="utf-8")
+    done = command(tmp_path, *SMALL[:-4], *SMALL[-3:], "context=8", "trainer.max_steps=2", "trainer.batch_tokens=64",
+                   "name=long")  # fmt: skip
+    assert done.code == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: context: no pair of the validation split is as short as 8 tokens; the nearest valid value is 35"
+    )
+    assert RunStore(tmp_path / "runs").runs() == [], "refused before there was a run"
 
 
 @pytest.mark.slow

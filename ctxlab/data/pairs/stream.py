@@ -20,15 +20,25 @@ class PairOrder(LengthOrder):
 
     def __init__(self, pairs: Pairs, *, batch_tokens: int, seed: int, longest: int) -> None:
         self.pairs = pairs
-        sizes = np.stack([pairs.source.sizes, pairs.target.sizes - 1])  # what the model reads of each
+        sizes = read_sizes(pairs)
         kept = np.flatnonzero((sizes <= longest).all(0))
         if not len(kept):
-            raise DataError(
-                f"context: no pair of the {pairs.name} split is as short as {longest} tokens; the nearest valid value is "
-                f"{int(sizes.max(0).min(initial=1 << 30))}"
-            )
+            raise nothing_fits(pairs, longest)
         source, target = sizes[:, kept]
         super().__init__(source + target, kept, batch_tokens=batch_tokens, seed=seed, lean=source - target)
+
+
+def read_sizes(pairs: Pairs) -> np.ndarray:
+    """Tokens that a model reads of each source and of each target, (2, n)."""
+    return np.stack([pairs.source.sizes, pairs.target.sizes - 1])
+
+
+def nothing_fits(pairs: Pairs, longest: int) -> DataError:
+    """What to say where every pair of a split has a side longer than `longest` tokens."""
+    return DataError(
+        f"context: no pair of the {pairs.name} split is as short as {longest} tokens; the nearest valid value is "
+        f"{int(read_sizes(pairs).max(0).min())}"
+    )
 
 
 class PairStream(LengthStream):

@@ -60,3 +60,12 @@ class Objective(ABC):
 
 
 OBJECTIVES: Registry[Objective] = Registry("objective", "ctxlab.train.objectives")
+
+
+def objectives_of(architecture: str, data: type[Source]) -> list[str]:
+    """The names of the objectives that train an architecture on a kind of data."""
+    return [
+        name
+        for name in OBJECTIVES.names()
+        if architecture in OBJECTIVES.get(name).architectures and not OBJECTIVES.get(name).why_not(data)
+    ]

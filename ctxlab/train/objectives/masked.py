@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from ctxlab.data.tokenizers.base import Tokenizer
+from ctxlab.data.tokenizers.shown import basic_words, words_of
 from ctxlab.data.windows import IGNORED, Row
 from ctxlab.errors import DataError
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
@@ -21,7 +22,8 @@ class Masked(Denoising):
     Devlin et al. 2019, arXiv:1810.04805, section 3.1 and appendix A.1; as in create_pretraining_data.py a random token is
     any of the vocabulary's, the same one too, n counts special tokens, and these are never chosen. The chance is another in
     each epoch (Liu et al. 2019, arXiv:1907.11692, section 4.1) instead of ten fixed ones.
-    With `whole_words` the pieces of a word are chosen together, as long as they are no more than are left to choose.
+    With `whole_words` the pieces of a word are chosen together, as long as they are no more than are left to choose; words are
+    those of BERT's basic tokenizer. Where every word has more pieces than that, BERT chooses none; here a stretch of one is.
     """
 
     class Config(Objective.Config):
@@ -38,11 +40,16 @@ class Masked(Denoising):
             raise DataError(f"tokenizer: {tokenizer.config.name} has no mask token; use unigram, bpe or byte")
         wanted = max(1, round(self.config.share * len(tokens)))
         chosen: list[int] = []
-        for group in random.permutation(np.arange(len(groups := self._groups(tokens, tokenizer)))):
+        groups = self._groups(tokens, tokenizer)
+        for group in random.permutation(np.arange(len(groups))):
             if len(chosen) == wanted:
                 break
             if len(chosen) + len(groups[group]) <= wanted:
                 chosen += groups[group]
+        if groups and not chosen:
+            word = groups[random.integers(len(groups))]
+            first = random.integers(len(word) - wanted + 1)
+            chosen = word[first : first + wanted]
         places = np.array(sorted(chosen), dtype=np.int64)
         targets = np.full_like(tokens, IGNORED)
         targets[places] = tokens[places]
@@ -55,18 +62,11 @@ class Masked(Denoising):
 
     def _groups(self, tokens: np.ndarray, tokenizer: Tokenizer) -> list[list[int]]:
         """Places that are chosen together: each alone, or those of a word."""
-        pieces = tokenizer.pieces
-        groups: list[list[int]] = []
-        before = b""
-        for place, token in enumerate(tokens.tolist()):
-            piece = pieces[token]
-            if not piece:
-                before = b""
-                continue
-            begins = not before or piece[:1].isspace() or before[-1:].isspace()
-            if self.config.whole_words and groups and not begins:
-                groups[-1].append(place)
-            else:
-                groups.append([place])
-            before = piece
-        return groups
+        places = np.flatnonzero(tokenizer.token_bytes[tokens]).tolist()
+        if not self.config.whole_words:
+            return [[place] for place in places]
+        words = words_of(tokenizer, tokens.tolist(), basic_words)
+        groups: dict[int, list[int]] = {}
+        for place in places:
+            groups.setdefault(words[place], []).append(place)
+        return list(groups.values())

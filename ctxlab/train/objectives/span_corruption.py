@@ -19,7 +19,8 @@ class SpanCorruption(Denoising):
     """T5's: 15% of the tokens are noise, in spans of 3 on average, each of which one sentinel stands for.
 
     Raffel et al. 2020, arXiv:1910.10683, section 3.1.4 and the preprocessors of its code. Of n tokens round(0.15 n) are
-    noise, within 1 and n - 1, in max(1, round(noise / 3)) spans; how noise and text are cut into spans is uniform among all
+    noise, within 1 and n - 1, in max(1, round(noise / 3)) spans, as far as there are so many tokens of text to stand between
+    them (T5's code has no bound, which its 15% need not); how noise and text are cut into spans is uniform among all
     ways to cut them into so many parts of at least one token. They take turns, text first. Source: the text with a sentinel
     for each span, and eos. Target: each sentinel and its span, and eos. The k-th sentinel is the k-th id from the last.
     """
@@ -36,18 +37,18 @@ class SpanCorruption(Denoising):
     def counts(self, n: int) -> tuple[int, int]:
         """(tokens of noise, spans) of n tokens."""
         noise = min(max(round(n * self.config.density), 1), n - 1)
-        return noise, max(1, round(noise / self.config.mean_span))
+        return noise, max(1, min(round(noise / self.config.mean_span), n - noise))
 
     def window(self, context: int, tokenizer: Tokenizer) -> int:
-        """The most tokens whose source, sentinels and eos included, fills no more than `context`."""
+        """The most tokens whose source and whose target, sentinels and eos included, fill no more than `context` each."""
         n = context
-        while self._source_length(n + 1) <= context:
+        while self._length(n + 1) <= context:
             n += 1
-        while n > 2 and self._source_length(n) > context:
+        while n > 2 and self._length(n) > context:
             n -= 1
-        if n < 2 or self._source_length(n) > context:
+        if n < 2 or self._length(n) > context:
             raise DataError(
-                f"context: {context} tokens are too few to leave out spans of; the nearest valid value is 4"
+                f"context: {context} tokens are too few to leave out spans of; the nearest valid value is 3"
             )
         spans = self.counts(n)[1]
         if tokenizer.config.sentinels < spans:
@@ -57,9 +58,10 @@ class SpanCorruption(Denoising):
             )
         return n
 
-    def _source_length(self, n: int) -> int:
+    def _length(self, n: int) -> int:
+        """Of the longer of source and target: the target where more than half is noise."""
         noise, spans = self.counts(n)
-        return n - noise + spans + 1
+        return max(noise, n - noise) + spans + 1
 
     def row(self, tokens: np.ndarray, random: np.random.Generator, tokenizer: Tokenizer) -> Row:
         noise, spans = self.counts(len(tokens))

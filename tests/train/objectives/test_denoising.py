@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from dataclasses import replace
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ctxlab.errors import DataError
 from ctxlab.train.objectives.masked import Masked
 from ctxlab.train.objectives.span_corruption import SpanCorruption, parts
 from tests.evaluation.builders import split_of
+from tests.train.builders import settings, train
 
 BYTES = Byte(Byte.Config())
 MARKED = Byte(Byte.Config(sentinels=100))
@@ -66,11 +68,29 @@ def test_of_the_chosen_four_in_five_are_hidden_and_one_in_ten_is_random() -> Non
 
 
 def test_whole_words_are_hidden_together() -> None:
-    said = "one three  five, seven\nnine eleven a b c d e f g h"
+    said = "one three  five, don't\nnine (a) 你好 b c d"
     tokens = np.array([BYTES.bos_id, *BYTES.encode(said)], dtype=np.int64)
-    words = [
-        (m.start() + 1, m.end() + 1) for m in re.finditer(r"\S+|\s", said)
-    ]  # of bytes, a space is a word by itself
+    sizes = [
+        3,
+        6,
+        6,
+        1,
+        4,
+        1,
+        1,
+        5,
+        2,
+        1,
+        1,
+        4,
+        3,
+        2,
+        2,
+        2,
+    ]  # in bytes, with the spaces before: "one", " three", "  five", ","
+    ends = np.cumsum([1, *sizes]).tolist()
+    assert ends[-1] == len(tokens)
+    words = list(zip(ends[:-1], ends[1:]))
     objective = Masked(Masked.Config(whole_words=True, share=0.3))
     seen = set()
     for seed in range(60):
@@ -81,8 +101,46 @@ def test_whole_words_are_hidden_together() -> None:
             inside = chosen & set(range(first, stop))
             assert inside in (set(), set(range(first, stop))), (first, stop, chosen)
             seen.add((first, bool(inside)))
-    assert (1, True) in seen
-    assert (5, True) in seen
+    assert {first for first, hidden in seen if hidden} == set(ends[:-1])
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_text_without_spaces_is_masked_too(whole_words: bool) -> None:
+    """Of 256 bytes of Chinese 38 are to be chosen: of whole characters of 3 bytes, 12."""
+    said = "话说天下大势，分久必合，合久必分。周末七国分争，并入于秦。" * 4
+    tokens = np.array(BYTES.encode(said))[:255]
+    objective = Masked(Masked.Config(whole_words=whole_words))
+    hidden = set()
+    for seed in range(40):
+        chosen = np.flatnonzero(objective.row(tokens, generator(seed), BYTES).targets != IGNORED)
+        assert len(chosen) == (36 if whole_words else 38)
+        hidden.update(chosen.tolist())
+    assert len(hidden) > 250
+
+
+def test_a_row_of_words_that_are_all_too_long_has_targets() -> None:
+    """15 of 100 tokens: a stretch of one of the two words, anywhere in it."""
+    tokens = np.array([BYTES.bos_id, *BYTES.encode("a" * 49 + " " + "b" * 49)])
+    firsts = []
+    for seed in range(60):
+        row = Masked(Masked.Config(whole_words=True)).row(tokens, generator(seed), BYTES)
+        chosen = np.flatnonzero(row.targets != IGNORED)
+        assert chosen.tolist() == list(range(chosen[0], chosen[0] + 15))
+        assert chosen[-1] < 50 or chosen[0] >= 50
+        firsts.append(int(chosen[0]))
+    assert min(firsts) < 10
+    assert max(firsts) > 75
+
+
+def test_a_step_without_targets_moves_nothing_to_nan(tmp_path: Path) -> None:
+    """Documents of bos and eos alone: nothing can be masked, and the mean over no targets is 0."""
+    data = TextDataset({name: split_of([[1, 2]] * 6, name) for name in ("train", "validation", "test")}, BYTES, {})
+    config = replace(
+        settings(context=1, max_steps=2, model={"architecture": "encoder"}), objective=Masked.Config(whole_words=True)
+    )
+    run = train(tmp_path, data, config)
+    assert [row["loss"] for row in run.rows.of("train")] == [0.0, 0.0]
+    assert all(bool(weight.isfinite().all()) for weight in run.weights.values())
 
 
 @pytest.mark.parametrize(("context", "raw", "said"), [(512, 568, 114), (128, 141, 29)])
@@ -123,6 +181,25 @@ def test_source_and_target_put_together_are_the_text(n: int) -> None:
         assert source[-1] >= 260, "the text ends in noise"
 
 
+@pytest.mark.parametrize(
+    ("density", "mean", "noise", "spans"),
+    [(0.5, 1, 64, 64), (0.6, 1, 77, 51), (0.75, 2, 96, 32), (0.8, 3, 102, 26), (0.9, 3, 115, 13), (0.15, 3, 19, 6)],
+)
+def test_spans_are_no_more_than_the_text_between_them(density: float, mean: float, noise: int, spans: int) -> None:
+    """Of 128 tokens round(128 density) are noise; the rest keeps that many spans apart at most."""
+    objective = SpanCorruption(SpanCorruption.Config(density=density, mean_span=mean))
+    assert objective.counts(128) == (noise, spans)
+    many = Byte(Byte.Config(sentinels=2000))
+    for context in (*range(3, 40), 300):
+        n = objective.window(context, many)
+        for length in {2, n}:
+            row = objective.row(text(length), generator(context), many)
+            assert row.source is not None
+            assert max(len(row.source), len(row.targets)) <= context
+            left_out = sum(token < 260 and token != many.eos_id for token in row.targets.tolist())
+            assert left_out == objective.counts(length)[0]
+
+
 def test_every_way_to_cut_is_as_likely() -> None:
     random = np.random.default_rng(0)
     draws, n, k = 12_000, 7, 3
@@ -139,8 +216,9 @@ def test_too_few_sentinels_and_too_short_a_context() -> None:
         DataError, match=r"tokenizer.sentinels: 0 are too few for the 28 spans of 568 tokens; use .*=100"
     ):
         objective.window(512, BYTES)
-    with pytest.raises(DataError, match=r"context: 1 tokens are too few"):
-        objective.window(1, MARKED)
+    with pytest.raises(DataError, match=r"context: 2 tokens are too few .*; the nearest valid value is 3"):
+        objective.window(2, MARKED)
+    assert objective.window(3, MARKED) == 2
 
 
 def test_rows_change_with_the_epoch_and_held_out_ones_never_do() -> None:

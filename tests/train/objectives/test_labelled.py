@@ -118,7 +118,34 @@ def test_a_passage_loses_its_end_and_answers_there_are_not_learned(tmp_path: Pat
         elif rows.rooms[index] > 0:
             assert split.spans[index, 1] >= rows.rooms[index]
     with pytest.raises(DataError, match="no answer of the train split stands within 24 tokens"):
-        Prompts(dataset, "train", 24, apart=apart)
+        _ = Prompts(dataset, "train", 24, apart=apart).kept
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_question_longer_than_the_context_loses_its_end(tmp_path: Path, apart: bool) -> None:
+    """It is read as far as it leaves the passage a quarter of what the fixed words and the answer leave."""
+    found = articles()
+    for paragraph in (paragraph for article in found for paragraph in article["paragraphs"]):
+        paragraph["qas"][-1]["question"] = "who " * 40
+    dataset = questions(tmp_path, found)
+    split, tokenizer = dataset.splits["train"], dataset.tokenizer
+    rows = Prompts(dataset, "train", 80, apart=apart)
+    fixed = len("question:  context: ") + (1 if apart else len(" answer:") + 1)  # eos, or bos in front
+    for index in range(split.n):
+        tokens, _, _, source = rows.row(index)
+        answer = int(split.answer.sizes[index])
+        read = source if apart else tokens[: len(tokens) - answer]
+        assert read is not None
+        room = 80 - fixed - (0 if apart else answer)
+        asked, _, passage = tokenizer.decode(read.tolist()).removeprefix("question: ").partition(" context: ")
+        assert len(read) == 80 - (0 if apart else answer), "no room is left empty"
+        assert len(tokens) + (len(source) if source is not None else 0) == rows.tokens[index]
+        if split.question.sizes[index] > 80:
+            assert asked == ("who " * 40)[: room - room // 4]
+            assert len(passage.removesuffix(" answer:").encode()) == room // 4
+        else:
+            assert asked == split.gold(index).question
+        assert rows.prompt(index, answer)[1]
 
 
 def test_texts_lose_their_end_and_keep_their_label(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
 from ctxlab.model.config import SizesConfig
+from ctxlab.model.few import linear
 from ctxlab.model.heads import TaskHead
 from ctxlab.model.loss import chunk_for, smoothed_nats
 from ctxlab.model.position.base import POSITIONS, Position
@@ -150,7 +150,7 @@ class Model(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., V)."""
-        return F.linear(hidden, self._head_weight)
+        return linear(hidden, self._head_weight)
 
     def nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target given `hidden`, (B,T) fp32, 0 where the target is -100.

@@ -27,6 +27,7 @@ from ctxlab.model.attention.native import Kernel
 from ctxlab.model.cache import LayerCache
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.elementwise import gated, rms_norm, row_scale, scaled
+from ctxlab.model.few import Projection
 from ctxlab.model.position.base import Position
 from ctxlab.model.remake import Recompute, remade
 
@@ -91,9 +92,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = config.activation
         if config.gated:
-            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+            self.gate = Projection(config.d_model, config.d_ff, bias=config.bias)
+        self.up = Projection(config.d_model, config.d_ff, bias=config.bias)
+        self.down = Projection(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, remakes: bool = False) -> Tensor:
         """`remakes`: what the last matrix reads is not kept for the backward pass but made again from what is.
@@ -125,10 +126,10 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer, self.causal = layer, causal
         self.head_dim = config.head_dim
-        self.query = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
-        self.key = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.value = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.query = Projection(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
+        self.key = Projection(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.value = Projection(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.out = Projection(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
         self.mechanism = mechanism
 
     def forward(
@@ -227,10 +228,10 @@ class CrossAttention(nn.Module):
     def __init__(self, config: ModelConfig, kernel: Kernel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.query = nn.Linear(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
-        self.key = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.value = nn.Linear(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
-        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
+        self.query = Projection(config.d_model, config.n_heads * config.head_dim, bias=config.bias)
+        self.key = Projection(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.value = Projection(config.d_model, config.n_kv_heads * config.head_dim, bias=config.bias)
+        self.out = Projection(config.n_heads * config.head_dim, config.d_model, bias=config.bias)
         self.mechanism = Full(Full.Config(kernel=kernel), config, 0)
 
     def forward(self, x: Tensor, encoded: Encoded, cache: LayerCache | None) -> Tensor:
@@ -338,7 +339,7 @@ class HeadLayer(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.activation = config.activation
-        self.dense = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.dense = Projection(config.d_model, config.d_model, bias=config.bias)
         self.norm = Norm(config)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctxlab.model.few import are_few
+
 Gate = Literal["swiglu", "geglu_tanh"]
 
 
@@ -21,6 +23,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 
     Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4, with eps inside the root as everybody has it.
     """
+    if are_few(x):
+        high = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(high), weight.shape, weight.to(high), eps).to(dtype)
     return scaled(x, weight, row_scale(x, eps), dtype)
 
 

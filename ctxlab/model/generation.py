@@ -97,9 +97,12 @@ class Reader:
         self.more = {} if encoded is None else {"encoded": encoded}
         self.prefix: dict[str, Any] = {"prefix": "all"} if model.prefix else {}  # of what is read first
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
-        """Tokens (R,T) behind what is read already; the logits of what follows each row, (R,V) on the CPU, fp32 at least."""
+        """Tokens (R,T) behind what is read already; the logits of what follows each row, (R,V) on the CPU, fp32 at least.
+
+        Not in inference mode, where autocast keeps no weight that it has cast, and would cast all of them for every token.
+        """
         tokens = tokens.to(self.device)
         prefix, self.prefix = self.prefix, {}
         if self.capacity is not None and tokens.shape[1] > self.capacity:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ctxlab.errors import IncompatibleError
@@ -19,6 +18,7 @@ from ctxlab.model.base import ARCHITECTURES, Model, Segments, pieces_of
 from ctxlab.model.blocks import Block, Encoded, Frame, HeadLayer, Norm, Prefix, dropout
 from ctxlab.model.cache import KVCache, StreamingCache
 from ctxlab.model.config import ModelConfig
+from ctxlab.model.few import Projection, linear
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
@@ -179,7 +179,7 @@ class Transformer(Stack, Model):
         self._assemble(
             config, position, attention, context, causal=self.causal, crosses=self.reads_source, prefix=prefix
         )
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Projection(config.d_model, vocab_size, bias=False)
         self.head_layer = HeadLayer(config, vocab_size) if config.head_layer else None
         self._add_parts(position, attention)
         self.initialize()
@@ -262,7 +262,7 @@ class Transformer(Stack, Model):
     def logits(self, hidden: Tensor) -> Tensor:
         if self.head_layer is None:
             return super().logits(hidden)
-        return F.linear(self.head_layer(hidden), self._head_weight, self.head_layer.bias)
+        return linear(self.head_layer(hidden), self._head_weight, self.head_layer.bias)
 
     def losses(self, hidden: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         if self.head_layer is None:

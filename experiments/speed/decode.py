@@ -91,7 +91,7 @@ def main(words: Sequence[str]) -> None:
                 return list(generate(model, prompt[0].tolist(), greedy))
 
         def theirs(prompt: Tensor = prompt) -> list[int]:
-            with torch.inference_mode(), autocast(precision, device):
+            with torch.no_grad(), autocast(precision, device):  # inference mode would cast all weights at each token
                 said = llama.generate(
                     prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False
                 )

@@ -13,14 +13,8 @@ from torch import Tensor
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
-from ctxlab.model.base import Model
+from ctxlab.model.base import Model, Side
 from ctxlab.model.position.base import Position
-
-VOCABULARY = {
-    "embedding.weight": "target", "head.weight": "target", "head_layer.bias": "target",
-    "encoder.embedding.weight": "source",
-}  # fmt: skip
-"""Parameters that have a row for each token, in the models that have them, and of which side: one where both have the same."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     Everything else has to fit. Raises ConfigError, one line.
     """
     weights = dict(initial.weights)
-    rows, rows_of = _move_rows(weights, initial.tokenizers, tokenizers)
+    rows, rows_of = _move_rows(weights, model.token_rows, initial.tokenizers, tokenizers)
     new: dict[str, tuple[int, ...]] = {}
     dropped: dict[str, tuple[int, ...]] = {}
     own = model.state_dict()
@@ -109,9 +103,12 @@ def _change_head(
 
 
 def _move_rows(
-    weights: dict[str, Tensor], old: Tokenizers | None, new: Tokenizers
+    weights: dict[str, Tensor], token_rows: Mapping[str, Side], old: Tokenizers | None, new: Tokenizers
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters."""
+    """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters.
+
+    Raises ConfigError where tokens have other ids than they had and not all of their rows can be found.
+    """
     rows: Counter[str] = Counter()
     moved = []
     if old is None:
@@ -122,10 +119,19 @@ def _move_rows(
         if index is None:
             continue
         rows.update(_check_shared(index, theirs, ours))
-        for name, of in VOCABULARY.items():
-            if (of == side or not old.apart) and name in weights and len(weights[name]) == theirs.vocab_size:
-                weights[name] = _by_token(weights[name], index)
-                moved.append(name)
+        names = [name for name, of in token_rows.items() if (of == side or not old.apart) and name in weights]
+        for name in names:
+            if len(weights[name]) != theirs.vocab_size:
+                raise ConfigError(
+                    f"init: {name} of the run has {len(weights[name]):,} rows, and its tokenizer {theirs.vocab_size:,} tokens"
+                )
+            weights[name] = _by_token(weights[name], index)
+        if not names:
+            raise ConfigError(
+                "init: tokens have other ids than in the run, and no weight of this model is known to have a row for each; "
+                "leave the tokenizer out"
+            )
+        moved += names
     return dict(rows), tuple(moved)
 
 

@@ -13,6 +13,8 @@ from ctxlab.data.tokenizers.byte import Byte
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
 from ctxlab.model.attention.full import Full
+from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
+from ctxlab.model.config import Bert2BertConfig
 from ctxlab.model.encoder_decoder import EncoderDecoder
 from ctxlab.model.position.rope import Rope
 from ctxlab.train.initial import Begun, Initial, begin, shared_rows
@@ -208,3 +210,96 @@ def test_two_matrices_of_one_vocabulary_are_moved_alike() -> None:
     assert begun.rows == {"kept": 8, "new": 0, "dropped": 2}
     for name in ("embedding.weight", "encoder.embedding.weight"):
         assert torch.equal(model.state_dict()[name], theirs.state_dict()[name][[0, 1, 2, 3, 7, 4, 5, 6]])
+
+
+def two_berts(vocab_size: int, seed: int) -> Model:
+    """Every weight drawn: a bias and a norm too."""
+    pytest.importorskip("transformers")
+    from ctxlab.model.bert2bert import Bert2Bert
+
+    torch.manual_seed(seed)
+    config = Bert2BertConfig(d_model=16, n_layers=1, n_encoder_layers=1, n_heads=2, d_ff=24)
+    model = Bert2Bert(config, vocab_size=vocab_size, context=16).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("fresh", [(), (b"c", b"d")], ids=["of one size", "two more"])
+def test_two_berts_find_their_tokens_again(fresh: tuple[bytes, ...]) -> None:
+    """The same text in other ids, read and written, has the logits that it had; a new token has the mean of all."""
+    new = Listed(b"ab", b"b", b"a", b"a", *fresh, sentinels=2)
+    index = torch.tensor([0, 1, 2, 3, 7, 5, 4, 6, *[-1] * len(fresh), 8, 9])
+    theirs, model = two_berts(OLD.vocab_size, 0), two_berts(new.vocab_size, 1)
+    begun = begin(model, Initial(theirs.state_dict(), None, Tokenizers.joint(OLD)), Tokenizers.joint(new))
+    assert begun.rows == {"kept": 10, "new": len(fresh), "dropped": 0}
+    kept = index >= 0
+    here = {int(index[token]): token for token in range(len(index))}
+    source, target = tokens(3, 7, vocab_size=OLD.vocab_size), tokens(3, 5, vocab_size=OLD.vocab_size, seed=2)
+    lengths = torch.tensor([7, 4, 1])
+    expected = theirs(target, source=source, source_lengths=lengths)
+    found = model(target.clone().apply_(here.get), source=source.clone().apply_(here.get), source_lengths=lengths)
+    torch.testing.assert_close(found[..., kept], expected[..., index[kept]], atol=1e-5, rtol=0)
+    for token in torch.nonzero(~kept)[:, 0]:
+        torch.testing.assert_close(found[..., token], expected.mean(-1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("decoder", {}),
+        ("decoder", {"tie_embeddings": False}),
+        ("encoder", {"head_layer": True, "activation": "gelu"}),
+        ("encoder_decoder", {"share_embeddings": False, "tie_embeddings": False}),
+        ("lstm", {}),
+        ("bert2bert", {}),
+    ],
+)
+def test_a_model_knows_which_of_its_weights_have_a_row_for_each_token(
+    architecture: str, settings: dict[str, Any]
+) -> None:
+    """They are those whose shapes are others with another vocabulary."""
+
+    def model(target: int, source: int) -> Model:
+        if architecture in ("lstm", "bert2bert"):
+            sizes = {"architecture": architecture, "d_model": 16, "n_layers": 1} | (
+                {"n_heads": 2} if architecture == "bert2bert" else {}
+            )
+            parts = {"model": sizes, "position": "none", "attention": "none"}
+        else:
+            parts = {
+                "model": small(architecture=architecture, **settings).model_dump(mode="json"),
+                "position": {"name": "rope"},
+                "attention": {"name": "full"},
+            }
+        return build_model(read_parts(parts), vocab_size=target, source_vocab_size=source, context=16)
+
+    if architecture == "bert2bert":
+        pytest.importorskip("transformers")
+    reads = ARCHITECTURES.get(architecture).reads_source
+    before, own = shapes(model(40, 40)), model(40, 40).token_rows
+    target = {name for name, shape in shapes(model(41, 40 if reads else 41)).items() if shape != before[name]}
+    source = {name for name, shape in shapes(model(40, 43)).items() if shape != before[name]} if reads else set()
+    assert {name for name, side in own.items() if side == "target"} == target
+    assert {name for name, side in own.items() if side == "source"} == source
+
+
+def shapes(model: Model) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def test_tokens_whose_rows_nobody_knows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that did not say so would be given each row at another token's id."""
+    ours, new = Tokenizers.joint(OLD), Tokenizers.joint(Listed(b"ab", b"b", b"a", b"a", sentinels=2))
+    given = Initial(build(vocab_size=OLD.vocab_size).state_dict(), "rope", ours)
+    model = build(vocab_size=OLD.vocab_size)
+    monkeypatch.setattr(type(model), "_of_tokens", lambda self: iter(()))
+    with pytest.raises(
+        ConfigError, match="init: tokens have other ids than in the run, and no weight of this model is"
+    ):
+        begin(model, given, new)
+    monkeypatch.undo()
+    with pytest.raises(
+        ConfigError, match=r"init: embedding.weight of the run has 61 rows, and its tokenizer 10 tokens"
+    ):
+        begin(model, Initial(build().state_dict(), "rope", ours), new)

@@ -109,29 +109,33 @@ def _move_rows(
 
     Raises ConfigError where tokens have other ids than they had and not all of their rows can be found.
     """
-    rows: Counter[str] = Counter()
-    moved = []
     if old is None:
         return {}, ()
-    for side in ("target", "source") if old.apart else ("target",):
-        theirs, ours = getattr(old, side), getattr(new, side)
-        index = shared_rows(theirs, ours)
-        if index is None:
+    rows: Counter[str] = Counter()
+    moved = []
+    found = {(old.target, new.target): shared_rows(old.target, new.target)}
+    for name, side in token_rows.items():
+        if name not in weights:
             continue
-        rows.update(_check_shared(index, theirs, ours))
-        names = [name for name, of in token_rows.items() if (of == side or not old.apart) and name in weights]
-        for name in names:
-            if len(weights[name]) != theirs.vocab_size:
-                raise ConfigError(
-                    f"init: {name} of the run has {len(weights[name]):,} rows, and its tokenizer {theirs.vocab_size:,} tokens"
-                )
-            weights[name] = _by_token(weights[name], index)
-        if not names:
+        theirs, ours = pair = getattr(old, side), getattr(new, side)
+        if pair not in found:
+            found[pair] = shared_rows(*pair)
+        if (index := found[pair]) is None:
+            continue
+        if len(weights[name]) != theirs.vocab_size:
             raise ConfigError(
-                "init: tokens have other ids than in the run, and no weight of this model is known to have a row for each; "
-                "leave the tokenizer out"
+                f"init: {name} of the run has {len(weights[name]):,} rows, and its tokenizer {theirs.vocab_size:,} tokens"
             )
-        moved += names
+        weights[name] = _by_token(weights[name], index)
+        moved.append(name)
+    for (theirs, ours), index in found.items():
+        if index is not None:
+            rows.update(_check_shared(index, theirs, ours))
+    if rows and not moved:
+        raise ConfigError(
+            "init: tokens have other ids than in the run, and no weight of this model is known to have a row for each; "
+            "leave the tokenizer out"
+        )
     return dict(rows), tuple(moved)
 
 

@@ -303,3 +303,28 @@ def test_tokens_whose_rows_nobody_knows_are_refused(monkeypatch: pytest.MonkeyPa
         ConfigError, match=r"init: embedding.weight of the run has 61 rows, and its tokenizer 10 tokens"
     ):
         begin(model, Initial(build().state_dict(), "rope", ours), new)
+
+
+APART = Tokenizers(Listed(b"b", b"a", b"ab", b"a"), Listed(b"a", b"c", b"b", sentinels=2))  # sources, targets
+JOINT = Tokenizers.joint(OLD)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "sources", "targets", "rows"),
+    [
+        (JOINT, APART, [0, 1, 2, 3, 5, 4, 7, 6], [0, 1, 2, 3, 4, -1, 5, 8, 9], {"kept": 16, "new": 1, "dropped": 4}),
+        (APART, JOINT, [0, 1, 2, 3, 5, 4, 7, 6, -1, -1], [0, 1, 2, 3, 4, 6, -1, -1, 7, 8],
+         {"kept": 16, "new": 4, "dropped": 1}),
+    ],
+    ids=["one for both becomes two", "two become one for both"],
+)  # fmt: skip
+def test_a_side_that_leaves_or_joins_the_other_finds_its_own_tokens(
+    before: Tokenizers, now: Tokenizers, sources: list[int], targets: list[int], rows: dict[str, int]
+) -> None:
+    theirs, model = translator(before, 0), translator(now, 1)
+    begun = begin(model, Initial(theirs.state_dict(), "rope", before), now)
+    assert begun.rows == rows
+    for name, ids in (("encoder.embedding.weight", sources), ("embedding.weight", targets)):
+        old, new = theirs.state_dict()[name], model.state_dict()[name]
+        expected = torch.stack([old[id] if id >= 0 else old.mean(0) for id in ids])
+        torch.testing.assert_close(new, expected, atol=1e-7, rtol=0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +14,13 @@ from torch import Tensor
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
-from ctxlab.model.base import Model, Side
+from ctxlab.model.base import ARCHITECTURES, Model, Side
 from ctxlab.model.position.base import Position
+from ctxlab.train.stacks import ENCODER, arrange
+
+_LAYER = re.compile(
+    r"(.*\bblocks\.)\d+\.(\w+).*"
+)  # of a module in one: what is before the number, and the part of the block
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Initial:
     position: str | None = None
     tokenizers: Tokenizers | None = None
     causal: bool | None = None  # whether all of the run's model looks back only
+    architecture: str = ""  # of the run's model, where it may be another than here
     sha256: str = ""  # of the file of weights, where it matters
 
 
@@ -36,6 +43,7 @@ class Begun:
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the run, without a place here
     rows: dict[str, int] = field(default_factory=dict)  # of the vocabulary: kept, new, dropped
     rows_of: tuple[str, ...] = ()  # the parameters that have these
+    stacks: dict[str, str] = field(default_factory=dict)  # stack here -> what it was in the run, where that is another
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -44,13 +52,14 @@ class Begun:
             "new": {name: list(shape) for name, shape in self.new.items()},
             "dropped": {name: list(shape) for name, shape in self.dropped.items()},
             "vocabulary": self.rows,
+            "stacks": self.stacks,
         }
         return {name: what for name, what in found.items() if what}
 
     @property
     def lines(self) -> list[str]:
         """For people."""
-        lines = []
+        lines = [f"init: the {here} begins as the run's {there}" for here, there in self.stacks.items()]
         if self.dropped:
             lines.append(f"init: left behind {_listed(self.dropped)}")
         if self.new:
@@ -69,41 +78,54 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind: no other
     weight is a function of them. So does the same one where they mean something else, as T5's buckets do in an encoder. Of
     another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
-    nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average).
+    nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average). A
+    model of another architecture has the stacks that the run has of its kind, or can make into it (stacks.py).
     Everything else has to fit. Raises ConfigError, one line.
     """
-    weights = dict(initial.weights)
-    rows, rows_of = _move_rows(weights, model.token_rows, initial.tokenizers, tokenizers)
-    new: dict[str, tuple[int, ...]] = {}
-    dropped: dict[str, tuple[int, ...]] = {}
     own = model.state_dict()
+    arranged = arrange(initial.weights, initial.architecture or model.config.architecture, model)
+    origin, new = arranged.origin, arranged.new
     for scheme, module in model.named_modules():
-        if isinstance(module, Position) and _means_other(module, initial):
-            for name in [name for name in weights if name.startswith(f"{scheme}.")]:
-                dropped[name] = tuple(weights.pop(name).shape)
-            added = {name: tensor for name, tensor in own.items() if name.startswith(f"{scheme}.")}
-            weights |= added
-            new |= {name: tuple(tensor.shape) for name, tensor in added.items()}
-    _change_head(weights, own, new, dropped)
-    load_into(model, weights, "init")
-    return Begun(new, dropped, rows, rows_of)
+        if isinstance(module, Position) and _means_other(module, initial, origin.get(_first(own, scheme))):
+            _begin_afresh(f"{scheme}.", origin, own, new)
+    if not _same_head(own, initial.weights):
+        _begin_afresh("task_head.", origin, own, new)
+    weights = {name: initial.weights[there] for name, there in origin.items()}
+    rows, rows_of = _move_rows(weights, origin, model.token_rows, initial.tokenizers, tokenizers)
+    load_into(model, weights | {name: own[name] for name in new}, "init")
+    used = set(origin.values())
+    return Begun(
+        new={name: tuple(own[name].shape) for name in own if name in new},
+        dropped={name: tuple(weight.shape) for name, weight in initial.weights.items() if name not in used},
+        rows=rows,
+        rows_of=rows_of,
+        stacks=arranged.stacks,
+    )
 
 
-def _change_head(
-    weights: dict[str, Tensor], own: Mapping[str, Tensor], new: dict[str, Any], dropped: dict[str, Any]
-) -> None:
-    """The head of a task goes on where it has the same shapes; else it is left behind, and another one begins as drawn."""
-    ours, theirs = ({n: w for n, w in some.items() if n.startswith("task_head.")} for some in (own, weights))
-    if {name: weight.shape for name, weight in ours.items()} == {name: weight.shape for name, weight in theirs.items()}:
-        return
-    for name in theirs:
-        dropped[name] = tuple(weights.pop(name).shape)
-    weights |= ours
-    new |= {name: tuple(weight.shape) for name, weight in ours.items()}
+def _begin_afresh(below: str, origin: dict[str, str], own: Mapping[str, Tensor], new: set[str]) -> None:
+    """What is named below it is not taken over but as drawn."""
+    for name in [name for name in origin if name.startswith(below)]:
+        del origin[name]
+    new |= {name for name in own if name.startswith(below)}
+
+
+def _same_head(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Whether the head of a task can go on: it has the same shapes."""
+    ours, theirs = ({n: w.shape for n, w in some.items() if n.startswith("task_head.")} for some in (own, weights))
+    return ours == theirs
+
+
+def _first(names: Iterable[str], below: str) -> str:
+    return next((name for name in names if name.startswith(f"{below}.")), "")
 
 
 def _move_rows(
-    weights: dict[str, Tensor], token_rows: Mapping[str, Side], old: Tokenizers | None, new: Tokenizers
+    weights: dict[str, Tensor],
+    origin: Mapping[str, str],
+    token_rows: Mapping[str, Side],
+    old: Tokenizers | None,
+    new: Tokenizers,
 ) -> tuple[dict[str, int], tuple[str, ...]]:
     """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters.
 
@@ -113,11 +135,11 @@ def _move_rows(
         return {}, ()
     rows: Counter[str] = Counter()
     moved = []
-    found = {(old.target, new.target): shared_rows(old.target, new.target)}
+    found: dict[tuple[Tokenizer, Tokenizer], Tensor | None] = {}
     for name, side in token_rows.items():
         if name not in weights:
             continue
-        theirs, ours = pair = getattr(old, side), getattr(new, side)
+        theirs, ours = pair = getattr(old, _side_there(origin[name], name, side)), getattr(new, side)
         if pair not in found:
             found[pair] = shared_rows(*pair)
         if (index := found[pair]) is None:
@@ -131,7 +153,7 @@ def _move_rows(
     for (theirs, ours), index in found.items():
         if index is not None:
             rows.update(_check_shared(index, theirs, ours))
-    if rows and not moved:
+    if not found and shared_rows(old.target, new.target) is not None:
         raise ConfigError(
             "init: tokens have other ids than in the run, and no weight of this model is known to have a row for each; "
             "leave the tokenizer out"
@@ -139,8 +161,19 @@ def _move_rows(
     return dict(rows), tuple(moved)
 
 
-def _means_other(scheme: Position, initial: Initial) -> bool:
-    turned = scheme.directed and initial.causal is not None and scheme.causal != initial.causal
+def _side_there(origin: str, name: str, side: Side) -> Side:
+    """Whose tokens a weight of the run has rows of, which may be another's name and side here."""
+    if origin == name:
+        return side
+    return "source" if origin.startswith(ENCODER) else "target"
+
+
+def _means_other(scheme: Position, initial: Initial, origin: str | None) -> bool:
+    """Whether the scheme's parameters, of which the run has called the first `origin`, are no longer what they were."""
+    causal = initial.causal
+    if initial.architecture and ARCHITECTURES.get(initial.architecture).reads_source and origin is not None:
+        causal = not origin.startswith(ENCODER)
+    turned = scheme.directed and causal is not None and scheme.causal != causal
     return initial.position is not None and (scheme.config.name != initial.position or turned)
 
 
@@ -213,7 +246,11 @@ def load_into(model: Model, weights: Mapping[str, Tensor], key: str) -> None:
 
 
 def _listed(parameters: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in parameters.items())
+    """Each with its shape; of more than a few the modules, those of all layers as one."""
+    if len(parameters) <= 4:
+        return ", ".join(f"{name} ({_shape(shape)})" for name, shape in parameters.items())
+    modules = Counter(_LAYER.sub(r"\1*.\2", name.rpartition(".")[0]) for name in parameters)
+    return ", ".join(f"{module} ({number} weight{'s' if number > 1 else ''})" for module, number in modules.items())
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -17,10 +17,12 @@ from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
 from ctxlab.model.config import Bert2BertConfig
 from ctxlab.model.encoder_decoder import EncoderDecoder
 from ctxlab.model.position.rope import Rope
+from ctxlab.model.transformer import Transformer
 from ctxlab.train.initial import Begun, Initial, begin, shared_rows
 from tests.model.builders import build, small, tokens
 
 BYTES = Byte(Byte.Config())
+JOINT_BYTES = Tokenizers.joint(BYTES)
 
 
 class Listed(Tokenizer):
@@ -328,3 +330,149 @@ def test_a_side_that_leaves_or_joins_the_other_finds_its_own_tokens(
         old, new = theirs.state_dict()[name], model.state_dict()[name]
         expected = torch.stack([old[id] if id >= 0 else old.mean(0) for id in ids])
         torch.testing.assert_close(new, expected, atol=1e-7, rtol=0)
+
+
+def started(model: Transformer, run: Transformer, position: str = "rope", **how: Any) -> Begun:
+    given = Initial(run.state_dict(), position, JOINT_BYTES, architecture=run.config.architecture, **how)
+    return begin(model, given, JOINT_BYTES)
+
+
+def without_crossing(model: Transformer) -> Transformer:
+    """What cross-attention says to the residual stream is nothing."""
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.cross_attention.out.weight)
+    return model
+
+
+CROSSING = ("query", "key", "value", "out")
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one matrix", "two matrices"])
+@pytest.mark.parametrize("before", ["decoder", "encoder"])
+def test_both_halves_begin_as_the_one_stack_of_the_run(before: str, shared: bool) -> None:
+    """The source is read as an encoder with the run's weights would read it; where nothing crosses, the target is written as a
+    decoder with them would."""
+    run = build(architecture=before, seed=1)
+    model = build(architecture="encoder_decoder", share_embeddings=shared, seed=2)
+    fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
+    begun = started(model, run, causal=before == "decoder")
+    reader, writer = build(architecture="encoder"), build(architecture="decoder")
+    for alone in (reader, writer):
+        alone.load_state_dict(run.state_dict())
+    source, target, lengths = tokens(3, 9), tokens(3, 7, seed=2), torch.tensor([9, 4, 1])
+    read, expected = model.encode(source, lengths).hidden, reader.hidden(source, lengths=lengths)
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(read[row, :length], expected[row, :length], atol=1e-5, rtol=0)
+    crossing = {name: weight for name, weight in model.state_dict().items() if "cross_attention" in name}
+    assert len(crossing) == 2 * 5
+    assert all(torch.equal(weight, fresh[name]) for name, weight in crossing.items())
+    assert (set(begun.new), begun.dropped, begun.rows) == (set(crossing), {}, {})
+    assert begun.facts["stacks"] == {"encoder": before, "decoder": before}
+    assert begun.lines == [
+        f"init: the encoder begins as the run's {before}",
+        f"init: the decoder begins as the run's {before}",
+        "init: new, and drawn as in a fresh model, "
+        "blocks.*.cross_attention_norm (2 weights), blocks.*.cross_attention (8 weights)",
+    ]
+    written = without_crossing(model)(target, source=source, source_lengths=lengths)
+    torch.testing.assert_close(written, writer(target), atol=1e-5, rtol=0)
+
+
+def test_the_decoder_of_a_run_goes_on_without_its_source() -> None:
+    run, model = build(architecture="encoder_decoder", share_embeddings=False, seed=1), build(seed=2)
+    begun = started(model, run)
+    assert begun.facts["stacks"] == {"decoder": "decoder"}
+    assert not begun.new
+    there, taken = set(run.state_dict()), set(model.state_dict())
+    assert set(begun.dropped) == there - taken
+    assert begun.lines[0] == "init: the decoder begins as the run's decoder"
+    assert begun.lines[1].startswith("init: left behind ")
+    for said in (
+        "blocks.*.cross_attention (8 weights)",
+        "encoder.blocks.*.feed_forward (6 weights)",
+        "encoder.norm (1 weight)",
+    ):
+        assert said in begun.lines[1]
+    target = tokens(3, 7)
+    expected = without_crossing(run)(target, source=tokens(3, 9, seed=5))
+    torch.testing.assert_close(model(target), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one matrix", "two matrices"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_encoder_of_a_run_goes_on_without_what_it_read_for(shared: bool, tied: bool) -> None:
+    run = build(architecture="encoder_decoder", share_embeddings=shared, tie_embeddings=tied, seed=1)
+    model = build(architecture="encoder", tie_embeddings=tied, seed=2)
+    fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
+    begun = started(model, run)
+    source, lengths = tokens(3, 9), torch.tensor([9, 4, 1])
+    found, expected = model.hidden(source, lengths=lengths), run.encode(source, lengths).hidden
+    for row, length in enumerate(lengths):
+        torch.testing.assert_close(found[row, :length], expected[row, :length], atol=1e-5, rtol=0)
+    assert begun.facts["stacks"] == {"encoder": "encoder"}
+    assert list(begun.new) == ([] if tied else ["head.weight"])
+    if not tied:
+        assert torch.equal(model.state_dict()["head.weight"], fresh["head.weight"])
+    stayed = {name for name in run.state_dict() if not name.startswith("encoder.")} - (
+        {"embedding.weight"} if shared else set()
+    )
+    assert set(begun.dropped) == stayed
+
+
+def test_the_half_that_goes_on_finds_the_tokens_of_its_side() -> None:
+    now = Tokenizers.joint(Listed(b"a", b"ab", b"b", sentinels=2))
+    run, model = translator(APART, 0), build(architecture="encoder", vocab_size=9)
+    begun = begin(model, Initial(run.state_dict(), "rope", APART, architecture="encoder_decoder"), now)
+    old = run.state_dict()["encoder.embedding.weight"]
+    ids = [0, 1, 2, 3, 5, 6, 4, -1, -1]  # of b a ab a
+    expected = torch.stack([old[id] if id >= 0 else old.mean(0) for id in ids])
+    torch.testing.assert_close(model.state_dict()["embedding.weight"], expected, atol=1e-7, rtol=0)
+    assert begun.rows == {"kept": 7, "new": 2, "dropped": 1}
+
+
+def test_a_matrix_for_both_sides_becomes_one_a_side() -> None:
+    run = build(architecture="encoder_decoder", vocab_size=10, seed=1)
+    model = translator(APART, 2)
+    begin(model, Initial(run.state_dict(), "rope", JOINT, architecture="encoder_decoder"), APART)
+    old = run.state_dict()["embedding.weight"]
+    assert torch.equal(model.state_dict()["encoder.embedding.weight"], old[[0, 1, 2, 3, 5, 4, 7, 6]])
+    assert torch.equal(model.state_dict()["embedding.weight"][[4, 6]], old[[4, 5]])
+
+
+DECODER, ENCODER = "position.weight", "encoder.position.weight"
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "origin"),
+    [
+        ("decoder", "encoder_decoder", {DECODER: DECODER, ENCODER: None}),
+        ("encoder", "encoder_decoder", {DECODER: None, ENCODER: DECODER}),
+        ("encoder_decoder", "decoder", {DECODER: DECODER}),
+        ("encoder_decoder", "encoder", {DECODER: ENCODER}),
+        ("encoder_decoder", "prefix", {DECODER: None}),
+        ("decoder", "encoder", {DECODER: None}),
+    ],
+)
+def test_buckets_go_on_where_a_stack_looks_the_same_way(before: str, now: str, origin: dict[str, str | None]) -> None:
+    run = build("t5", architecture=before, seed=1)
+    model = build("t5", prefix=True, seed=2) if now == "prefix" else build("t5", architecture=now, seed=2)
+    fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
+    started(model, run, "t5", causal={"decoder": True, "encoder": False}.get(before))
+    for name, there in origin.items():
+        expected = fresh[name] if there is None else run.state_dict()[there]
+        assert torch.equal(model.state_dict()[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("lstm", "decoder"), ("decoder", "lstm"), ("bert2bert", "encoder_decoder")]
+)
+def test_architectures_of_other_blocks_are_refused_in_one_line(before: str, now: str) -> None:
+    if now == "lstm":
+        sizes = {"architecture": "lstm", "d_model": 16, "n_layers": 1}
+        parts = read_parts({"model": sizes, "position": "none", "attention": "none"})
+        model: Model = build_model(parts, vocab_size=260, context=16)
+    else:
+        model = build(architecture=now, vocab_size=260)
+    said = f"init: {now} has no weights that a run of {before} could have trained; start from another run, or with model.arch"
+    with pytest.raises(ConfigError, match=said):
+        begin(model, Initial({"embedding.weight": torch.zeros(260, 16)}, None, None, architecture=before), JOINT_BYTES)

@@ -165,12 +165,14 @@ def _initial(config: TrainConfig, dataset: Dataset, run: Run, invocation: Invoca
     task = before.get("objective", {}).get("name"), parent.record.provenance.data.get("labels")
     if task != (config.objective.name, dataset.facts.get("labels")):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("task_head.")}
-    position, architecture = before["position"], ARCHITECTURES.get(architecture_of(before["model"]))
+    position, named = before["position"], architecture_of(before["model"])
+    architecture = ARCHITECTURES.get(named)
     return Initial(
         weights,
         None if position == "none" else position["name"],
         load_tokenizers(parent.path, apart=are_apart(before["tokenizer"])),
         None if architecture.reads_source else architecture.causal and not reads_both_ways(before),
+        named,
         weights_sha256(saved) if adapted else "",
     )
 

@@ -111,11 +111,23 @@ class Model(nn.Module):
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return {names[id(parameter)]: side for parameter, side in self._of_tokens()}
 
+    @property
+    def position_rows(self) -> list[str]:
+        """Names of the parameters that have a row for each position up to the context."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return [names[id(parameter)] for parameter in self._of_positions()]
+
     def _of_tokens(self) -> Iterator[tuple[nn.Parameter, Side]]:
         """Every parameter whose first dimension is a vocabulary."""
         yield self.embedding.weight, "target"
         if self.head is not None:
             yield self.head.weight, "target"
+
+    def _of_positions(self) -> Iterator[nn.Parameter]:
+        """Every parameter whose first dimension is the context."""
+        for module in self.modules():
+            if isinstance(module, Position) and module.table is not None:
+                yield module.table
 
     def take_pretrained(self) -> None:
         """Takes the weights that the settings name, where a training begins with no others. Raises ConfigError, one line."""

@@ -261,6 +261,10 @@ class Bert2Bert(Model):
         yield self.decoder.bias, "target"
         yield self.encoder.bert.embeddings.word_embeddings.weight, "source"
 
+    def _of_positions(self) -> Iterator[nn.Parameter]:
+        for half in (self.encoder, self.decoder):
+            yield half.bert.embeddings.position_embeddings.weight
+
     def _n_embedding_parameters(self) -> int:
         embeddings = (self.encoder.bert.embeddings, self.decoder.bert.embeddings)
         return sum(p.numel() for part in embeddings for name, p in part.named_parameters() if "LayerNorm" not in name)

@@ -44,6 +44,7 @@ class Begun:
     rows: dict[str, int] = field(default_factory=dict)  # of the vocabulary: kept, new, dropped
     rows_of: tuple[str, ...] = ()  # the parameters that have these
     stacks: dict[str, str] = field(default_factory=dict)  # stack here -> what it was in the run, where that is another
+    cut: dict[str, dict[str, int]] = field(default_factory=dict)  # table of positions -> rows kept and dropped
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class Begun:
             "dropped": {name: list(shape) for name, shape in self.dropped.items()},
             "vocabulary": self.rows,
             "stacks": self.stacks,
+            "positions": self.cut,
         }
         return {name: what for name, what in found.items() if what}
 
@@ -64,6 +66,8 @@ class Begun:
             lines.append(f"init: left behind {_listed(self.dropped)}")
         if self.new:
             lines.append(f"init: new, and drawn as in a fresh model, {_listed(self.new)}")
+        for name, of in self.cut.items():
+            lines.append(f"init: of {name} the first {of['kept']:,} rows kept, {of['dropped']:,} left behind")
         if self.rows:
             of = " and ".join(self.rows_of)
             dropped = f", {self.rows['dropped']:,} left behind" if self.rows["dropped"] else ""
@@ -75,9 +79,11 @@ class Begun:
 def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     """Gives a fresh model another run's weights, and says which are not as they were.
 
-    Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind: no other
-    weight is a function of them. So does the same one where they mean something else, as T5's buckets do in an encoder. Of
-    another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
+    Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind. So does the
+    same one where they mean something else, as T5's buckets do in an encoder. A table of positions is cut to a shorter
+    context, and is not made longer.
+
+    Of another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
     nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average). A
     model of another architecture has the stacks that the run has of its kind, or can make into it (stacks.py).
     Everything else has to fit. Raises ConfigError, one line.
@@ -92,6 +98,7 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
         _begin_afresh("task_head.", origin, own, new)
     weights = {name: initial.weights[there] for name, there in origin.items()}
     rows, rows_of = _move_rows(weights, origin, model.token_rows, initial.tokenizers, tokenizers)
+    cut = _cut(weights, own, model)
     load_into(model, weights | {name: own[name] for name in new}, "init")
     used = set(origin.values())
     return Begun(
@@ -100,6 +107,7 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
         rows=rows,
         rows_of=rows_of,
         stacks=arranged.stacks,
+        cut=cut,
     )
 
 
@@ -159,6 +167,22 @@ def _move_rows(
             "leave the tokenizer out"
         )
     return dict(rows), tuple(moved)
+
+
+def _cut(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: Model) -> dict[str, dict[str, int]]:
+    """Leaves of tables of positions the rows that there are here. Raises ConfigError where there are more than in the run."""
+    cut = {}
+    for name in model.position_rows:
+        there, here = len(weights.get(name, own[name])), len(own[name])
+        if there < here:
+            other = " or position=rope" if "position" in model.parts else ""
+            raise ConfigError(
+                f"context: the positions that the run has learned end at {there}; use context={there}{other}"
+            )
+        if there > here:
+            weights[name] = weights[name][:here]
+            cut[name] = {"kept": here, "dropped": there - here}
+    return cut
 
 
 def _side_there(origin: str, name: str, side: Side) -> Side:

@@ -12,7 +12,7 @@ from ctxlab.model.transformer import Stack
 ENCODER = "encoder."  # what reads a source is named below it, beside what writes
 _STACK = ("blocks.", "position.", "embedding_norm.", "norm.")  # what a stack is made of, whichever it is
 _HEAD = ("head.", "head_layer.")
-_EMBEDDING = "embedding.weight"
+EMBEDDING = "embedding.weight"
 
 
 @dataclass
@@ -51,8 +51,8 @@ def arrange(names: Iterable[str], before: str, model: Model) -> Arranged:
             found.stacks = {now: half}
             found.origin = _decoder(found.origin) if new.causal else _encoder(found.origin)
             found.new = set() if new.causal else {name for name in own if name.startswith(_HEAD)}
-    if new.reads_source and ENCODER + _EMBEDDING in own and _EMBEDDING in found.origin:
-        found.origin.setdefault(ENCODER + _EMBEDDING, _EMBEDDING)
+    if new.reads_source and ENCODER + EMBEDDING in own and EMBEDDING in found.origin:
+        found.origin.setdefault(ENCODER + EMBEDDING, EMBEDDING)
     return found
 
 
@@ -64,7 +64,7 @@ def _encoder(names: Iterable[str]) -> dict[str, str]:
     names = set(names)
     found = {name.removeprefix(ENCODER): name for name in names if name.startswith(ENCODER)}
     found |= {name: name for name in names if name.startswith("task_head.")}
-    return {_EMBEDDING: _EMBEDDING} | found  # one of its own, or the one that both halves share
+    return {EMBEDDING: EMBEDDING} | found  # one of its own, or the one that both halves share
 
 
 def _crosses(name: str) -> bool:

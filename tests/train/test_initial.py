@@ -164,7 +164,8 @@ def test_both_stacks_of_an_encoder_decoder_change_their_scheme() -> None:
     [
         ({"n_layers": 1}, r"init: the weights do not fit this model: blocks.1.attention.key.weight is 16 x 32 there, absent"),
         ({"d_ff": 64}, r"blocks.0.feed_forward.down.weight is 32 x 48 there, 32 x 64 here, and 5 more differ"),
-        ({"context": 32}, r"position.weight is 64 x 32 there, 32 x 32 here$"),
+        ({"context": 128},
+         r"^context: the positions that the run has learned end at 64; use context=64 or position=rope$"),
     ],
 )  # fmt: skip
 def test_what_would_be_lost_in_silence_is_refused(here: dict[str, Any], said: str) -> None:
@@ -214,14 +215,14 @@ def test_two_matrices_of_one_vocabulary_are_moved_alike() -> None:
         assert torch.equal(model.state_dict()[name], theirs.state_dict()[name][[0, 1, 2, 3, 7, 4, 5, 6]])
 
 
-def two_berts(vocab_size: int, seed: int) -> Model:
+def two_berts(vocab_size: int, seed: int, context: int = 16) -> Model:
     """Every weight drawn: a bias and a norm too."""
     pytest.importorskip("transformers")
     from ctxlab.model.bert2bert import Bert2Bert
 
     torch.manual_seed(seed)
     config = Bert2BertConfig(d_model=16, n_layers=1, n_encoder_layers=1, n_heads=2, d_ff=24)
-    model = Bert2Bert(config, vocab_size=vocab_size, context=16).eval()
+    model = Bert2Bert(config, vocab_size=vocab_size, context=context).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -257,12 +258,12 @@ def test_two_berts_find_their_tokens_again(fresh: tuple[bytes, ...]) -> None:
         ("bert2bert", {}),
     ],
 )
-def test_a_model_knows_which_of_its_weights_have_a_row_for_each_token(
+def test_a_model_knows_which_of_its_weights_have_a_row_for_each_token_or_position(
     architecture: str, settings: dict[str, Any]
 ) -> None:
-    """They are those whose shapes are others with another vocabulary."""
+    """They are those whose shapes are others with another vocabulary, or with another context."""
 
-    def model(target: int, source: int) -> Model:
+    def model(target: int, source: int, context: int = 16) -> Model:
         if architecture in ("lstm", "bert2bert"):
             sizes = {"architecture": architecture, "d_model": 16, "n_layers": 1} | (
                 {"n_heads": 2} if architecture == "bert2bert" else {}
@@ -271,10 +272,10 @@ def test_a_model_knows_which_of_its_weights_have_a_row_for_each_token(
         else:
             parts = {
                 "model": small(architecture=architecture, **settings).model_dump(mode="json"),
-                "position": {"name": "rope"},
+                "position": {"name": "learned"},
                 "attention": {"name": "full"},
             }
-        return build_model(read_parts(parts), vocab_size=target, source_vocab_size=source, context=16)
+        return build_model(read_parts(parts), vocab_size=target, source_vocab_size=source, context=context)
 
     if architecture == "bert2bert":
         pytest.importorskip("transformers")
@@ -284,6 +285,8 @@ def test_a_model_knows_which_of_its_weights_have_a_row_for_each_token(
     source = {name for name, shape in shapes(model(40, 43)).items() if shape != before[name]} if reads else set()
     assert {name for name, side in own.items() if side == "target"} == target
     assert {name for name, side in own.items() if side == "source"} == source
+    positions = {name for name, shape in shapes(model(40, 40, context=17)).items() if shape != before[name]}
+    assert set(model(40, 40).position_rows) == positions
 
 
 def shapes(model: Model) -> dict[str, torch.Size]:
@@ -476,3 +479,27 @@ def test_architectures_of_other_blocks_are_refused_in_one_line(before: str, now:
     said = f"init: {now} has no weights that a run of {before} could have trained; start from another run, or with model.arch"
     with pytest.raises(ConfigError, match=said):
         begin(model, Initial({"embedding.weight": torch.zeros(260, 16)}, None, None, architecture=before), JOINT_BYTES)
+
+
+def test_a_table_of_positions_is_cut_to_a_shorter_context() -> None:
+    """What the run says of a text that fits is what it said before."""
+    run, model = build("learned"), build("learned", context=32, seed=3)
+    begun = started(model, run, "learned")
+    ids = tokens(2, 32)
+    assert torch.equal(model(ids), run(ids))
+    assert begun.facts == {"positions": {"position.weight": {"kept": 32, "dropped": 32}}}
+    assert begun.lines == ["init: of position.weight the first 32 rows kept, 32 left behind"]
+    assert started(build("rope", context=128), build("rope")) == Begun()
+    changed = started(build("rope", context=128), run, "learned")
+    assert (changed.cut, list(changed.dropped)) == ({}, ["position.weight"])
+
+
+def test_the_tables_of_two_berts_are_cut_too() -> None:
+    run, model = two_berts(20, 0), two_berts(20, 1, context=9)
+    begun = begin(model, Initial(run.state_dict(), None, None), JOINT_BYTES)
+    source, target = tokens(2, 9, vocab_size=20), tokens(2, 8, vocab_size=20)
+    assert torch.equal(model(target, source=source), run(target, source=source))
+    assert list(begun.cut.values()) == [{"kept": 9, "dropped": 7}] * 2
+    said = r"^context: the positions that the run has learned end at 16; use context=16$"
+    with pytest.raises(ConfigError, match=said):
+        begin(two_berts(20, 1, context=17), Initial(run.state_dict(), None, None), JOINT_BYTES)

@@ -95,6 +95,11 @@ class Position(nn.Module):
         """What stands in the way of more positions than `n_positions`."""
         return f"trained at context {self.context}"
 
+    @property
+    def table(self) -> nn.Parameter | None:
+        """What has a trained row for each position up to the context, where something has."""
+        return None
+
     def require_defined(self, last: int) -> None:
         """Raises UndefinedBeyondTraining when position `last` has no meaning."""
         limit = self.n_positions

@@ -15,8 +15,8 @@ from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
 from ctxlab.model.base import ARCHITECTURES, Model, Side
-from ctxlab.model.position.base import Position
-from ctxlab.train.stacks import ENCODER, arrange
+from ctxlab.model.position.base import POSITIONS, Position
+from ctxlab.train.stacks import EMBEDDING, ENCODER, arrange
 
 _LAYER = re.compile(
     r"(.*\bblocks\.)\d+\.(\w+).*"
@@ -45,6 +45,12 @@ class Begun:
     rows_of: tuple[str, ...] = ()  # the parameters that have these
     stacks: dict[str, str] = field(default_factory=dict)  # stack here -> what it was in the run, where that is another
     cut: dict[str, dict[str, int]] = field(default_factory=dict)  # table of positions -> rows kept and dropped
+    multiplied: dict[str, float] = field(
+        default_factory=dict
+    )  # matrix of embeddings -> by what, so that all is as it was
+    entering: dict[str, float] = field(
+        default_factory=dict
+    )  # one that could not be -> size of what enters over that of the run
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -55,6 +61,8 @@ class Begun:
             "vocabulary": self.rows,
             "stacks": self.stacks,
             "positions": self.cut,
+            "multiplied": self.multiplied,
+            "entering": self.entering,
         }
         return {name: what for name, what in found.items() if what}
 
@@ -66,6 +74,16 @@ class Begun:
             lines.append(f"init: left behind {_listed(self.dropped)}")
         if self.new:
             lines.append(f"init: new, and drawn as in a fresh model, {_listed(self.new)}")
+        for name, factor in self.multiplied.items():
+            lines.append(
+                f"init: {name} multiplied by {factor:.4g}: tokens enter as large as in the run, whose positions scale them in "
+                "another way"
+            )
+        for name, factor in self.entering.items():
+            lines.append(
+                f"init: tokens enter {factor:.4g} times as large as in the run: its positions scale them in another way, and "
+                f"{name}, which the head reads too, is left as it was"
+            )
         for name, of in self.cut.items():
             lines.append(f"init: of {name} the first {of['kept']:,} rows kept, {of['dropped']:,} left behind")
         if self.rows:
@@ -80,8 +98,9 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     """Gives a fresh model another run's weights, and says which are not as they were.
 
     Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind. So does the
-    same one where they mean something else, as T5's buckets do in an encoder. A table of positions is cut to a shorter
-    context, and is not made longer.
+    same one where they mean something else, as T5's buckets do in an encoder. Where the two multiply embedded tokens by
+    other numbers, as the sinusoidal does by sqrt(d_model), embeddings are multiplied by what is missing, but for one that is
+    the head's matrix too: of that it is said. A table of positions is cut to a shorter context, and is not made longer.
 
     Of another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
     nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average). A
@@ -99,6 +118,7 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     weights = {name: initial.weights[there] for name, there in origin.items()}
     rows, rows_of = _move_rows(weights, origin, model.token_rows, initial.tokenizers, tokenizers)
     cut = _cut(weights, own, model)
+    multiplied, entering = _rescale(weights, model, initial.position)
     load_into(model, weights | {name: own[name] for name in new}, "init")
     used = set(origin.values())
     return Begun(
@@ -108,6 +128,8 @@ def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
         rows_of=rows_of,
         stacks=arranged.stacks,
         cut=cut,
+        multiplied=multiplied,
+        entering=entering,
     )
 
 
@@ -183,6 +205,22 @@ def _cut(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: Model) ->
             weights[name] = weights[name][:here]
             cut[name] = {"kept": here, "dropped": there - here}
     return cut
+
+
+def _rescale(weights: dict[str, Tensor], model: Model, before: str | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Makes up for a scheme that multiplies embedded tokens by another number than the one before, or says by which."""
+    scheme = next((module for module in model.modules() if isinstance(module, Position)), None)
+    if scheme is None or before not in POSITIONS.names():
+        return {}, {}
+    factor = POSITIONS.get(before).embedding_scale(model.config) / scheme.embedding_scale(model.config)
+    if factor == 1:
+        return {}, {}
+    names = [name for name in (EMBEDDING, ENCODER + EMBEDDING) if name in weights]
+    tied = [name for name in names if name == EMBEDDING and model.head is None]
+    multiplied = [name for name in names if name not in tied]
+    for name in multiplied:
+        weights[name] = weights[name] * factor
+    return dict.fromkeys(multiplied, factor), dict.fromkeys(tied, 1 / factor)
 
 
 def _side_there(origin: str, name: str, side: Side) -> Side:

@@ -16,6 +16,8 @@ from ctxlab.model.attention.full import Full
 from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
 from ctxlab.model.config import Bert2BertConfig
 from ctxlab.model.encoder_decoder import EncoderDecoder
+from ctxlab.model.position import sinusoidal
+from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.position.rope import Rope
 from ctxlab.model.transformer import Transformer
 from ctxlab.train.initial import Begun, Initial, begin, shared_rows
@@ -503,3 +505,36 @@ def test_the_tables_of_two_berts_are_cut_too() -> None:
     said = r"^context: the positions that the run has learned end at 16; use context=16$"
     with pytest.raises(ConfigError, match=said):
         begin(two_berts(20, 1, context=17), Initial(run.state_dict(), None, None), JOINT_BYTES)
+
+
+@pytest.mark.parametrize("architecture", ["encoder", "encoder_decoder"])
+@pytest.mark.parametrize(
+    ("before", "now", "factor"), [("sinusoidal", "nope", 32**0.5), ("nope", "sinusoidal", 32**-0.5)]
+)
+def test_tokens_enter_as_large_as_they_did(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, before: str, now: str, factor: float
+) -> None:
+    """But for the sines a model with sinusoidal positions is one with none: the same function, whichever began the other."""
+    monkeypatch.setattr(sinusoidal, "sinusoids", lambda positions, width: torch.zeros(*positions.shape, width))
+    monkeypatch.setattr(POSITIONS.get("nope"), "bidirectional", True)  # all that it lacks is order
+    how: dict[str, Any] = {"architecture": architecture, "share_embeddings": False, "tie_embeddings": False}
+    run, model = build(before, **how), build(now, seed=3, **how)
+    begun = started(model, run, before)
+    more = {"source": tokens(2, 7, seed=4)} if architecture == "encoder_decoder" else {}
+    ids = tokens(2, 9)
+    torch.testing.assert_close(model(ids, **more), run(ids, **more), atol=2e-5, rtol=1e-5)
+    names = ["embedding.weight", *(["encoder.embedding.weight"] if more else [])]
+    assert begun.facts == {"multiplied": dict.fromkeys(names, pytest.approx(factor))}
+    assert f"multiplied by {factor:.4g}: tokens enter as large" in begun.lines[0]
+
+
+def test_an_embedding_that_the_head_shares_stays_and_that_is_said() -> None:
+    run, model = build("sinusoidal"), build("rope", seed=3)
+    begun = started(model, run, "sinusoidal")
+    assert torch.equal(model.state_dict()["embedding.weight"], run.state_dict()["embedding.weight"])
+    assert begun.facts == {"entering": {"embedding.weight": pytest.approx(32**-0.5)}}
+    assert begun.lines == [
+        "init: tokens enter 0.1768 times as large as in the run: its positions scale them in another way, and embedding.weight, "
+        "which the head reads too, is left as it was"
+    ]
+    assert started(build("sinusoidal", seed=4), run, "sinusoidal") == Begun()

@@ -71,6 +71,11 @@ class Position(nn.Module):
         return 0
 
     @classmethod
+    def embedding_scale(cls, model: ModelConfig) -> float:
+        """What `embed` multiplies embedded tokens by."""
+        return 1.0
+
+    @classmethod
     def key_columns(cls, config: Config, model: ModelConfig) -> int:
         """Columns that `key` appends to head_dim; the cache holds them too."""
         return 0

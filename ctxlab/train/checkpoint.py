@@ -1,7 +1,7 @@
 """Checkpoints: a new folder a step, a pointer replaced atomically; safetensors, the rest loaded weights-only.
 
 checkpoints/step-000220/weights.safetensors   names that know no parallelism
-checkpoints/step-000220/adapters.safetensors  where adapters are trained: they alone, on the weights of another run
+checkpoints/step-000220/adapters.safetensors  where adapters are trained: they, and the head of a task beside them
 checkpoints/step-000220/training.pt           optimizer state, random generators, a recurrent model's memory: what a resume needs
 checkpoints/step-000220/checkpoint.json       step, tokens, seconds, validation loss
 checkpoints/last, checkpoints/best            text files that hold the name of a folder

@@ -71,9 +71,9 @@ class Begun:
         """For people."""
         lines = [f"init: the {here} begins as the run's {there}" for here, there in self.stacks.items()]
         if self.dropped:
-            lines.append(f"init: left behind {_listed(self.dropped)}")
+            lines.append(f"init: left behind {listed(self.dropped)}")
         if self.new:
-            lines.append(f"init: new, and drawn as in a fresh model, {_listed(self.new)}")
+            lines.append(f"init: new, and drawn as in a fresh model, {listed(self.new)}")
         for name, factor in self.multiplied.items():
             lines.append(
                 f"init: {name} multiplied by {factor:.4g}: tokens enter as large as in the run, whose positions scale them in "
@@ -307,8 +307,8 @@ def load_into(model: Model, weights: Mapping[str, Tensor], key: str) -> None:
     model.load_state_dict(dict(weights))
 
 
-def _listed(parameters: Mapping[str, tuple[int, ...]]) -> str:
-    """Each with its shape; of more than a few the modules, those of all layers as one."""
+def listed(parameters: Mapping[str, tuple[int, ...]]) -> str:
+    """For people: each with its shape; of more than a few the modules, those of all layers as one."""
     if len(parameters) <= 4:
         return ", ".join(f"{name} ({_shape(shape)})" for name, shape in parameters.items())
     modules = Counter(_LAYER.sub(r"\1*.\2", name.rpartition(".")[0]) for name in parameters)

@@ -206,9 +206,12 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
-    """Of the file, by which it is known again."""
-    with open(checkpoint.path / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of the file, by which it is known again; of an average, of those of its files."""
+    found = []
+    for path in checkpoint.averaged or (checkpoint.path,):
+        with open(path / WEIGHTS, "rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -18,9 +18,7 @@ from ctxlab.model.base import ARCHITECTURES, Model, Side
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.train.stacks import EMBEDDING, ENCODER, arrange
 
-_LAYER = re.compile(
-    r"(.*\bblocks\.)\d+\.(\w+).*"
-)  # of a module in one: what is before the number, and the part of the block
+_LAYER = re.compile(r"(.*\bblocks\.)\d+\.(\w+).*")  # a module of one: what is before its number, and which part it is
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,8 @@ class Begun:
     rows_of: tuple[str, ...] = ()  # the parameters that have these
     stacks: dict[str, str] = field(default_factory=dict)  # stack here -> what it was in the run, where that is another
     cut: dict[str, dict[str, int]] = field(default_factory=dict)  # table of positions -> rows kept and dropped
-    multiplied: dict[str, float] = field(
-        default_factory=dict
-    )  # matrix of embeddings -> by what, so that all is as it was
-    entering: dict[str, float] = field(
-        default_factory=dict
-    )  # one that could not be -> size of what enters over that of the run
+    multiplied: dict[str, float] = field(default_factory=dict)  # embeddings -> by what, to enter as they did
+    entering: dict[str, float] = field(default_factory=dict)  # embeddings that were not -> how much larger tokens enter
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _initial(config: TrainConfig, dataset: Dataset, run: Run, invocation: Invoca
     adapted = config.trainer.lora.r != "none"
     try:
         parent = invocation.store.open(config.init)
-        saved = find_checkpoint(parent.checkpoints)
+        saved = find_checkpoint(parent.checkpoints, config.checkpoint)
         weights = load_weights(saved)
     except RecordError as error:
         if not (adapted and run.has_weights):

@@ -95,6 +95,8 @@ def check(config: CommandConfig) -> None:
         _curriculum(config)
         if config.trainer.lora.r != "none" and config.init == "none":
             raise IncompatibleError("trainer.lora.r: adapters are trained on the weights of another run; add init=RUN")
+        if config.checkpoint != "last" and config.init == "none":
+            raise IncompatibleError("checkpoint: says which weights of another run to start from; add init=RUN")
 
 
 def _objective(config: TrainConfig) -> None:

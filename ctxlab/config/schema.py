@@ -153,6 +153,7 @@ class TrainConfig(RecordedConfig):
     eval: Evaluations = Evaluations()
     profile: MeasureConfig = MeasureConfig()
     init: str = Field("none", description="id of a run whose weights to start from")
+    checkpoint: Checkpoint = Field("last", description="which weights of it")
     resume: str = Field("none", description="id of the run that goes on", json_schema_extra=_NOT_IDENTITY)
 
 

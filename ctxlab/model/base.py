@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,8 @@ from ctxlab.model.remake import Recompute, RecomputeSetting
 from ctxlab.registry import Registry
 
 Segments = Sequence[Sequence[int]]
+Side = Literal["source", "target"]
+"""Whose tokens: those of a source, or those of all else that is read and written."""
 
 
 class Cache(Protocol):
@@ -102,6 +104,30 @@ class Model(nn.Module):
     def n_positions(self) -> int | None:
         """How many tokens a row, and a source, may have; None where any number."""
         return None
+
+    @property
+    def token_rows(self) -> dict[str, Side]:
+        """The parameters that have a row for each token, by name, and on which side the token is."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return {names[id(parameter)]: side for parameter, side in self._of_tokens()}
+
+    @property
+    def position_rows(self) -> list[str]:
+        """Names of the parameters that have a row for each position up to the context."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        return [names[id(parameter)] for parameter in self._of_positions()]
+
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
+        """Every parameter whose first dimension is a vocabulary."""
+        yield self.embedding.weight, "target"
+        if self.head is not None:
+            yield self.head.weight, "target"
+
+    def _of_positions(self) -> Iterator[nn.Parameter]:
+        """Every parameter whose first dimension is the context."""
+        for module in self.modules():
+            if isinstance(module, Position) and module.table is not None:
+                yield module.table
 
     def take_pretrained(self) -> None:
         """Takes the weights that the settings name, where a training begins with no others. Raises ConfigError, one line."""

@@ -9,6 +9,7 @@ Shapes: B batch, T target tokens, S source tokens, V vocabulary, d width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from ctxlab.errors import ConfigError, IncompatibleError, UndefinedBeyondTraining
 from ctxlab.model.attention.full import Full
-from ctxlab.model.base import ARCHITECTURES, Model, Segments
+from ctxlab.model.base import ARCHITECTURES, Model, Segments, Side
 from ctxlab.model.bert_weights import read_folder, take, under_our_names
 from ctxlab.model.blocks import Encoded
 from ctxlab.model.config import BERT_EPS, Bert2BertConfig
@@ -254,6 +255,15 @@ class Bert2Bert(Model):
         for name, weight in head.items():
             if name != "bias" or self.config.pretrained_tokens:
                 self.decoder.get_parameter(name).data.copy_(weight)
+
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
+        yield from super()._of_tokens()
+        yield self.decoder.bias, "target"
+        yield self.encoder.bert.embeddings.word_embeddings.weight, "source"
+
+    def _of_positions(self) -> Iterator[nn.Parameter]:
+        for half in (self.encoder, self.decoder):
+            yield half.bert.embeddings.position_embeddings.weight
 
     def _n_embedding_parameters(self) -> int:
         embeddings = (self.encoder.bert.embeddings, self.decoder.bert.embeddings)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import Attention
-from ctxlab.model.base import ARCHITECTURES, Segments
+from ctxlab.model.base import ARCHITECTURES, Segments, Side
 from ctxlab.model.blocks import Encoded, Prefix
 from ctxlab.model.cache import KVCache
 from ctxlab.model.config import ModelConfig
@@ -115,6 +116,11 @@ class EncoderDecoder(Transformer):
             assert source is not None
             encoded = self.encode(source, source_lengths)
         return self._through(tokens, None, cache, encoded=encoded)
+
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
+        yield from super()._of_tokens()
+        if self.encoder.embedding is not None:
+            yield self.encoder.embedding.weight, "source"
 
     def _n_embedding_parameters(self) -> int:
         own = 0 if self.encoder.embedding is None else self.encoder.embedding.weight.numel()

@@ -6,7 +6,7 @@ of is in blocks.py; encoder.py and encoder_decoder.py put the same blocks togeth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
-from ctxlab.model.base import ARCHITECTURES, Model, Segments, pieces_of
+from ctxlab.model.base import ARCHITECTURES, Model, Segments, Side, pieces_of
 from ctxlab.model.blocks import Block, Encoded, Frame, HeadLayer, Norm, Prefix, dropout
 from ctxlab.model.cache import KVCache, StreamingCache
 from ctxlab.model.config import ModelConfig
@@ -281,6 +281,11 @@ class Transformer(Stack, Model):
     @property
     def n_positions(self) -> int | None:
         return self.position.n_positions
+
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
+        yield from super()._of_tokens()
+        if self.head_layer is not None:
+            yield self.head_layer.bias, "target"
 
     def new_cache(self) -> KVCache:
         return KVCache(self.config.n_layers)

@@ -1,7 +1,7 @@
 """Checkpoints: a new folder a step, a pointer replaced atomically; safetensors, the rest loaded weights-only.
 
 checkpoints/step-000220/weights.safetensors   names that know no parallelism
-checkpoints/step-000220/adapters.safetensors  where adapters are trained: they alone, on the weights of another run
+checkpoints/step-000220/adapters.safetensors  where adapters are trained: they, and the head of a task beside them
 checkpoints/step-000220/training.pt           optimizer state, random generators, a recurrent model's memory: what a resume needs
 checkpoints/step-000220/checkpoint.json       step, tokens, seconds, validation loss
 checkpoints/last, checkpoints/best            text files that hold the name of a folder
@@ -206,9 +206,12 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:
-    """Of the file, by which it is known again."""
-    with open(checkpoint.path / WEIGHTS, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of the file, by which it is known again; of an average, of those of its files."""
+    found = []
+    for path in checkpoint.averaged or (checkpoint.path,):
+        with open(path / WEIGHTS, "rb") as file:
+            found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def load_training(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,11 @@ from torch import Tensor
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError
-from ctxlab.model.base import Model
-from ctxlab.model.position.base import Position
+from ctxlab.model.base import ARCHITECTURES, Model, Side
+from ctxlab.model.position.base import POSITIONS, Position
+from ctxlab.train.stacks import EMBEDDING, ENCODER, arrange
 
-VOCABULARY = {
-    "embedding.weight": "target", "head.weight": "target", "head_layer.bias": "target",
-    "encoder.embedding.weight": "source",
-}  # fmt: skip
-"""Parameters that have a row for each token, in the models that have them, and of which side: one where both have the same."""
+_LAYER = re.compile(r"(.*\bblocks\.)\d+\.(\w+).*")  # a module of one: what is before its number, and which part it is
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Initial:
     position: str | None = None
     tokenizers: Tokenizers | None = None
     causal: bool | None = None  # whether all of the run's model looks back only
+    architecture: str = ""  # of the run's model, where it may be another than here
     sha256: str = ""  # of the file of weights, where it matters
 
 
@@ -42,6 +41,10 @@ class Begun:
     dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the run, without a place here
     rows: dict[str, int] = field(default_factory=dict)  # of the vocabulary: kept, new, dropped
     rows_of: tuple[str, ...] = ()  # the parameters that have these
+    stacks: dict[str, str] = field(default_factory=dict)  # stack here -> what it was in the run, where that is another
+    cut: dict[str, dict[str, int]] = field(default_factory=dict)  # table of positions -> rows kept and dropped
+    multiplied: dict[str, float] = field(default_factory=dict)  # embeddings -> by what, to enter as they did
+    entering: dict[str, float] = field(default_factory=dict)  # embeddings that were not -> how much larger tokens enter
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -50,17 +53,33 @@ class Begun:
             "new": {name: list(shape) for name, shape in self.new.items()},
             "dropped": {name: list(shape) for name, shape in self.dropped.items()},
             "vocabulary": self.rows,
+            "stacks": self.stacks,
+            "positions": self.cut,
+            "multiplied": self.multiplied,
+            "entering": self.entering,
         }
         return {name: what for name, what in found.items() if what}
 
     @property
     def lines(self) -> list[str]:
         """For people."""
-        lines = []
+        lines = [f"init: the {here} begins as the run's {there}" for here, there in self.stacks.items()]
         if self.dropped:
-            lines.append(f"init: left behind {_listed(self.dropped)}")
+            lines.append(f"init: left behind {listed(self.dropped)}")
         if self.new:
-            lines.append(f"init: new, and drawn as in a fresh model, {_listed(self.new)}")
+            lines.append(f"init: new, and drawn as in a fresh model, {listed(self.new)}")
+        for name, factor in self.multiplied.items():
+            lines.append(
+                f"init: {name} multiplied by {factor:.4g}: tokens enter as large as in the run, whose positions scale them in "
+                "another way"
+            )
+        for name, factor in self.entering.items():
+            lines.append(
+                f"init: tokens enter {factor:.4g} times as large as in the run: its positions scale them in another way, and "
+                f"{name}, which the head reads too, is left as it was"
+            )
+        for name, number in self.cut.items():
+            lines.append(f"init: of {name} the first {number['kept']:,} rows kept, {number['dropped']:,} left behind")
         if self.rows:
             of = " and ".join(self.rows_of)
             dropped = f", {self.rows['dropped']:,} left behind" if self.rows["dropped"] else ""
@@ -72,65 +91,145 @@ class Begun:
 def begin(model: Model, initial: Initial, tokenizers: Tokenizers) -> Begun:
     """Gives a fresh model another run's weights, and says which are not as they were.
 
-    Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind: no other
-    weight is a function of them. So does the same one where they mean something else, as T5's buckets do in an encoder. Of
-    another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
-    nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average).
+    Another scheme of positions brings its own parameters, as drawn, and those of the run's scheme are left behind. So does the
+    same one where they mean something else, as T5's buckets do in an encoder. Where the two multiply embedded tokens by
+    other numbers, as the sinusoidal does by sqrt(d_model), embeddings are multiplied by what is missing, but for one that is
+    the head's matrix too: of that it is said. A table of positions is cut to a shorter context, and is not made longer.
+
+    Of another tokenizer every token that the run knew has its row, and a new one the mean of the run's rows (Hewitt 2021,
+    nlp.stanford.edu/~johnhew/vocab-expansion.html: a new token is then no likelier than the old ones are on average). A
+    model of another architecture has the stacks that the run has of its kind, or can make into it (stacks.py).
     Everything else has to fit. Raises ConfigError, one line.
     """
-    weights = dict(initial.weights)
-    rows, rows_of = _move_rows(weights, initial.tokenizers, tokenizers)
-    new: dict[str, tuple[int, ...]] = {}
-    dropped: dict[str, tuple[int, ...]] = {}
     own = model.state_dict()
+    arranged = arrange(initial.weights, initial.architecture or model.config.architecture, model)
+    origin, new = arranged.origin, arranged.new
     for scheme, module in model.named_modules():
-        if isinstance(module, Position) and _means_other(module, initial):
-            for name in [name for name in weights if name.startswith(f"{scheme}.")]:
-                dropped[name] = tuple(weights.pop(name).shape)
-            added = {name: tensor for name, tensor in own.items() if name.startswith(f"{scheme}.")}
-            weights |= added
-            new |= {name: tuple(tensor.shape) for name, tensor in added.items()}
-    _change_head(weights, own, new, dropped)
-    load_into(model, weights, "init")
-    return Begun(new, dropped, rows, rows_of)
+        if isinstance(module, Position) and _means_other(module, initial, origin.get(_first(own, scheme))):
+            _begin_afresh(f"{scheme}.", origin, own, new)
+    if not _same_head(own, initial.weights):
+        _begin_afresh("task_head.", origin, own, new)
+    weights = {name: initial.weights[there] for name, there in origin.items()}
+    rows, rows_of = _move_rows(weights, origin, model.token_rows, initial.tokenizers, tokenizers)
+    cut = _cut(weights, own, model)
+    multiplied, entering = _rescale(weights, model, initial.position)
+    load_into(model, weights | {name: own[name] for name in new}, "init")
+    used = set(origin.values())
+    return Begun(
+        new={name: tuple(own[name].shape) for name in own if name in new},
+        dropped={name: tuple(weight.shape) for name, weight in initial.weights.items() if name not in used},
+        rows=rows,
+        rows_of=rows_of,
+        stacks=arranged.stacks,
+        cut=cut,
+        multiplied=multiplied,
+        entering=entering,
+    )
 
 
-def _change_head(
-    weights: dict[str, Tensor], own: Mapping[str, Tensor], new: dict[str, Any], dropped: dict[str, Any]
-) -> None:
-    """The head of a task goes on where it has the same shapes; else it is left behind, and another one begins as drawn."""
-    ours, theirs = ({n: w for n, w in some.items() if n.startswith("task_head.")} for some in (own, weights))
-    if {name: weight.shape for name, weight in ours.items()} == {name: weight.shape for name, weight in theirs.items()}:
-        return
-    for name in theirs:
-        dropped[name] = tuple(weights.pop(name).shape)
-    weights |= ours
-    new |= {name: tuple(weight.shape) for name, weight in ours.items()}
+def _begin_afresh(below: str, origin: dict[str, str], own: Mapping[str, Tensor], new: set[str]) -> None:
+    """What is named below it is not taken over but as drawn."""
+    for name in [name for name in origin if name.startswith(below)]:
+        del origin[name]
+    new |= {name for name in own if name.startswith(below)}
+
+
+def _same_head(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Whether the head of a task can go on: it has the same shapes."""
+    ours, theirs = ({n: w.shape for n, w in some.items() if n.startswith("task_head.")} for some in (own, weights))
+    return ours == theirs
+
+
+def _first(names: Iterable[str], below: str) -> str:
+    return next((name for name in names if name.startswith(f"{below}.")), "")
 
 
 def _move_rows(
-    weights: dict[str, Tensor], old: Tokenizers | None, new: Tokenizers
+    weights: dict[str, Tensor],
+    origin: Mapping[str, str],
+    token_rows: Mapping[str, Side],
+    old: Tokenizers | None,
+    new: Tokenizers,
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters."""
-    rows: Counter[str] = Counter()
-    moved = []
+    """Gives the rows of `weights` the order of the new tokens: how many were kept, new and dropped, and in which parameters.
+
+    Raises ConfigError where tokens have other ids than they had and not all of their rows can be found.
+    """
     if old is None:
         return {}, ()
-    for side in ("target", "source") if old.apart else ("target",):
-        theirs, ours = getattr(old, side), getattr(new, side)
-        index = shared_rows(theirs, ours)
-        if index is None:
+    rows: Counter[str] = Counter()
+    moved = []
+    found: dict[tuple[Tokenizer, Tokenizer], Tensor | None] = {}
+    for name, side in token_rows.items():
+        if name not in weights:
             continue
-        rows.update(_check_shared(index, theirs, ours))
-        for name, of in VOCABULARY.items():
-            if (of == side or not old.apart) and name in weights and len(weights[name]) == theirs.vocab_size:
-                weights[name] = _by_token(weights[name], index)
-                moved.append(name)
+        theirs, ours = pair = getattr(old, _side_there(origin[name], name, side)), getattr(new, side)
+        if pair not in found:
+            found[pair] = shared_rows(*pair)
+        if (index := found[pair]) is None:
+            continue
+        if len(weights[name]) != theirs.vocab_size:
+            raise ConfigError(
+                f"init: {name} of the run has {len(weights[name]):,} rows, and its tokenizer {theirs.vocab_size:,} tokens"
+            )
+        weights[name] = _by_token(weights[name], index)
+        moved.append(name)
+    for (theirs, ours), index in found.items():
+        if index is not None:
+            rows.update(_check_shared(index, theirs, ours))
+    if not found and shared_rows(old.target, new.target) is not None:
+        raise ConfigError(
+            "init: tokens have other ids than in the run, and no weight of this model is known to have a row for each; "
+            "leave the tokenizer out"
+        )
     return dict(rows), tuple(moved)
 
 
-def _means_other(scheme: Position, initial: Initial) -> bool:
-    turned = scheme.directed and initial.causal is not None and scheme.causal != initial.causal
+def _cut(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: Model) -> dict[str, dict[str, int]]:
+    """Leaves of tables of positions the rows that there are here. Raises ConfigError where there are more than in the run."""
+    cut = {}
+    for name in model.position_rows:
+        there, here = len(weights.get(name, own[name])), len(own[name])
+        if there < here:
+            other = " or position=rope" if "position" in model.parts else ""
+            raise ConfigError(
+                f"context: the positions that the run has learned end at {there}; use context={there}{other}"
+            )
+        if there > here:
+            weights[name] = weights[name][:here]
+            cut[name] = {"kept": here, "dropped": there - here}
+    return cut
+
+
+def _rescale(weights: dict[str, Tensor], model: Model, before: str | None) -> tuple[dict[str, float], dict[str, float]]:
+    """Makes up for a scheme that multiplies embedded tokens by another number than the one before, or says by which."""
+    scheme = next((module for module in model.modules() if isinstance(module, Position)), None)
+    if scheme is None or before not in POSITIONS.names():
+        return {}, {}
+    factor = POSITIONS.get(before).embedding_scale(model.config) / scheme.embedding_scale(model.config)
+    if factor == 1:
+        return {}, {}
+    names = [name for name in (EMBEDDING, ENCODER + EMBEDDING) if name in weights]
+    tied = [name for name in names if name == EMBEDDING and model.head is None]
+    multiplied = [name for name in names if name not in tied]
+    for name in multiplied:
+        weights[name] = weights[name] * factor
+    return dict.fromkeys(multiplied, factor), dict.fromkeys(tied, 1 / factor)
+
+
+def _side_there(origin: str, name: str, side: Side) -> Side:
+    """Whose tokens a weight of the run has rows of, which may be another's name and side here."""
+    if origin == name:
+        return side
+    return "source" if origin.startswith(ENCODER) else "target"
+
+
+def _means_other(scheme: Position, initial: Initial, origin: str | None) -> bool:
+    """Whether the scheme's parameters, of which the run has called the first `origin`, are no longer what they were."""
+    causal = initial.causal
+    if initial.architecture and ARCHITECTURES.get(initial.architecture).reads_source and origin is not None:
+        causal = not origin.startswith(ENCODER)
+    turned = scheme.directed and causal is not None and scheme.causal != causal
     return initial.position is not None and (scheme.config.name != initial.position or turned)
 
 
@@ -202,8 +301,12 @@ def load_into(model: Model, weights: Mapping[str, Tensor], key: str) -> None:
     model.load_state_dict(dict(weights))
 
 
-def _listed(parameters: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} ({_shape(shape)})" for name, shape in parameters.items())
+def listed(parameters: Mapping[str, tuple[int, ...]]) -> str:
+    """For people: each with its shape; of more than a few the modules, those of all layers as one."""
+    if len(parameters) <= 4:
+        return ", ".join(f"{name} ({_shape(shape)})" for name, shape in parameters.items())
+    modules = Counter(_LAYER.sub(r"\1*.\2", name.rpartition(".")[0]) for name in parameters)
+    return ", ".join(f"{module} ({number} weight{'s' if number > 1 else ''})" for module, number in modules.items())
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

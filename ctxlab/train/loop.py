@@ -52,7 +52,7 @@ from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
 from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
-from ctxlab.train.initial import Begun, Initial, begin, load_into
+from ctxlab.train.initial import Begun, Initial, begin, listed, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
@@ -242,10 +242,13 @@ def _adapt(
 ) -> None:
     """The weights of another run and adapters on them, new or as they were saved."""
     found = begin(model, initial, tokenizers_of(dataset))
-    if found.new or found.rows.get("new"):
+    learned = () if model.task_head is None else lora.HEADS  # or read by nobody
+    left = {name: shape for name, shape in found.new.items() if not name.startswith(learned)}
+    if left or found.rows.get("new"):
         raise ConfigError(
-            f"trainer.lora.r: adapters alone are trained, and {' and '.join(found.new or found.rows_of)} would stay as "
-            "drawn; train without adapters first, or leave positions and tokenizer as they are in the run"
+            f"trainer.lora.r: adapters alone are trained, and {listed(left) or 'new rows of ' + ' and '.join(found.rows_of)} "
+            "would stay as drawn; train without adapters first, or leave architecture, positions and tokenizer as they are in "
+            "the run"
         )
     lora.adapt(model, settings.trainer.lora)
     if saved is None:

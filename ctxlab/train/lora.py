@@ -1,5 +1,6 @@
 """Low-rank adapters: the weights of another run stay, and what is learned is a small product added to some of its matrices.
 
+The head of a task, which is new or goes with its answers, is learned whole beside them, as peft's `modules_to_save` are.
 The matrices are wrapped by peft (optional: `pip install 'ctxlab[lora]'`), which is imported inside functions. A checkpoint
 holds the merged weights under the names that they have without adapters, and the adapters beside them: whatever reads a run
 (eval, generate, attention, another init) then neither knows of adapters nor needs the run that they were trained on. Only a
@@ -23,7 +24,8 @@ from ctxlab.train.settings import LoraConfig
 ADAPTERS = "adapters.safetensors"
 INSTALL = "trainer.lora.r: needs peft; pip install 'ctxlab[lora]'"
 _NAME = "default"  # of the one adapter that there is
-_HEADS = ("head.", "head_layer.", "task_head.")  # what says: their weights are read past the modules, or are new
+TASK_HEAD = "task_head."
+HEADS = ("head.", "head_layer.", TASK_HEAD)  # what says: their weights are read past the modules, or are learned whole
 _BASE = "base"
 
 
@@ -36,7 +38,8 @@ def check_installed() -> None:
 
 
 def adapt(model: nn.Module, config: LoraConfig) -> None:
-    """Wraps the chosen matrices W in x -> W x + (alpha / r) B A dropout(x), and takes all but A and B out of training.
+    """Wraps the chosen matrices W in x -> W x + (alpha / r) B A dropout(x), and takes all but A, B and the head of a task out of
+    training.
 
     Hu et al. 2022, arXiv:2106.09685, section 4.1: A (r,in) is drawn, B (out,r) is 0, so nothing changes before the first step.
     Raises ConfigError where no matrix has one of the names.
@@ -46,7 +49,7 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
     from peft import inject_adapter_in_model
 
     there = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    there = [name for name in there if not f"{name}.".startswith(_HEADS)]
+    there = [name for name in there if not f"{name}.".startswith(HEADS)]
     known = {name.rpartition(".")[2] for name in there}
     for target in config.targets:
         if target not in known:
@@ -57,6 +60,9 @@ def adapt(model: nn.Module, config: LoraConfig) -> None:
         r=int(config.r), lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen  # type: ignore[arg-type]
     )  # fmt: skip
     inject_adapter_in_model(settings, model, adapter_name=_NAME)
+    for name, parameter in model.named_parameters():
+        if name.startswith(TASK_HEAD):
+            parameter.requires_grad_(True)
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -79,8 +85,8 @@ def merge(model: nn.Module) -> None:
 
 
 def save_adapters(model: nn.Module, file: Path, base: str) -> None:
-    """Writes A and B of every adapted matrix; `base` is the sha256 of the weights that they belong to."""
-    save_file(_adapters(model), file, metadata={_BASE: base})
+    """Writes A and B of every adapted matrix, and the head of a task; `base` is the sha256 of the weights that they belong to."""
+    save_file(_learned(model), file, metadata={_BASE: base})
 
 
 def load_adapters(model: nn.Module, file: Path, base: str) -> None:
@@ -97,7 +103,7 @@ def load_adapters(model: nn.Module, file: Path, base: str) -> None:
             f"the run that they were trained on any more (now {base[:12]}); start from what they have become, merged, by "
             "init= with this run's id"
         )
-    own = _adapters(model)
+    own = _learned(model)
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in found.items()}:
         raise RecordError(f"{file} does not fit the run's config")
     with torch.no_grad():
@@ -117,8 +123,9 @@ def _adapted(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
 
 
-def _adapters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """All that is not as it was in the run whose weights are adapted."""
+    return {name: t for name, t in model.state_dict().items() if ".lora_" in name or name.startswith(TASK_HEAD)}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class ContextStage(ComponentConfig):
 
 
 class LoraConfig(ComponentConfig):
-    """Adapters that are trained in place of the weights of another run (see lora.py)."""
+    """Adapters that are trained in place of the weights of another run, and the head of a task beside them (see lora.py)."""
 
     r: OrNone | Count = Field("none", description="rank of what is added to a matrix; none: no adapters")
     alpha: float = Field(16.0, gt=0, description="what is added is multiplied by alpha / r")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from ctxlab.errors import RecordError
-from ctxlab.train.checkpoint import find_checkpoint, load_weights, point, prune, remember, save_checkpoint
+from ctxlab.train.checkpoint import (
+    find_checkpoint,
+    load_weights,
+    point,
+    prune,
+    remember,
+    save_checkpoint,
+    weights_sha256,
+)
 from ctxlab.train.settings import TrainerConfig
 from tests.train import builders
 from tests.train.builders import Rows, Trained, dataset, settings, train
@@ -41,6 +50,10 @@ def test_it_is_the_mean_of_the_last_three(tmp_path: Path) -> None:
     assert steps(run) == [6, 8, 9]
     found = find_checkpoint(run.folder, "average")
     assert (found.step, found.validation_loss) == (9, None)
+    hashes = {
+        weights_sha256(one) for one in (found, find_checkpoint(run.folder), replace(found, averaged=found.averaged[1:]))
+    }
+    assert len(hashes) == 3  # adapters on it know it again
     expected, weights = by_hand(run), load_weights(found)
     assert weights.keys() == expected.keys() == run.weights.keys()
     for name, weight in weights.items():

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ctxlab.config.overrides import split
+from ctxlab.config.prepare import prepare
 from tests.train.builders import TINY, command, last_files, line, the_run, write_corpus
 
 SMALL = (
@@ -109,3 +111,68 @@ def test_it_goes_on_when_the_run_it_came_from_is_gone(folder: Path) -> None:
     finally:
         shutil.move(folder / "elsewhere", parent.path)
     assert the_run(folder, "orphan").record.status == "done"
+
+
+def test_a_decoder_becomes_a_translator_and_goes_on_alone(folder: Path) -> None:
+    """At a rate of next to nothing: what was taken over is there afterwards, and lines and record say what was not."""
+    small = [word for word in SMALL if not word.startswith("data=")] + ["optim=adamw", "optim.learning_rate=1e-12"]
+    text = f"data.path={folder / 'text'}"
+    sizes = ("model=nano", *(f"model.{key}={value}" for key, value in TINY.items()))
+    done = command(folder, "train", *small, *sizes, "data=text", text, "name=writer")
+    assert done.code == 0, done.stderr
+    (folder / "pairs.tsv").write_text("".join(f"un chat {n}\tone cat {n}\n" for n in range(300)), encoding="utf-8")
+    words = ("data=parallel", "data.path=pairs.tsv", "model.architecture=encoder_decoder", "name=translator")
+    inherited = [word for word in small if word != "tokenizer=byte"]
+    done = command(folder, "train", f"init={the_run(folder, 'writer').id}", *inherited, *words)
+    assert done.code == 0, done.stderr
+    assert "init: the encoder begins as the run's decoder\ninit: the decoder begins as the run's decoder" in done.stderr
+    words = ("data=text", text, "model.architecture=decoder", "name=alone")
+    done = command(folder, "train", f"init={the_run(folder, 'translator').id}", *inherited, *words)
+    assert done.code == 0, done.stderr
+    writer, translator, alone = (
+        load_file(last_files(the_run(folder, name)) / "weights.safetensors")
+        for name in ("writer", "translator", "alone")
+    )
+    found = {name: the_run(folder, name).record.provenance.resolved["init"] for name in ("translator", "alone")}
+    assert found["translator"]["stacks"] == {"encoder": "decoder", "decoder": "decoder"}
+    assert found["alone"] == {
+        "stacks": {"decoder": "decoder"},
+        "dropped": {name: list(weight.shape) for name, weight in translator.items() if name not in writer},
+    }
+    assert set(found["translator"]["new"]) == {name for name in translator if "cross_attention" in name}
+    for name, weight in writer.items():
+        torch.testing.assert_close(alone[name], weight, atol=1e-8, rtol=0)
+        if name != "embedding.weight":
+            torch.testing.assert_close(translator[f"encoder.{name}"], weight, atol=1e-8, rtol=0)
+
+
+def test_it_starts_from_the_mean_of_the_last_where_that_is_asked_for(folder: Path) -> None:
+    words = ("trainer.max_steps=4", "trainer.checkpoint_every=1", "trainer.average=3", "optim.learning_rate=0.05")
+    assert command(folder, *line(folder, *words, name="averaged")).code == 0
+    run = the_run(folder, "averaged")
+    files = [load_file(run.checkpoints / f"step-00000{step}" / "weights.safetensors") for step in (2, 3, 4)]
+    words = (
+        f"data.path={folder / 'text'}",
+        "optim=adamw",
+        "optim.learning_rate=1e-12",
+        "checkpoint=average",
+        "name=mean",
+    )
+    done = command(folder, "train", f"init={run.id}", *INHERITING, *words)
+    assert done.code == 0, done.stderr
+    after = load_file(last_files(the_run(folder, "mean")) / "weights.safetensors")
+    assert after.keys() == files[0].keys()
+    for name, weight in after.items():
+        mean = torch.stack([file[name].double() for file in files]).mean(0)
+        torch.testing.assert_close(weight.double(), mean, atol=1e-7, rtol=0)
+        assert name.endswith("norm.weight") or not torch.allclose(weight, files[-1][name], atol=1e-4)
+    words = (f"init={the_run(folder, 'parent').id}", *INHERITING, f"data.path={folder / 'text'}")
+    refused = command(folder, "train", *words, "checkpoint=average")
+    assert refused.code == 2
+    assert "checkpoint=average: " in refused.stderr
+    assert "has no 'average' checkpoint; a run keeps what is averaged with trainer.average=5" in refused.stderr
+
+
+def test_a_checkpoint_is_one_of_another_run() -> None:
+    (cell,) = prepare(split("train", ["checkpoint=best"])).cells
+    assert cell.skipped == "checkpoint: says which weights of another run to start from; add init=RUN"

@@ -136,6 +136,42 @@ def test_killed_and_resumed_it_is_the_same_to_the_last_bit(folder: Path, kind: s
         assert (last_files(run) / name).read_bytes() == (last_files(whole) / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [("labels", (*LABELS, "context=24")), pytest.param("spans", (*SQUAD, "context=64"), marks=pytest.mark.slow)],
+)
+def test_beside_adapters_the_head_of_a_task_is_learned_and_resumes_to_the_last_bit(
+    folder: Path, kind: str, task: tuple[str, ...]
+) -> None:
+    pytest.importorskip("peft")
+    parent = the_run(folder, "pre")
+    words = ("train", f"init={parent.id}", *task, *HOW, "trainer.max_steps=7", "trainer.checkpoint_every=3", "optim=adamw",
+             "trainer.micro_batch=2", "trainer.lora.r=2", "trainer.lora.dropout=0.1", "optim.learning_rate=0.01")  # fmt: skip
+    done = command(folder, *words, f"name=lora-{kind}")
+    assert done.code == 0, done.stderr
+    assert "init: new, and drawn as in a fresh model, task_head." in done.stderr
+    assert command(folder, *words, f"name=killed-lora-{kind}", at_step=5).code == -signal.SIGKILL
+    whole, run = the_run(folder, f"lora-{kind}"), the_run(folder, f"killed-lora-{kind}")
+    done = command(folder, "train", f"resume={run.id}")
+    assert done.code == 0, done.stderr
+    whole, run = the_run(folder, f"lora-{kind}"), the_run(folder, f"killed-lora-{kind}")
+    assert computed(run.metrics()) == computed(whole.metrics())
+    assert [m.value for m in run.measurements()] == [m.value for m in whole.measurements()]
+    for name in ("weights.safetensors", "adapters.safetensors", "training.pt"):
+        assert (last_files(run) / name).read_bytes() == (last_files(whole) / name).read_bytes(), name
+    before, after, learned = (
+        load_file(last_files(one) / f"{name}.safetensors")
+        for one, name in ((parent, "weights"), (whole, "weights"), (whole, "adapters"))
+    )
+    heads = {name: weight for name, weight in after.items() if name.startswith("task_head.")}
+    assert len(heads) == 2
+    assert all(torch.equal(weight, learned[name]) for name, weight in heads.items())
+    (bias,) = (weight for name, weight in heads.items() if name.endswith("bias"))
+    assert (bias != 0).all()  # where it begins
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved == {name for name in before if name.endswith((".query.weight", ".value.weight"))}
+
+
 def write_dialogues(folder: Path) -> None:
     """Three speeches by three people of made-up names, no play's names in another: who speaks first, second, last?"""
     draw = random.Random(3)

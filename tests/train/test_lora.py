@@ -107,7 +107,7 @@ def test_what_cannot_be_adapted_is_refused(tmp_path: Path, base: Trained, monkey
         lora.adapt(build(), LoraConfig(r=2, targets=("querry",)))
     with pytest.raises(ConfigError, match=r"trainer.lora.targets: no matrix is called 'head'"):
         lora.adapt(build(tie_embeddings=False), LoraConfig(r=2, targets=("head",)))
-    said = r"trainer.lora.r: adapters alone are trained, and position.weight would stay as drawn"
+    said = r"trainer.lora.r: adapters alone are trained, and position.weight \(32 x 16\) would stay as drawn"
     with pytest.raises(ConfigError, match=said):
         train(tmp_path, dataset(tmp_path), config(position="learned"), "learned", initial=on(base))
     (cell,) = prepare(split("train", ["model=nano", "trainer.lora.r=4"])).cells

@@ -152,7 +152,7 @@ def _initial(config: TrainConfig, dataset: Dataset, run: Run, invocation: Invoca
     adapted = config.trainer.lora.r != "none"
     try:
         parent = invocation.store.open(config.init)
-        saved = find_checkpoint(parent.checkpoints)
+        saved = find_checkpoint(parent.checkpoints, config.checkpoint)
         weights = load_weights(saved)
     except RecordError as error:
         if not (adapted and run.has_weights):
@@ -165,12 +165,14 @@ def _initial(config: TrainConfig, dataset: Dataset, run: Run, invocation: Invoca
     task = before.get("objective", {}).get("name"), parent.record.provenance.data.get("labels")
     if task != (config.objective.name, dataset.facts.get("labels")):
         weights = {name: weight for name, weight in weights.items() if not name.startswith("task_head.")}
-    position, architecture = before["position"], ARCHITECTURES.get(architecture_of(before["model"]))
+    position, named = before["position"], architecture_of(before["model"])
+    architecture = ARCHITECTURES.get(named)
     return Initial(
         weights,
         None if position == "none" else position["name"],
         load_tokenizers(parent.path, apart=are_apart(before["tokenizer"])),
         None if architecture.reads_source else architecture.causal and not reads_both_ways(before),
+        named,
         weights_sha256(saved) if adapted else "",
     )
 

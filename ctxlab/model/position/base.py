@@ -71,6 +71,11 @@ class Position(nn.Module):
         return 0
 
     @classmethod
+    def embedding_scale(cls, model: ModelConfig) -> float:
+        """What `embed` multiplies embedded tokens by."""
+        return 1.0
+
+    @classmethod
     def key_columns(cls, config: Config, model: ModelConfig) -> int:
         """Columns that `key` appends to head_dim; the cache holds them too."""
         return 0
@@ -94,6 +99,11 @@ class Position(nn.Module):
     def why_they_end(self) -> str:
         """What stands in the way of more positions than `n_positions`."""
         return f"trained at context {self.context}"
+
+    @property
+    def table(self) -> nn.Parameter | None:
+        """What has a trained row for each position up to the context, where something has."""
+        return None
 
     def require_defined(self, last: int) -> None:
         """Raises UndefinedBeyondTraining when position `last` has no meaning."""

@@ -34,6 +34,10 @@ class Learned(Position):
     def n_parameters(cls, config: Position.Config, model: ModelConfig, context: int) -> int:
         return context * model.d_model
 
+    @property
+    def table(self) -> nn.Parameter:
+        return self.weight
+
     def initialize(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
 

@@ -32,8 +32,12 @@ class Sinusoidal(Position):
         if model.d_model % 2:
             raise IncompatibleError(f"model.d_model: sinusoidal positions need an even number, got {model.d_model}")
 
+    @classmethod
+    def embedding_scale(cls, model: ModelConfig) -> float:
+        return model.d_model**0.5
+
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x * self.model.d_model**0.5 + sinusoids(positions, self.model.d_model).to(x.dtype)
+        return x * self.embedding_scale(self.model) + sinusoids(positions, self.model.d_model).to(x.dtype)
 
 
 def sinusoids(positions: Tensor, width: int, theta: float = 10_000.0) -> Tensor:

@@ -117,7 +117,7 @@ class Model(nn.Module):
         names = {id(parameter): name for name, parameter in self.named_parameters()}
         return [names[id(parameter)] for parameter in self._of_positions()]
 
-    def _of_tokens(self) -> Iterator[tuple[nn.Parameter, Side]]:
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
         """Every parameter whose first dimension is a vocabulary."""
         yield self.embedding.weight, "target"
         if self.head is not None:

@@ -256,7 +256,7 @@ class Bert2Bert(Model):
             if name != "bias" or self.config.pretrained_tokens:
                 self.decoder.get_parameter(name).data.copy_(weight)
 
-    def _of_tokens(self) -> Iterator[tuple[nn.Parameter, Side]]:
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
         yield from super()._of_tokens()
         yield self.decoder.bias, "target"
         yield self.encoder.bert.embeddings.word_embeddings.weight, "source"

@@ -117,7 +117,7 @@ class EncoderDecoder(Transformer):
             encoded = self.encode(source, source_lengths)
         return self._through(tokens, None, cache, encoded=encoded)
 
-    def _of_tokens(self) -> Iterator[tuple[nn.Parameter, Side]]:
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
         yield from super()._of_tokens()
         if self.encoder.embedding is not None:
             yield self.encoder.embedding.weight, "source"

@@ -282,7 +282,7 @@ class Transformer(Stack, Model):
     def n_positions(self) -> int | None:
         return self.position.n_positions
 
-    def _of_tokens(self) -> Iterator[tuple[nn.Parameter, Side]]:
+    def _of_tokens(self) -> Iterator[tuple[Tensor, Side]]:
         yield from super()._of_tokens()
         if self.head_layer is not None:
             yield self.head_layer.bias, "target"

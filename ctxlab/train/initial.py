@@ -78,8 +78,8 @@ class Begun:
                 f"init: tokens enter {factor:.4g} times as large as in the run: its positions scale them in another way, and "
                 f"{name}, which the head reads too, is left as it was"
             )
-        for name, of in self.cut.items():
-            lines.append(f"init: of {name} the first {of['kept']:,} rows kept, {of['dropped']:,} left behind")
+        for name, number in self.cut.items():
+            lines.append(f"init: of {name} the first {number['kept']:,} rows kept, {number['dropped']:,} left behind")
         if self.rows:
             of = " and ".join(self.rows_of)
             dropped = f", {self.rows['dropped']:,} left behind" if self.rows["dropped"] else ""

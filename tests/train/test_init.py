@@ -151,14 +151,14 @@ def test_it_starts_from_the_mean_of_the_last_where_that_is_asked_for(folder: Pat
     assert command(folder, *line(folder, *words, name="averaged")).code == 0
     run = the_run(folder, "averaged")
     files = [load_file(run.checkpoints / f"step-00000{step}" / "weights.safetensors") for step in (2, 3, 4)]
-    words = (
+    asked = (
         f"data.path={folder / 'text'}",
         "optim=adamw",
         "optim.learning_rate=1e-12",
         "checkpoint=average",
         "name=mean",
     )
-    done = command(folder, "train", f"init={run.id}", *INHERITING, *words)
+    done = command(folder, "train", f"init={run.id}", *INHERITING, *asked)
     assert done.code == 0, done.stderr
     after = load_file(last_files(the_run(folder, "mean")) / "weights.safetensors")
     assert after.keys() == files[0].keys()
@@ -166,8 +166,8 @@ def test_it_starts_from_the_mean_of_the_last_where_that_is_asked_for(folder: Pat
         mean = torch.stack([file[name].double() for file in files]).mean(0)
         torch.testing.assert_close(weight.double(), mean, atol=1e-7, rtol=0)
         assert name.endswith("norm.weight") or not torch.allclose(weight, files[-1][name], atol=1e-4)
-    words = (f"init={the_run(folder, 'parent').id}", *INHERITING, f"data.path={folder / 'text'}")
-    refused = command(folder, "train", *words, "checkpoint=average")
+    again = (f"init={the_run(folder, 'parent').id}", *INHERITING, f"data.path={folder / 'text'}")
+    refused = command(folder, "train", *again, "checkpoint=average")
     assert refused.code == 2
     assert "checkpoint=average: " in refused.stderr
     assert "has no 'average' checkpoint; a run keeps what is averaged with trainer.average=5" in refused.stderr

@@ -337,7 +337,7 @@ def test_a_side_that_leaves_or_joins_the_other_finds_its_own_tokens(
         torch.testing.assert_close(new, expected, atol=1e-7, rtol=0)
 
 
-def started(model: Transformer, run: Transformer, position: str = "rope", **how: Any) -> Begun:
+def started(model: Any, run: Transformer, position: str = "rope", **how: Any) -> Begun:
     given = Initial(run.state_dict(), position, JOINT_BYTES, architecture=run.config.architecture, **how)
     return begin(model, given, JOINT_BYTES)
 
@@ -345,7 +345,7 @@ def started(model: Transformer, run: Transformer, position: str = "rope", **how:
 def without_crossing(model: Transformer) -> Transformer:
     """What cross-attention says to the residual stream is nothing."""
     for block in model.blocks:
-        torch.nn.init.zeros_(block.cross_attention.out.weight)
+        torch.nn.init.zeros_(block.cross_attention.out.weight)  # type: ignore[union-attr, arg-type]
     return model
 
 
@@ -358,7 +358,7 @@ def test_both_halves_begin_as_the_one_stack_of_the_run(before: str, shared: bool
     """The source is read as an encoder with the run's weights would read it; where nothing crosses, the target is written as a
     decoder with them would."""
     run = build(architecture=before, seed=1)
-    model = build(architecture="encoder_decoder", share_embeddings=shared, seed=2)
+    model: Any = build(architecture="encoder_decoder", share_embeddings=shared, seed=2)
     fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
     begun = started(model, run, causal=before == "decoder")
     reader, writer = build(architecture="encoder"), build(architecture="decoder")
@@ -406,7 +406,7 @@ def test_the_decoder_of_a_run_goes_on_without_its_source() -> None:
 @pytest.mark.parametrize("shared", [True, False], ids=["one matrix", "two matrices"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_encoder_of_a_run_goes_on_without_what_it_read_for(shared: bool, tied: bool) -> None:
-    run = build(architecture="encoder_decoder", share_embeddings=shared, tie_embeddings=tied, seed=1)
+    run: Any = build(architecture="encoder_decoder", share_embeddings=shared, tie_embeddings=tied, seed=1)
     model = build(architecture="encoder", tie_embeddings=tied, seed=2)
     fresh = {name: weight.clone() for name, weight in model.state_dict().items()}
     begun = started(model, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling.measure import Point
-from ctxlab.profiling.predict import Prediction, Predictor
+from ctxlab.profiling.predict import CLOSED_FORM, Prediction, Predictor
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig
 
@@ -40,7 +40,7 @@ class PlanSettings(ComponentConfig):
 
 @dataclass(frozen=True)
 class KnownError:
-    """How far predictions were from measurements on one kind of device."""
+    """How far predictions of one kind were from measurements on one kind of device."""
 
     n_points: int
     median: float  # shares of the measured bytes, over points of at least LARGE
@@ -48,12 +48,20 @@ class KnownError:
     worst_bytes: float  # over smaller points
 
 
-def known_error(file: Path, device: str) -> KnownError | None:
-    """The error over a file's measured points of a device, an object a line; None where there is none: unmeasured."""
+def known_error(file: Path, device: str, precision: str, ways: Collection[str]) -> KnownError | None:
+    """The error over a file's measured points, an object a line, that are like a plan: of its device and precision, and traced,
+    in part at least, or not, as it is. None where there is none: unmeasured."""
+    is_traced = CLOSED_FORM not in ways
     if not file.is_file():
         return None
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-    rows = [row for row in rows if row.get("device") == device and row.get("status") == "done"]
+    rows = [
+        row
+        for row in rows
+        if row.get("status") == "done"
+        and (row["device"], row["precision"]) == (device, precision)
+        and (row["way"] != CLOSED_FORM) == is_traced
+    ]
     large = [abs(row["error"]) for row in rows if row["measured_bytes"] >= LARGE]
     small = [abs(row["error_bytes"]) for row in rows if row["measured_bytes"] < LARGE]
     if not large:
@@ -112,7 +120,7 @@ def planned(
         rows.append(_row("peak_memory_bytes", found.bytes, "B", context=context, facts=facts))
         rows += part_rows(found)
         cache = kv_cache_bytes(*parts, length=context, precision=point.precision)  # type: ignore[arg-type]
-        rows.append(_row("cache_bytes", cache, "B", context=context, facts={"way": "closed form"}))
+        rows.append(_row("cache_bytes", cache, "B", context=context, facts={"way": CLOSED_FORM}))
     advance("the longest context that fits")
     rows.append(_longest(predictor, memory, "none"))
     batch = predictor.rows(point.context, memory)

@@ -29,6 +29,9 @@ ROOM = 0.03
 _STANDING = ("weights", "gradients", "optimizer", "process")  # what is there once, however many rows there are
 
 
+CLOSED_FORM = "closed form"  # one way of a prediction: beside the model, where no fake tensor gets through it
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Peak bytes of a step over the idle process, split by what they are for, and how they were found."""
@@ -69,7 +72,7 @@ class Predictor:
                 return [{**split, "process": process} for split in self.moments(context)], "traced"
             near, far = (self.moments(length) for length in LINE)
         except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
-            return [{**self._closed(context), "process": process}], "closed form"
+            return [{**self._closed(context), "process": process}], CLOSED_FORM
         share = (context - LINE[0]) / (LINE[1] - LINE[0])
         moments = [
             {kind: max(0.0, a[kind] + share * (b[kind] - a[kind])) for kind in KINDS} | {"process": process}

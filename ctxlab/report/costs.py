@@ -183,9 +183,9 @@ def known_error_lines(run: Run) -> list[str]:
     where = run.record.provenance
     error: dict[str, Any] | None = where.resolved.get("known_error")
     if error is None:
-        return [f"known error on {where.device}: unmeasured"]
+        return [f"known error on {where.device} in {where.precision}: unmeasured"]
     return [
-        f"known error on {where.device}: median {error['median']:.1%}, worst {error['worst']:.1%};",
+        f"known error on {where.device} in {where.precision}: median {error['median']:.1%}, worst {error['worst']:.1%};",
         f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}; over {error['n_points']} measured points",
     ]
 

@@ -41,7 +41,7 @@ def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
     done = ctxlab(*SMALL, "trainer.accelerator=gpu", "plan.memory=8GiB")
     assert done.code == 0, done.err
     assert "bf16 on cuda" in done.out
-    assert "known error on cuda: unmeasured" in done.out
+    assert "known error on cuda in bf16: unmeasured" in done.out
     refused = ctxlab(*SMALL, "trainer.accelerator=gpu")
     assert (refused.code, refused.errors) == (
         2,

@@ -9,7 +9,8 @@ from ctxlab.profiling.plan import changes, known_error, planned
 from tests.profiling.builders import point
 
 
-def test_known_errors_are_those_of_the_file_by_device(tmp_path: Path) -> None:
+def test_known_errors_are_those_of_the_files_points_that_are_like_the_plan(tmp_path: Path) -> None:
+    traced = {"precision": "fp32", "way": "traced"}
     rows = [
         {"device": "cpu", "status": "done", "measured_bytes": 5e8, "error": 0.02, "error_bytes": 1e7},
         {"device": "cpu", "status": "done", "measured_bytes": 4e8, "error": -0.08, "error_bytes": -3.2e7},
@@ -18,13 +19,20 @@ def test_known_errors_are_those_of_the_file_by_device(tmp_path: Path) -> None:
         {"device": "cpu", "status": "timed_out", "measured_bytes": None},
         {"summary": "all"},
     ]
+    rows = [{**traced, **row} if "device" in row else row for row in rows]
+    rows += [{**rows[0], "precision": "bf16", "error": 0.5}, {**rows[0], "way": "closed form", "error": 0.2}]
     file = tmp_path / "rows.txt"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = known_error(file, "cpu")
+    found = known_error(file, "cpu", "fp32", {"traced", "continued from traces"})
     assert found is not None
     assert (found.n_points, found.median, found.worst, found.worst_bytes) == (4, 0.02, 0.08, 3e7)
-    assert known_error(file, "cuda") is None
-    assert known_error(tmp_path / "none", "cpu") is None
+    for precision, way, error in (("bf16", "traced", 0.5), ("fp32", "closed form", 0.2)):
+        other = known_error(file, "cpu", precision, {way})
+        assert other is not None
+        assert (other.n_points, other.median) == (1, error)
+    assert known_error(file, "cpu", "bf16", {"closed form"}) is None
+    assert known_error(file, "cuda", "fp32", {"traced"}) is None
+    assert known_error(tmp_path / "none", "cpu", "fp32", {"traced"}) is None
 
 
 def test_what_could_be_changed_is_what_is_not_set_yet() -> None:

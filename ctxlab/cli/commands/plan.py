@@ -46,9 +46,6 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
         auto_lengths(config.context) if config.plan.contexts == "auto" else tuple(sorted(set(config.plan.contexts)))
     )
     others = list(changes(point)) if config.plan.changes else []
-    error = known_error(
-        catalog.conf_dir().parent / "experiments" / MEASURED / "results" / f"{MEASURED}.txt", device.type
-    )
     with recording(run, config.logger, job_type="plan") as opened:
         run.update(
             provenance=collect(
@@ -56,19 +53,17 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
                 precision=precision,
                 device=device.type,
                 plugins=run.record.plugins,
-            ).model_copy(
-                update={
-                    "resolved": {
-                        "memory": memory,
-                        "recompute": point.recompute,
-                        "known_error": None if error is None else asdict(error),
-                    }
-                }
-            )
+            ).model_copy(update={"resolved": {"memory": memory, "recompute": point.recompute}})
         )
         with progress_bar(invocation.stderr_console) as start:
             advance = start("predicting", len(contexts) + 1 + len(others))
             rows = planned(point, contexts, memory, others=others, advance=lambda _: advance(1))
+        ways = {str(row.facts["way"]) for row in rows if row.name == "peak_memory_bytes"}
+        measured = catalog.conf_dir().parent / "experiments" / MEASURED / "results" / f"{MEASURED}.txt"
+        error = known_error(measured, device.type, precision, ways)
+        provenance = run.record.provenance
+        known = {"known_error": None if error is None else asdict(error)}
+        run.update(provenance=provenance.model_copy(update={"resolved": {**provenance.resolved, **known}}))
         opened.sink.measure(rows)
         run.finish("done")
     if not invocation.is_child:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ctxlab.errors import ConfigError
+from ctxlab.errors import ConfigError, DataError
 from ctxlab.model.attention.bias import Bias, Compilable, Compiled, Span
 from ctxlab.model.attention.visible import Visible
 
@@ -261,14 +262,15 @@ def why_not() -> str | None:
     if sys.platform != "linux":
         return f"it is built on Linux only, this is {platform.system()}"
     if _file().exists():
-        return None
+        return None if is_built() else f"the one that was built cannot be loaded (remove {_file()} to build it again)"
     if _failed().exists():
         return f"it could not be built ({_failed()} says why; remove it to try again)"
     return None if shutil.which(_compiler()) else f"there is no C++ compiler here ({_compiler()})"
 
 
 def is_built() -> bool:
-    return sys.platform == "linux" and _file().exists()
+    """Whether there is a kernel, and it can be loaded."""
+    return _loaded() is not None
 
 
 def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> None:
@@ -281,7 +283,10 @@ def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> No
     reason = why_not()
     if reason is None:
         say("building the native attention kernel, once, about ten seconds")
-        reason = _build()
+        try:
+            reason = _build()
+        except DataError as error:  # nobody may write there
+            reason = str(error)
     if reason is not None and kernel == "native":
         raise ConfigError(f"attention.kernel: no native kernel: {reason}; use auto or torch")
     if reason is not None:
@@ -299,16 +304,22 @@ def library() -> ctypes.CDLL:
     return found
 
 
-_libraries: dict[Path, ctypes.CDLL] = {}
+_libraries: dict[Path, ctypes.CDLL | None] = {}  # what there was on the disk; None: it cannot be loaded
 
 
 def _loaded() -> ctypes.CDLL | None:
     """The kernel, if it is built; looked for on the disk until it is found."""
+    if sys.platform != "linux":
+        return None
     file = _file()
     if file not in _libraries:
-        if not is_built():
+        if not file.exists():
             return None
-        found = ctypes.CDLL(str(file))
+        try:
+            found = ctypes.CDLL(str(file))
+        except OSError:  # a disk that runs no programs, another system's file, half of a copy
+            _libraries[file] = None
+            return None
         found.attention_problem.restype = ctypes.c_char_p
         found.attention_padding.restype = ctypes.c_int64
         _libraries[file] = found
@@ -370,6 +381,12 @@ def _flags() -> tuple[str, ...]:
     )  # fmt: skip
 
 
+_TRANSIENT = re.compile(
+    "(?i)no space left|cannot allocate|memory exhausted|out of memory|quota exceeded|signal terminated"
+)
+"""What a compiler says of the machine, not of what it compiles."""
+
+
 def _build() -> str | None:
     """Compiles, one process at a time, and puts the result in its place at once. Returns what went wrong, if anything."""
     from ctxlab.data.lock import locked
@@ -388,7 +405,11 @@ def _build() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             made.unlink(missing_ok=True)
-            _failed().write_text(done.stderr or f"{command[0]} ended with {done.returncode}")
+            said = done.stderr or f"{command[0]} ended with {done.returncode}"
+            if _TRANSIENT.search(said) or done.returncode < 0:  # it may do another time
+                return f"it could not be built: {said.strip().splitlines()[-1]}"
+            _failed().write_text(said)
             return why_not()
         made.replace(file)
+        _libraries.pop(file, None)
     return None

@@ -331,6 +331,47 @@ def test_a_build_that_fails_is_not_tried_again(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "calls").read_text() == "x\n"
 
 
+def test_a_build_that_fails_for_want_of_room_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path))
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\necho 'fatal error: error writing to /tmp/x.s: No space left on device' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    said: list[str] = []
+    for _ in range(2):
+        native.prepare("auto", native.PAYS_FROM, said.append)
+    assert said[0] == said[2] == "building the native attention kernel, once, about ten seconds"
+    assert said[1] == said[3]
+    assert "could not be built: fatal error: error writing to /tmp/x.s: No space left on device" in said[1]
+    assert not list((tmp_path / "native").glob("*.failed"))
+
+
+@pytest.mark.parametrize("kind", ["unloadable", "unwritable"])
+def test_a_kernel_that_cannot_be_had_leaves_auto_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_libraries", {})
+    if kind == "unloadable":
+        native._file().parent.mkdir(parents=True)
+        native._file().write_bytes(b"\x7fELF, and no more")
+    else:
+        (tmp_path / "cache").write_text("a file where a folder should be")
+    said: list[str] = []
+    native.prepare("auto", native.PAYS_FROM, said.append)
+    expected = "the one that was built cannot be loaded" if kind == "unloadable" else "cannot be written"
+    assert expected in said[-1]
+    assert said[-1].startswith("attention runs in torch, without the native kernel: ")
+    q, k, v, _ = operands(1, 2, 2, 64, 64, 8, 8, dtype=torch.float32)
+    native.forget()
+    blockwise_attention(q, k, v, scale=0.3, causal=True, kernel="auto")
+    assert native.ran() == "torch"
+    with pytest.raises(ConfigError, match=expected):
+        native.prepare("native", 0.0, said.append)
+
+
 def test_processes_that_come_at_once_build_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the compiler counts how often it is called, and takes its time."""
     compiler = tmp_path / "c++"
@@ -340,7 +381,7 @@ def test_processes_that_come_at_once_build_once(tmp_path: Path, monkeypatch: pyt
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path))
-    code = "from ctxlab.model.attention import native; assert native._build() is None; assert native.is_built()"
+    code = "from ctxlab.model.attention import native; assert native._build() is None; assert native._file().exists()"
     children = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [child.wait() for child in children] == [0, 0]
     assert (tmp_path / "calls").read_text() == "x\n"

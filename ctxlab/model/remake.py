@@ -29,7 +29,7 @@ def remade(made: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
 
     def pack(kept: Tensor) -> Any:
         if kept.untyped_storage()._cdata != storage:
-            return kept
+            return kept.detach()  # itself, an output would hold its own graph, and what nobody reads would stay
         shared.uses += 1
         return kept.size(), kept.stride(), kept.storage_offset()
 

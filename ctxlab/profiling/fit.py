@@ -10,7 +10,8 @@ from ctxlab.evaluation.intervals import student_t_quantile
 from ctxlab.profiling.predict import Predictor
 from ctxlab.records.schema import Measurement
 
-STANDING = ("weights", "optimizer", "process")  # parts of a step's memory that are there at any context
+OTHERS = ("weights", "gradients", "optimizer", "logits", "process")
+"""Parts of a step's memory that are no activations: there at any context, or a chunk that stops growing with it."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def power_law(points: Sequence[tuple[float, float]]) -> PowerLaw:
 def exponents(measured: Sequence[Measurement], predictor: Predictor) -> list[Measurement]:
     """scaling_exponent of memory and of time, with 95% intervals, over the contexts that were measured.
 
-    Memory is what was measured less what stands whatever the context: weights, optimizer and process as they are traced.
+    Memory is what was measured less what is no activation, as that is predicted: the logits of a chunk among it, with which a
+    line through all contexts would be too flat.
     """
     rows = []
     for name, of in (("peak_memory_bytes", "activation memory"), ("step_seconds", "time")):
@@ -57,13 +59,13 @@ def exponents(measured: Sequence[Measurement], predictor: Predictor) -> list[Mea
         for m in measured:
             if m.name != name or m.value is None or m.context is None:
                 continue
-            standing = 0.0
+            others = 0.0
             if name == "peak_memory_bytes":
                 split = predictor.memory(m.context).split
                 if not split["activations"]:
                     continue  # at its worst while the optimizer works, which is no matter of the context
-                standing = sum(split[kind] for kind in STANDING)
-            points.append((m.context, m.value - standing))
+                others = sum(split[kind] for kind in OTHERS)
+            points.append((m.context, m.value - others))
         try:
             fit = power_law(points)
         except ValueError:

@@ -28,7 +28,7 @@ from ctxlab.config.catalog import conf_dir
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import Recompute
-from ctxlab.profiling.fit import power_law
+from ctxlab.profiling.fit import OTHERS, power_law
 from ctxlab.profiling.measure import Point, run_point
 from ctxlab.profiling.predict import Predictor
 
@@ -132,21 +132,22 @@ def budget() -> None:
 def naive() -> None:
     """Nano without positions: how activation bytes grow with the context where scores are kept and where they are not.
 
-    The logits of a chunk stop growing at 1,024 tokens: a + b L^p from there on leaves them out.
+    What is no activation is left out as it is predicted; a + b L^p from 1,024 tokens on leaves it out by itself.
     """
     for name, attention in (("naive", "naive"), ("fused", "full")):
         at = point("nano", "nope", attention=attention)
-        standing = Predictor(at).memory(512).split
-        held = sum(standing[kind] for kind in ("weights", "optimizer", "process"))
+        predictor = Predictor(at)
         found: list[tuple[int, float]] = []
         for context in (512, 1024, 2048, 4096):
             used = run_point(_at(at, context), "memory", TIMEOUT)["peak_memory_bytes"]
-            found.append((context, used - held))
+            split = predictor.memory(context).split
+            activations = used - sum(split[kind] for kind in OTHERS)
+            found.append((context, activations))
             row = {
                 "attention": name,
                 "context": context,
                 "measured_bytes": used,
-                "activation_bytes": round(used - held),
+                "activation_bytes": round(activations),
             }
             print(json.dumps(row), flush=True)
         near, middle, far = (used for _, used in found[-3:])

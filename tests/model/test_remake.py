@@ -105,3 +105,14 @@ def test_adapters_and_frozen_parameters_have_the_gradients_of_blocks_run_twice(
     assert found[0].keys() == found[1].keys()
     assert len(found[0]) > 3
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_an_output_that_nobody_reads_goes_with_its_graph() -> None:
+    """As the log-sum-exp of attention does where no sink has its gradient: its operation keeps it, and it the operation."""
+    x = torch.randn(3, 5, requires_grad=True)
+    read = 2 * x
+    with remade(read, lambda: 2 * x):
+        unread = (read + x).logsumexp(-1)
+        there = weakref.ref(unread)
+        del unread
+    assert there() is None

@@ -2,7 +2,7 @@
 
 Words are ids of runs in the folder of runs, or what those begin with: their name is the way, but for a digit at its end.
 
-    python experiments/pretraining/compare.py scratch fine_tuned longer
+    python experiments/pretraining/compare.py scratch fine_tuned
 """
 
 from __future__ import annotations

@@ -307,7 +307,13 @@ def test_doctor_looks_where_runs_and_texts_are_kept(place: Path) -> None:
     assert not [line for line in done.out.splitlines() if " no  " in line]
 
 
-@pytest.mark.parametrize("name", [option.name for option in catalog.groups()["experiment"]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(option.name, marks=[pytest.mark.slow] * (option.name == "context_law"))  # 48 cells are checked
+        for option in catalog.groups()["experiment"]
+    ],
+)
 def test_experiments_compose(name: str) -> None:
     done = ctxlab("train", f"experiment={name}", "--cfg", "job")
     configs = list(yaml.safe_load_all(done.out))

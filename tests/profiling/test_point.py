@@ -141,6 +141,7 @@ def test_memory_grows_linearly_with_the_context_under_a_learned_bias(start: Star
     check_line(start, "t5")
 
 
+@pytest.mark.slow
 @HAS_PROC
 def test_memory_of_a_recurrent_model_grows_linearly_and_as_the_closed_form_says(start: Start) -> None:
     check_line(start, "none", "lstm_nano")

@@ -253,7 +253,7 @@ def _pointed(
     return Answers(texts, 0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _said(
     model: Model,
     dataset: QuestionDataset,
@@ -271,7 +271,7 @@ def _said(
     prompts = Prompts(dataset, split, context, apart=model.reads_source)
     most = max(
         1, min(config.max_answer, context // 4, prompts.room)
-    )  # of a short context a passage keeps the larger part
+    )  # a passage keeps the larger part of a short context
     begun = [prompts.prompt(index, most) for index in chosen.tolist()]
     sizes = np.array([len(prompt) for prompt, _ in begun])
     texts = [""] * len(chosen)

@@ -161,7 +161,7 @@ def _fitting(model: Model, dataset: PairDataset, indices: np.ndarray, split: str
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def translate(
     model: Model,
     dataset: PairDataset,

@@ -37,8 +37,8 @@ def beam_search(
     prompt's live hypotheses are continued by every token; of the K = num_beams best continuations those that end are put
     aside, and the K best of those that go on live. A prompt is done when none lives, or K are aside and none that lives can
     come to a higher score than the best of them; at max_new_tokens (or its own of `limits`), where fewer are aside, what
-    lives joins them as it is. With K = 1 that is greedy decoding: the first that
-    ends is the only one followed. A repetition penalty acts on the logits, as there: p is of the softmax behind it.
+    lives joins them as it is. With K = 1 that is greedy decoding: the first that ends is the only one followed. A repetition
+    penalty acts on the logits, as there: p is of the softmax behind it.
     Prompts are searched side by side, each as if alone.
     Raises ConfigError on an empty prompt, UndefinedBeyondTraining when the scheme has no meaning for one of the positions.
     """

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.model.generation import DecodingConfig, choose, generate
@@ -144,3 +147,21 @@ def test_two_that_are_likeliest_stay_so_at_any_temperature() -> None:
 def test_refusals(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DecodingConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_under_autocast_a_weight_is_cast_once_for_all_tokens() -> None:
+    class Casts(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.of: Counter[tuple[int, ...]] = Counter()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten._to_copy.default and args[0].ndim == 2:
+                self.of[tuple(args[0].shape)] += 1
+            return func(*args, **(kwargs or {}))
+
+    model = build(d_ff=40)
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        assert len(list(generate(model, [1, 2, 3], GREEDY))) == 24
+    n_layers = len(model.blocks)
+    assert casts.of[40, model.config.d_model] == 2 * n_layers  # gate and up of each layer, whatever the tokens

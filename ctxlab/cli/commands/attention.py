@@ -157,7 +157,7 @@ def _read(loaded: LoadedRun, config: AttentionConfig, text: str) -> _Reading:
     source, begin, end = [*ids, both.source.eos_id], [tokenizer.bos_id], (tokenizer.eos_id,)
     if config.target != "none":
         return _Reading(both, [*begin, *tokenizer.encode(config.target)], source, end)
-    with torch.inference_mode():
+    with torch.no_grad():
         encoded = encode(loaded.model, [source], both.source.pad_id)
     model = loaded.model
     most = room(model, len(begin), config.decoding)

@@ -22,9 +22,7 @@ from ctxlab.train.precision import multiplies_bf16
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _SIGN = nearest_to_one(1e-3, poles=2)
-_LEVEL = (
-    0.9  # of what singular values become; the iterations' mean, so that a learning rate means the same by both ways
-)
+_LEVEL = 0.9  # what singular values become: the products' mean, so that a learning rate means the same by both ways
 _EPS = 1e-7
 _TOGETHER = 1 << 22  # numbers of matrices that are worked on at once, at most, where one has not more
 

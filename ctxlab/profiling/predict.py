@@ -12,8 +12,10 @@ from ctxlab.model.loss import chunk_for
 from ctxlab.profiling.measure import Point
 from ctxlab.profiling.trace import KINDS, trace_step, trace_update
 
-LINE = (1024, 2048)
-"""Contexts beyond the second of which memory goes on as lines through both: no scheme or mechanism holds more than a line."""
+LINE = 1024
+"""Shortest context from which on memory goes on as lines: no scheme or mechanism holds more than a line."""
+
+CONTINUED = "continued from traces"
 
 PROCESS_BYTES = 15 * 2**20
 """What a first step brings into a process besides tensors, on a CPU: code of kernels, their scratch, small blocks of the heap.
@@ -67,18 +69,19 @@ class Predictor:
     def _stretches(self, context: int) -> tuple[Sequence[Mapping[str, float]], str]:
         """The splits at the worst moment of each stretch of a step, and how they were found."""
         process = PROCESS_BYTES if self.point.device == "cpu" else 0
+        start = max(LINE, self._chunk)  # before it the logits, all at once, grow too
         try:
-            if context <= LINE[-1]:
+            if context <= 2 * start:
                 return [{**split, "process": process} for split in self.moments(context)], "traced"
-            near, far = (self.moments(length) for length in LINE)
+            near, far = self.moments(start), self.moments(2 * start)
         except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
             return [{**self._closed(context), "process": process}], CLOSED_FORM
-        share = (context - LINE[0]) / (LINE[1] - LINE[0])
+        share = (context - start) / start
         moments = [
             {kind: max(0.0, a[kind] + share * (b[kind] - a[kind])) for kind in KINDS} | {"process": process}
             for a, b in zip(near, far, strict=True)
         ]
-        return moments, "continued from traces at 1k and 2k"
+        return moments, CONTINUED
 
     def fits(self, context: int, memory: float) -> bool:
         """Whether a step is predicted to fit, with ROOM."""
@@ -138,10 +141,13 @@ class Predictor:
 
     def _loss(self, tokens: int) -> int:
         """Bytes that the loss of so many tokens holds once: a chunk's logits, in the compute dtype and fp32, and the gradient."""
-        point = self.point
-        chunk = chunk_for(point.vocab_size) if point.loss_chunk is None else point.loss_chunk
-        each = 8 if point.precision == "fp32" else 6
-        return point.vocab_size * (each * min(tokens, chunk) + 4 * point.model["d_model"])
+        each = 8 if self.point.precision == "fp32" else 6
+        return self.point.vocab_size * (each * min(tokens, self._chunk) + 4 * self.point.model["d_model"])
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens whose logits exist at once."""
+        return chunk_for(self.point.vocab_size) if self.point.loss_chunk is None else self.point.loss_chunk
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)

@@ -26,6 +26,7 @@ from ctxlab.model.attention.full import Full
 from ctxlab.model.attention.native import Kernel
 from ctxlab.model.cache import LayerCache
 from ctxlab.model.config import ModelConfig
+from ctxlab.model.decode_step import DecodeStep, step_of
 from ctxlab.model.elementwise import gated, rms_norm, row_scale, scaled
 from ctxlab.model.few import Projection
 from ctxlab.model.position.base import Position
@@ -141,9 +142,7 @@ class SelfAttention(nn.Module):
             for project, y in ((self.query, x[:, remembered:]), (self.key, x), (self.value, x))
         )
         if frame.pieces is None:  # q (B,T,H,D), k and v (B,T,Hkv,D), or (B,S,Hkv,D)
-            mixed = self._attend(
-                x, q, k, v, position, frame.queries[0], frame.keys[0], cache, frame.lengths, frame.prefix
-            )
+            mixed = self.attend(x, q, k, v, position, frame, cache)
         else:  # documents side by side: each attends within itself
             sizes = [size for size, _ in frame.pieces]
             parts = (t.flatten(0, 1).unsqueeze(0).split(sizes, dim=1) for t in (x, q, k, v))  # B*T tokens, cut
@@ -159,6 +158,12 @@ class SelfAttention(nn.Module):
                 dim=1,
             ).view(*x.shape[:2], -1)
         return self.out(mixed)  # (B,T,d)
+
+    def attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Position, frame: Frame, cache: LayerCache | None
+    ) -> Tensor:
+        """Of a frame that is not packed: what the heads say, (B,T,H*D), of q (B,T,H,D) and k, v (B,S,Hkv,D) projected from x."""
+        return self._attend(x, q, k, v, position, frame.queries[0], frame.keys[0], cache, frame.lengths, frame.prefix)
 
     def _attend(
         self,
@@ -235,7 +240,11 @@ class CrossAttention(nn.Module):
         self.mechanism = Full(Full.Config(kernel=kernel), config, 0)
 
     def forward(self, x: Tensor, encoded: Encoded, cache: LayerCache | None) -> Tensor:
-        """x (B,T,d), encoded.hidden (B,S,d) -> (B,T,d). A cache keeps the source's keys and values, made once."""
+        """x (B,T,d), encoded.hidden (B,S,d) -> (B,T,d)."""
+        return self.out(self.attend(self.query(x), encoded, cache))
+
+    def attend(self, queries: Tensor, encoded: Encoded, cache: LayerCache | None) -> Tensor:
+        """What the heads say to queries (B,T,H*D), as wide. A cache keeps the source's keys and values, made once."""
         if cache is None:
             k, v = self.project(encoded)
         else:
@@ -243,9 +252,9 @@ class CrossAttention(nn.Module):
                 k, v = self.project(encoded)
                 cache.source = k.detach(), v.detach()
             k, v = cache.source
-        q = self._heads(self.query(x))  # (B,H,T,D)
+        q = self._heads(queries)  # (B,H,T,D)
         out, _ = self.mechanism(q, k, v, scale=self.head_dim**-0.5, causal=False, lengths=encoded.lengths)
-        return self.out(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
     def project(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Keys and values of the source, (B,Hkv,S,D) twice."""
@@ -287,6 +296,8 @@ class Block(nn.Module):
         and of the activation function, and where selective what they and the feed-forward layer are made from. torch.compile
         chooses for itself what to keep.
         """
+        if (step := step_of(self, x, frame, cache)) is not None and cache is not None:
+            return self._decoded(step, x, position, frame, cache)
         remakes = recompute != "block" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
         read, kept = self._read(self.attention_norm, seen, frame, remakes)
@@ -304,6 +315,18 @@ class Block(nn.Module):
         else:
             mapped = self._mapped(x, frame, remakes)
         return self._add(self.feed_forward_norm, x, mapped)
+
+    def _decoded(self, step: DecodeStep, x: Tensor, position: Position, frame: Frame, cache: LayerCache) -> Tensor:
+        """`forward` of one token a row: all but attention compiled."""
+        attention = self.attention
+        read, *projected = step.begin(x)
+        q, k, v = (y.view(x.shape[0], 1, -1, attention.head_dim) for y in projected)
+        mixed = attention.attend(read, q, k, v, position, frame, cache)
+        if self.cross_attention is not None:
+            assert frame.encoded is not None
+            x, queries = step.cross(x, mixed)
+            mixed = self.cross_attention.attend(queries, frame.encoded, cache)
+        return step.end(x, mixed)
 
     def _mapped(self, x: Tensor, frame: Frame, remakes: bool) -> Tensor:
         """What the feed-forward layer says to the residual stream x."""

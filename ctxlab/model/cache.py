@@ -74,6 +74,7 @@ class LayerCache:
         self.carry: Any = None  # what the scheme's `prepare` continues: running sums
         self.sums: Tensor | None = None  # of a mechanism that keeps them in place of keys and values
         self.source: tuple[Tensor, Tensor] | None = None  # keys and values of an encoded source, made once
+        self.step: tuple[torch.dtype, Any] | None = None  # what decodes a token of this layer, and in which dtype
 
     def append(self, k: Tensor, v: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
         """Forgets keys before position `first`, adds keys (B,Hkv,T,D) and values (B,Hkv,T,Dv), and returns all held."""

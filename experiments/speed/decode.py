@@ -11,7 +11,9 @@ Without a precision it is the machine's own. Prints a JSON object a line.
 from __future__ import annotations
 
 import json
+import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -23,6 +25,7 @@ import torch
 from contestants import N_LAYERS, VOCAB, new_llama, ours
 from torch import Tensor
 
+from ctxlab.model.attention import native
 from ctxlab.model.generation import DecodingConfig, generate
 from ctxlab.model.transformer import Transformer
 from ctxlab.study.script import run_script
@@ -81,6 +84,8 @@ def main(words: Sequence[str]) -> None:
     new, rounds = (int(word) for word in (*more, *(str(n) for n in (NEW, ROUNDS)[len(more) :])))
     device = resolve_device("cpu")
     precision = resolve_precision(asked, device)
+    native.prepare("auto", math.inf, lambda line: print(line, file=sys.stderr))
+    kernel = "native" if native.is_built() else "torch"
     model, llama = alike(max(PROMPTS) + new)
     for length in PROMPTS:
         prompt = torch.randint(VOCAB, (1, length), generator=torch.Generator().manual_seed(1))
@@ -102,7 +107,7 @@ def main(words: Sequence[str]) -> None:
         for _ in range(rounds):
             for name, decode in (("ctxlab", mine), ("HF generate", theirs)):
                 seconds[name].append(timed(decode)[0])
-        here = {"prompt": length, "new_tokens": new, "precision": precision}
+        here = {"prompt": length, "new_tokens": new, "precision": precision, "kernel": kernel}
         for name, each in seconds.items():
             rates = {"best": new / min(each), "median": new / statistics.median(each), "lowest": new / max(each)}
             print(json.dumps({"decoder": name, **here, **rates}), flush=True)

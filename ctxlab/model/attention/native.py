@@ -30,7 +30,8 @@ from ctxlab.model.attention.visible import Visible
 
 Kernel = Literal["auto", "torch", "native"]
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (Path(__file__).with_name("native.cpp"), Path(__file__).parents[1] / "decode_step.cpp")
+"""What is compiled together: attention, and what a block does between two calls of it where tokens are decoded."""
 
 FEWEST_QUERIES = 32
 FEWEST_UNBIASED = 512
@@ -90,7 +91,7 @@ def _takes(q: Tensor, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
         library()
     fewest = FEWEST_UNBIASED if bias is None and q.dtype == torch.float32 else FEWEST_QUERIES
     native = kernel == "native" or (
-        kernel == "auto" and problem is None and q.shape[2] >= fewest and _loaded() is not None
+        kernel == "auto" and problem is None and q.shape[2] >= fewest and loaded() is not None
     )
     _note(q, "native" if native else "torch")
     return native
@@ -270,7 +271,7 @@ def why_not() -> str | None:
 
 def is_built() -> bool:
     """Whether there is a kernel, and it can be loaded."""
-    return _loaded() is not None
+    return loaded() is not None
 
 
 def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> None:
@@ -295,10 +296,10 @@ def prepare(kernel: Kernel, operations: float, say: Callable[[str], None]) -> No
 
 def library() -> ctypes.CDLL:
     """The kernel, built if need be. Raises ConfigError where it cannot be."""
-    found = _loaded()
+    found = loaded()
     if found is None:
         reason = why_not() or _build()
-        found = None if reason else _loaded()
+        found = None if reason else loaded()
         if found is None:
             raise ConfigError(f"attention.kernel: no native kernel: {reason}; use auto or torch")
     return found
@@ -307,7 +308,7 @@ def library() -> ctypes.CDLL:
 _libraries: dict[Path, ctypes.CDLL | None] = {}  # what there was on the disk; None: it cannot be loaded
 
 
-def _loaded() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The kernel, if it is built; looked for on the disk until it is found."""
     if sys.platform != "linux":
         return None
@@ -321,6 +322,7 @@ def _loaded() -> ctypes.CDLL | None:
             _libraries[file] = None
             return None
         found.attention_problem.restype = ctypes.c_char_p
+        found.decode_step.restype = None
         found.attention_padding.restype = ctypes.c_int64
         _libraries[file] = found
     return _libraries[file]
@@ -335,7 +337,7 @@ def _padding() -> int:
 def _key() -> str:
     """All that the compiled code depends on: its source, torch's headers and the processor's instructions."""
     said = (
-        SOURCE.read_bytes(),
+        *(source.read_bytes() for source in SOURCES),
         torch.__version__,
         _flags(),
         _instructions(),
@@ -399,7 +401,7 @@ def _build() -> str | None:
         made = file.with_suffix(f".{os.getpid()}")
         command = [
             _compiler(), *_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            f"-I{home / 'include'}", f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}", str(SOURCE),
+            f"-I{home / 'include'}", f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}", *map(str, SOURCES),
             f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -13,15 +13,14 @@
 // of threads.
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <omp.h>
+
+#include "attention/vectors.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -60,60 +59,11 @@ struct Step {
 
 namespace {
 
-using Index = int64_t;
-using BFloat16 = c10::BFloat16;
-using Floats = at::vec::Vectorized<float>;
-using Halves = at::vec::Vectorized<BFloat16>;
-constexpr Index WIDTH = Floats::size();
 enum Activation { SILU, GELU_TANH, GELU, RELU };
 
 inline float rounded(float x, bool bf16) { return bf16 ? static_cast<float>(BFloat16(x)) : x; }
 
-// ---- sums over a row of a matrix -----------------------------------------------------------------------------------
-
-inline void load(const float *from, Floats &a, Floats &b) {
-  a = Floats::loadu(from);
-  b = Floats::loadu(from + WIDTH);
-}
-
-inline void load(const BFloat16 *from, Floats &a, Floats &b) {
-  std::tie(a, b) = at::vec::convert_to_float<BFloat16>(Halves::loadu(from));
-}
-
-inline float total(Floats x) {
-  float each[WIDTH];
-  x.store(each);
-  for (Index n = WIDTH / 2; n > 0; n /= 2)
-    for (Index i = 0; i < n; ++i) each[i] += each[i + n];
-  return each[0];
-}
-
-// sums[m][r] = W[first + m] . x[r] for M rows of the matrix and R of x (R, n) fp32.
-template <Index M, Index R, typename T>
-inline void dot(const T *weight, const float *x, Index n, float (&sums)[M][R]) {
-  Floats low[M][R], high[M][R];
-  for (Index m = 0; m < M; ++m)
-    for (Index r = 0; r < R; ++r) low[m][r] = high[m][r] = Floats(0.f);
-  Index i = 0;
-  for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
-    Floats a[R], b[R];
-    for (Index r = 0; r < R; ++r) load(x + r * n + i, a[r], b[r]);
-    for (Index m = 0; m < M; ++m) {
-      Floats c, d;
-      load(weight + m * n + i, c, d);
-      for (Index r = 0; r < R; ++r) {
-        low[m][r] = at::vec::fmadd(c, a[r], low[m][r]);
-        high[m][r] = at::vec::fmadd(d, b[r], high[m][r]);
-      }
-    }
-  }
-  for (Index m = 0; m < M; ++m)
-    for (Index r = 0; r < R; ++r) {
-      float sum = total(low[m][r] + high[m][r]);
-      for (Index j = i; j < n; ++j) sum += static_cast<float>(weight[m * n + j]) * x[r * n + j];
-      sums[m][r] = sum;
-    }
-}
+// ---- products ------------------------------------------------------------------------------------------------------
 
 // Rows [first, stop) of W x + b for R rows x, each handed to put(row of x, row of W, number).
 template <Index R, typename T, typename Put>
@@ -124,13 +74,13 @@ void rows_of(const Matrix &matrix, const float *x, Index first, Index stop, cons
   Index m = first;
   for (; m + M <= stop; m += M) {
     float sums[M][R];
-    dot<M, R>(weight + m * matrix.n_in, x, matrix.n_in, sums);
+    dot<M, R>(weight + m * matrix.n_in, matrix.n_in, x, matrix.n_in, sums);
     for (Index k = 0; k < M; ++k)
       for (Index r = 0; r < R; ++r) given(m + k, r, sums[k][r]);
   }
   for (; m < stop; ++m) {
     float sums[1][R];
-    dot<1, R>(weight + m * matrix.n_in, x, matrix.n_in, sums);
+    dot<1, R>(weight + m * matrix.n_in, matrix.n_in, x, matrix.n_in, sums);
     for (Index r = 0; r < R; ++r) given(m, r, sums[0][r]);
   }
 }

@@ -87,8 +87,8 @@ def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 
 def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
     """Raises ValueError where q (B,H,T,D), k (B,Hkv,S,D) and v (B,Hkv,S,Dv) do not fit; causal, T <= S."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"attention: shapes do not fit: {shapes}; needed: (B,H,T,D), (B,Hkv,S,D), (B,Hkv,S,Dv)")
     if causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"attention: more queries than keys ({q.shape[2]} > {k.shape[2]})")

@@ -11,6 +11,7 @@ from ctxlab.model.attention.bias import Bias
 from ctxlab.model.attention.blockwise import autocast, blockwise_attention
 from ctxlab.model.attention.fused import fused_attention
 from ctxlab.model.attention.native import Kernel, takes
+from ctxlab.model.attention.one_query import attend_once
 from ctxlab.model.config import ModelConfig
 
 
@@ -65,8 +66,13 @@ def attend_to_all(
     lse_gradient: bool,
     kernel: Kernel,
 ) -> tuple[Tensor, Tensor]:
-    """Attention to every key, or every earlier one: fused where there is nothing to add, else blockwise."""
+    """Attention to every key, or every earlier one: of one query compiled, fused where there is nothing to add, else
+    blockwise."""
     lengths = None if causal else lengths
-    if bias is None and not takes(*autocast(q, k, v), scale=scale, bias=bias, kernel=kernel):
+    q, k, v = autocast(q, k, v)
+    once = attend_once(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, kernel=kernel)
+    if once is not None:
+        return once
+    if bias is None and not takes(q, k, v, scale=scale, bias=bias, kernel=kernel):
         return fused_attention(q, k, v, scale=scale, causal=causal, lengths=lengths, lse_gradient=lse_gradient)
     return blockwise_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, kernel=kernel)

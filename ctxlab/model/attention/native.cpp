@@ -16,8 +16,9 @@
 // any number of threads.
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/native/CPUBlas.h>
+
+#include "vectors.h"
 
 #include <algorithm>
 #include <atomic>
@@ -33,12 +34,6 @@
 
 namespace {
 
-using Index = int64_t;
-using BFloat16 = c10::BFloat16;
-using Floats = at::vec::Vectorized<float>;
-using Words = at::vec::Vectorized<int32_t>;
-constexpr Index WIDTH = Floats::size();
-
 constexpr Index ROWS = 128;    // queries in a tile
 constexpr Index COLUMNS = 128; // keys in a tile
 constexpr Index GRAIN = 32;    // tiles at an end are rounded up to multiples of it
@@ -47,7 +42,6 @@ constexpr Index PITCH = ROWS + LINE; // floats from one row of a tile to the nex
 constexpr Index WORKSPACE = Index(2) << 20; // floats that the heads in work take together, at most, if there are more than threads
 constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
 constexpr float LOWEST = -1e30f; // stands in for the maximum over no score
-constexpr float LOG2_E = 1.44269504088896340736f;
 static_assert(ROWS % LINE == 0 && LINE % WIDTH == 0 && GRAIN % LINE == 0, "vectors fill a tile's rows");
 
 Index round_up(Index n, Index step) { return (n + step - 1) / step * step; }
@@ -95,25 +89,6 @@ namespace {
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
 inline float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
-
-// e^x to a unit in the last place for x <= 88: exactly 0 below -87, where a hidden score is. x = n ln 2 + f, ln 2 in two
-// parts, and a polynomial in f, least in the largest relative error on [-ln 2 / 2, ln 2 / 2].
-inline Floats exponential(Floats x) {
-  const Floats least(-87.f);
-  const Floats above = at::vec::maximum(x, least);
-  const Floats whole = (above * Floats(LOG2_E)).round();
-  const Floats f = at::vec::fmadd(whole, Floats(-1.42860682030941723e-6f), at::vec::fmadd(whole, Floats(-0.693145751953125f), above));
-  Floats p(0.001381461275741458f);
-  p = at::vec::fmadd(p, f, Floats(0.008368710055947304f));
-  p = at::vec::fmadd(p, f, Floats(0.04166838899254799f));
-  p = at::vec::fmadd(p, f, Floats(0.1666652113199234f));
-  p = at::vec::fmadd(p, f, Floats(0.4999999403953552f));
-  p = at::vec::fmadd(p, f, Floats(1.f));
-  p = at::vec::fmadd(p, f, Floats(1.f));
-  const Words exponent = at::vec::convert_to_int_of_same_size(whole) << Words(23);
-  const Floats power = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
-  return Floats::blendv(power, Floats(0.f), x < least);
-}
 
 // Two rows rounded to bf16 (nearest, ties to even), a word a column: the first in the lower half.
 inline Words paired(Floats first, Floats second) {

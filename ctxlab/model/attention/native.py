@@ -30,8 +30,11 @@ from ctxlab.model.attention.visible import Visible
 
 Kernel = Literal["auto", "torch", "native"]
 
-SOURCES = (Path(__file__).with_name("native.cpp"), Path(__file__).parents[1] / "decode_step.cpp")
-"""What is compiled together: attention, and what a block does between two calls of it where tokens are decoded."""
+_HERE = Path(__file__).parent
+SOURCES = (_HERE / "native.cpp", _HERE / "one_query.cpp", _HERE.parent / "decode_step.cpp")
+"""What is compiled together: attention, that of one query, and what a block does between two calls of it in decoding."""
+
+HEADERS = (_HERE / "vectors.h",)
 
 FEWEST_QUERIES = 32
 FEWEST_UNBIASED = 512
@@ -77,7 +80,7 @@ def native_attention(
 def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
     """Whether the native kernel computes this call. Raises ConfigError where `native` is asked for and cannot."""
     if kernel == "auto" and q.shape[2] < FEWEST_QUERIES and not torch.compiler.is_compiling():
-        _note(q, "torch")  # a decoded token has no time for more
+        note(q, "torch")  # a decoded token has no time for more
         return False
     return _takes(q, scale, bias, kernel)
 
@@ -93,11 +96,12 @@ def _takes(q: Tensor, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
     native = kernel == "native" or (
         kernel == "auto" and problem is None and q.shape[2] >= fewest and loaded() is not None
     )
-    _note(q, "native" if native else "torch")
+    note(q, "native" if native else "torch")
     return native
 
 
-def _note(q: Tensor, ran: str) -> None:
+def note(q: Tensor, ran: str) -> None:
+    """Remembers what computed a call, for `ran`."""
     if q.device.type == "cpu":
         _ran.add(ran)
 
@@ -306,26 +310,35 @@ def library() -> ctypes.CDLL:
 
 
 _libraries: dict[Path, ctypes.CDLL | None] = {}  # what there was on the disk; None: it cannot be loaded
+_last: tuple[str | None, ctypes.CDLL] | None = None  # the one that was asked for last, and of which CTXLAB_CACHE
 
 
 def loaded() -> ctypes.CDLL | None:
     """The kernel, if it is built; looked for on the disk until it is found."""
+    global _last
+    cache = os.environ.get("CTXLAB_CACHE")
+    if _last is not None and _last[0] == cache:  # every decoded token asks, and has no time for paths
+        return _last[1]
     if sys.platform != "linux":
         return None
     file = _file()
-    if file not in _libraries:
-        if not file.exists():
-            return None
-        try:
-            found = ctypes.CDLL(str(file))
-        except OSError:  # a disk that runs no programs, another system's file, half of a copy
-            _libraries[file] = None
-            return None
-        found.attention_problem.restype = ctypes.c_char_p
-        found.decode_step.restype = None
-        found.attention_padding.restype = ctypes.c_int64
-        _libraries[file] = found
-    return _libraries[file]
+    if file not in _libraries and file.exists():
+        _libraries[file] = _open(file)
+    found = _libraries.get(file)
+    if found is not None:
+        _last = cache, found
+    return found
+
+
+def _open(file: Path) -> ctypes.CDLL | None:
+    try:
+        found = ctypes.CDLL(str(file))
+    except OSError:  # a disk that runs no programs, another system's file, half of a copy
+        return None
+    found.decode_step.restype = found.attention_of_one.restype = None
+    found.attention_problem.restype = ctypes.c_char_p
+    found.attention_padding.restype = ctypes.c_int64
+    return found
 
 
 @functools.cache
@@ -337,7 +350,7 @@ def _padding() -> int:
 def _key() -> str:
     """All that the compiled code depends on: its source, torch's headers and the processor's instructions."""
     said = (
-        *(source.read_bytes() for source in SOURCES),
+        *(file.read_bytes() for file in (*SOURCES, *HEADERS)),
         torch.__version__,
         _flags(),
         _instructions(),

@@ -95,13 +95,15 @@ def _turn(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
     width = 2 * turns.shape[-1]
     if width < x.shape[-1]:
         return torch.cat([_turn(x[..., :width], turns, layout), x[..., width:]], dim=-1)
-    high = x.to(turns.real.dtype)
+    high = torch.float64 if turns.dtype == torch.complex128 else torch.float32
+    same = x if x.dtype == high else x.to(high)
     if layout == "interleaved":
-        pairs = torch.view_as_complex(high.view(*high.shape[:-1], -1, 2))  # (B,H,T,D/2)
-        return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
-    first, second = high.chunk(2, dim=-1)  # (B,H,T,D/2) each
-    out = torch.empty_like(high)
-    real, imaginary = out.chunk(2, dim=-1)
-    torch.mul(first, turns.real, out=real).addcmul_(second, turns.imag, value=-1)
-    torch.mul(second, turns.real, out=imaginary).addcmul_(first, turns.imag)
-    return out.to(x.dtype)
+        pairs = torch.view_as_complex(same.view(*x.shape[:-1], -1, 2))  # (B,H,T,D/2)
+        out = torch.view_as_real(pairs * turns).view(x.shape)
+    else:
+        first, second = same.chunk(2, dim=-1)  # (B,H,T,D/2) each
+        out = torch.empty_like(same)
+        real, imaginary = out.chunk(2, dim=-1)
+        torch.mul(first, turns.real, out=real).addcmul_(second, turns.imag, value=-1)
+        torch.mul(second, turns.real, out=imaginary).addcmul_(first, turns.imag)
+    return out if x.dtype == high else out.to(x.dtype)

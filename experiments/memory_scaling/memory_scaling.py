@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ set_thread_defaults()  # before torch is imported
 
 import naive as _naive  # noqa: F401  registers attention=naive
 import yaml
+from pictures import save_errors, save_growth
 
 from ctxlab.config.catalog import conf_dir
 from ctxlab.model.config import ModelConfig
@@ -31,6 +31,7 @@ from ctxlab.model.remake import Recompute
 from ctxlab.profiling.fit import OTHERS, power_law
 from ctxlab.profiling.measure import Point, run_point
 from ctxlab.profiling.predict import Predictor
+from ctxlab.study.script import results_folder, run_script
 
 MODELS = ("nano", "tiny", "mini")
 POSITION_NAMES = ("rope", "alibi", "nope", "t5", "kerple", "fox")
@@ -95,6 +96,7 @@ def grid(models: Sequence[str]) -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     print(json.dumps(summary(rows)))
+    save_errors(rows, LARGE, results_folder("memory_scaling") / "errors.png")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -134,6 +136,7 @@ def naive() -> None:
 
     What is no activation is left out as it is predicted; a + b L^p from 1,024 tokens on leaves it out by itself.
     """
+    rows: list[dict[str, Any]] = []
     for name, attention in (("naive", "naive"), ("fused", "full")):
         at = point("nano", "nope", attention=attention)
         predictor = Predictor(at)
@@ -149,6 +152,7 @@ def naive() -> None:
                 "measured_bytes": used,
                 "activation_bytes": round(activations),
             }
+            rows.append(row)
             print(json.dumps(row), flush=True)
         near, middle, far = (used for _, used in found[-3:])
         beyond = math.log2((far - middle) / (middle - near))
@@ -160,14 +164,14 @@ def naive() -> None:
                 {"fit": name, "exponent": round(fit.exponent, 3), "low": round(fit.low, 3), "high": round(fit.high, 3)}
             )
         )
+    save_growth(rows, results_folder("memory_scaling") / "growth.png")
 
 
 def _at(at: Point, context: int) -> Point:
     return replace(at, context=context)
 
 
-def main() -> None:
-    words = sys.argv[1:]
+def main(words: Sequence[str]) -> None:
     if words[:1] == ["budget"]:
         budget()
     elif words[:1] == ["naive"]:
@@ -176,4 +180,5 @@ def main() -> None:
         grid(words or MODELS)
 
 
-main()
+if __name__ == "__main__":
+    run_script(main)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from ctxlab.cli.console import progress_bar
 from ctxlab.data.corpora.base import Corpus
@@ -42,7 +43,7 @@ from ctxlab.evaluation.qa import QAConfig, evaluate_qa
 from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.evaluation.translation import TranslationConfig, evaluate_translation
-from ctxlab.model.base import Model
+from ctxlab.model.base import Model, architecture_of
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement, TaskItem
 from ctxlab.records.sinks import Sink
@@ -274,15 +275,22 @@ def measure_cost(
     console: Console,
     axes: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Memory and time of one training step at each context, each in processes of its own, into the record."""
+    """Memory and time of one training step at each context, each in processes of its own, into the record.
+
+    Raises IncompatibleError where generation is asked of a model that writes no text.
+    """
     contexts = cost_contexts(config, point.context, evaluations)
     if not contexts:
         return
+    architecture = architecture_of(point.model)
+    generates = config.generates(architecture)
+    if config.generation == "auto" and not generates:
+        console.print(Text(f"generation is not measured: {architecture} writes no text", style="dim"), soft_wrap=True)
     limited = replace(point, memory_limit=None if config.memory == "none" else config.memory)
     with progress_bar(console) as start:
-        advance = start("measuring memory and time of a step", (3 if config.generation else 2) * len(contexts))
+        advance = start("measuring memory and time of a step", (3 if generates else 2) * len(contexts))
         rows = measure_step(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
-        if config.generation:
+        if generates:
             rows += measure_generation(limited, contexts, timeout=config.timeout, advance=lambda _: advance(1))
     sink.measure(along(rows, axes))
 

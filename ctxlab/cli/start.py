@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxlab.cli import console
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_cache, set_thread_defaults
 from ctxlab.cli.invocation import Invocation
 from ctxlab.cli.preflight import check, check_cells
 from ctxlab.config.overrides import Line, key_of, split
@@ -71,6 +71,7 @@ def _run_once(prepared: Prepared) -> int:
     command = prepared.line.command
     if cell.skipped:
         raise ConfigError(cell.skipped)
+    set_cache(cell.typed.paths.cache)
     with console.progress_bar(console.stderr()) as bar:
         check(cell.typed, bar)
     invocation = Invocation(
@@ -101,6 +102,7 @@ def _resume(line: Line) -> int:
     if line.print_config:
         _print_config(cell)
         return 0
+    set_cache(cell.typed.paths.cache)
     with console.progress_bar(console.stderr()) as bar:
         check(cell.typed, bar)
     invocation = Invocation(command=line.command, line=line.text, runs=runs, overrides=line.overrides)

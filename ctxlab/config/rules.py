@@ -77,6 +77,8 @@ def check(config: CommandConfig) -> None:
             compiled=config.trainer.compile,
             recompute=config.trainer.recompute,
         )
+    if isinstance(config, TrainConfig | ProfileConfig):
+        config.profile.generates(config.model.architecture)
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):
@@ -245,6 +247,10 @@ def _scheme(config: TrainConfig | ProfileConfig | PlanConfig | ShowConfig) -> No
         mechanism = ATTENTIONS.get(config.attention.name)
         mechanism.check_position(scheme, config.position.name)
         mechanism.check_direction(config.attention, causal=causal)
+        if config.attention.kernel == "native" and scheme.form == "blockwise" and not scheme.compilable:
+            raise IncompatibleError(
+                f"attention.kernel: native cannot compute the bias of position={config.position.name}; use auto or torch"
+            )
 
 
 def _budget(config: TrainConfig) -> None:

@@ -89,7 +89,9 @@ class Paths(ComponentConfig):
     """Where runs and downloaded text are kept."""
 
     runs: str = Field("runs", min_length=1, description="folder of the run records; CTXLAB_RUNS sets it too")
-    cache: OrAuto | str = Field("auto", description="folder of corpora and tokens; auto: the user's cache folder")
+    cache: OrAuto | str = Field(
+        "auto", description="folder of corpora, tokens and what is compiled; auto: the user's cache folder"
+    )
 
 
 class SweepConfig(ComponentConfig):

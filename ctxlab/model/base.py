@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ctxlab.errors import IncompatibleError
 from ctxlab.model.attention.base import ATTENTIONS, Attention
+from ctxlab.model.attention.native import fewest_queries
 from ctxlab.model.config import SizesConfig
 from ctxlab.model.few import linear
 from ctxlab.model.heads import TaskHead
@@ -35,6 +36,10 @@ class Cache(Protocol):
     @property
     def bytes(self) -> int:
         """Bytes of what is held."""
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes set aside for it: those held, and room for more."""
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows (n,) int64 of those held, in this order; one may be there several times, or not at all."""
@@ -269,6 +274,23 @@ def build_model(
         more["source_vocab_size"] = source_vocab_size
     model: Model = architecture(parts.model, *chosen, vocab_size=vocab_size, context=context, **more)
     return model
+
+
+def native_from(parts: Parts, precision: str) -> int | None:
+    """How many tokens a row needs on a CPU for the native attention kernel to run under `attention.kernel=auto`; None where
+    nothing of the model runs in it, however long a row is."""
+    if parts.attention == "none" or parts.attention.kernel == "torch":
+        return None
+    if not ATTENTIONS.get(parts.attention.name).softmax:
+        return None
+    scheme = None if parts.position == "none" else POSITIONS.get(parts.position.name)
+    has_bias = [scheme is not None and scheme.form in ("toeplitz", "blockwise")]
+    if scheme is not None and scheme.form == "blockwise" and not scheme.compilable:
+        has_bias = []
+    if ARCHITECTURES.get(parts.model.architecture).reads_source:
+        has_bias.append(False)  # cross-attention, where no position enters
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return min((fewest_queries(dtype, biased=biased) for biased in has_bias), default=None)
 
 
 def pieces_of(segments: Segments, B: int, T: int) -> list[tuple[int, bool]]:

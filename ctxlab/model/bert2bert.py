@@ -108,6 +108,10 @@ class BertCache:
         layers = [*self.held.self_attention_cache.layers, *self.held.cross_attention_cache.layers]
         return sum(part.numel() * part.element_size() for layer in layers for part in (layer.keys, layer.values))
 
+    @property
+    def allocated_bytes(self) -> int:
+        return self.bytes
+
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows."""
         if self.length:

@@ -61,6 +61,11 @@ class Growing:
             return 0
         return self._room.numel() // self._room.shape[self.dim] * self.length * self._room.element_size()
 
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all the room there is."""
+        return 0 if self._room is None else self._room.numel() * self._room.element_size()
+
 
 class LayerCache:
     """One layer's keys (as the scheme's `key` returns them, or raw where the scheme says so), values and carry."""
@@ -94,9 +99,17 @@ class LayerCache:
 
     @property
     def bytes(self) -> int:
+        return self._keys.bytes + self._values.bytes + self._whole_bytes()
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._keys.allocated_bytes + self._values.allocated_bytes + self._whole_bytes()
+
+    def _whole_bytes(self) -> int:
+        """Of what has one size, whatever else comes."""
         whole = [] if self.sums is None else [self.sums]
         whole += [] if self.source is None else self.source
-        return self._keys.bytes + self._values.bytes + sum(t.numel() * t.element_size() for t in whole)
+        return sum(t.numel() * t.element_size() for t in whole)
 
 
 class KVCache:
@@ -122,6 +135,11 @@ class KVCache:
     def bytes(self) -> int:
         """Bytes of the keys and values held (room for more excluded)."""
         return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes set aside for keys, values and their positions, room for more included."""
+        return sum(layer.allocated_bytes for layer in self.layers) + self._positions.allocated_bytes
 
     def keep(self, rows: Tensor) -> None:
         """Goes on with these rows (n,) of those held, in this order; one may be there several times, or not at all."""
@@ -164,9 +182,8 @@ class StreamingLayer(LayerCache):
         super().keep(rows)
         self._first = None if self._first is None else (self._first[0][rows], self._first[1][rows])
 
-    @property
-    def bytes(self) -> int:
-        return super().bytes + (sum(t.numel() * t.element_size() for t in self._first) if self._first else 0)
+    def _whole_bytes(self) -> int:
+        return super()._whole_bytes() + sum(t.numel() * t.element_size() for t in self._first or ())
 
 
 class StreamingCache(KVCache):

@@ -44,6 +44,10 @@ class LSTMState:
     def bytes(self) -> int:
         return 0 if self.state is None else sum(part.numel() * part.element_size() for part in self.state)
 
+    @property
+    def allocated_bytes(self) -> int:
+        return self.bytes
+
 
 @ARCHITECTURES.register("lstm")
 class LSTM(Model):

@@ -26,6 +26,7 @@ import torch
 import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that is no model's
 
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
+from ctxlab.model.attention import native
 from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
@@ -43,14 +44,20 @@ _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C l
 
 
 def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Builds the model and runs real steps (forward, backward, clipping, optimizer).
+    """Builds the model and runs real steps (forward, backward, clipping, optimizer), and says which attention kernel ran.
 
     `what` asks for memory, for time, or for time in turns: then `say` tells the parent that it is its turn; for generation,
-    or for the rate of a matmul, in place of steps.
+    or for the rate of a matmul, in place of steps. All of them are held to `memory_limit`.
     """
     device = torch.device(spec["device"])
     if spec["what"] == "matmul":
         return matmul_rate(spec["precision"], device, spec["enough_seconds"])
+    native.forget()
+    result = _measure(spec, say, device)
+    return {**result, "attention_kernel": native.ran()} if native.ran() else result
+
+
+def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.device) -> dict[str, Any]:
     for name, file in spec["plugins"]:
         import_file(name, Path(file))
     parts = read_parts(spec)
@@ -68,7 +75,8 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
         optimizer = optim.build(model)
         tokens = torch.randint(min(vocab_size, sources or vocab_size), (1, context + 1), device=device)
         if spec["what"] == "generation":
-            return generation(model, tokens[:, :context], spec["precision"], device)
+            result = generation(model, tokens[:, :context], spec["precision"], device)
+            return {**result, **_used(limit, idle, device)}
 
         # A recurrent model's steps all see a memory but the first of a document: measured is one that does.
         memory = model.new_memory(1) if model.carries else None
@@ -95,10 +103,7 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
         step()
         if spec["what"] == "memory":
             step()  # the first that runs with all in place: optimizer state, kernels made to measure
-            peak, source = peak_memory_bytes(device)
-            if limit is not None and peak > limit:
-                raise MemoryError
-            result = {"peak_memory_bytes": peak - idle, "total_bytes": peak, "source": source}
+            result = _used(limit, idle, device)
             if device.type == "cuda":
                 result["allocated_bytes"] = torch.cuda.max_memory_allocated(device)
             return result
@@ -114,6 +119,14 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
             if sum(seconds) > (spec["enough_seconds"] if len(seconds) >= MIN_STEPS else LONG * spec["enough_seconds"]):
                 break
         return {"step_seconds": statistics.median(seconds), "best_seconds": min(seconds), "n_steps": len(seconds)}
+
+
+def _used(limit: int | None, idle: int, device: torch.device) -> dict[str, Any]:
+    """The peak over the idle process, and in all. Raises MemoryError where that is more than the limit."""
+    peak, source = peak_memory_bytes(device)
+    if limit is not None and peak > limit:
+        raise MemoryError
+    return {"peak_memory_bytes": peak - idle, "total_bytes": peak, "source": source}
 
 
 def generation(model: Model, tokens: torch.Tensor, precision: Precision, device: torch.device) -> dict[str, Any]:
@@ -146,6 +159,7 @@ def generation(model: Model, tokens: torch.Tensor, precision: Precision, device:
         "prefill_seconds": statistics.median(prefill),
         "decode_seconds_per_token": statistics.median(steps) if steps else None,
         "cache_bytes": cache.bytes,
+        "cache_allocated_bytes": cache.allocated_bytes,
         "prompt": prompt,
         "decoded": n_decoded,
     }

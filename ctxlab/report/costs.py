@@ -14,11 +14,18 @@ from ctxlab.records.schema import Measurement
 from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, memory_chart, save, scaling_figure, time_chart
 from ctxlab.report.results import by_context, cell, labels, title
-from ctxlab.report.tables import footnotes, show_beside, show_heading, show_next
+from ctxlab.report.tables import COSTS, footnotes, show_beside, show_heading, show_next
 from ctxlab.units import format_bytes, format_count, format_length
 
-STEP = ("peak_memory_bytes", "step_seconds", "tokens_per_second", "flops_per_second", "flops_utilization")
-GENERATION = ("prefill_seconds", "decode_seconds_per_token", "cache_bytes")
+# Columns: a metric, or one of the facts beside it, in bytes, under a title of its own.
+STEP = (
+    "peak_memory_bytes", ("peak_memory_bytes", "total_bytes", "total"), "step_seconds", "tokens_per_second",
+    "flops_per_second", "flops_utilization",
+)  # fmt: skip
+GENERATION = (
+    "prefill_seconds", "decode_seconds_per_token", "cache_bytes", ("cache_bytes", "cache_allocated_bytes", "allocated"),
+    ("cache_bytes", "peak_memory_bytes", "memory"), ("cache_bytes", "total_bytes", "total"),
+)  # fmt: skip
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "process")
 
 
@@ -51,8 +58,13 @@ def show_profile(run: Run, console: Console) -> None:
     console.print(_by_context(measurements, STEP))
     peak = next((m.facts["matmul_flops_per_second"] for m in measurements if m.name == "flops_utilization"), None)
     lines = footnotes(measurements)
+    if any(m.name == "peak_memory_bytes" and "total_bytes" in m.facts for m in measurements):
+        lines.append("total: memory and the idle process together")
     if peak is not None:
-        lines.append(f"MFU: a step's operations against the best matmul here, {format_count(peak)}FLOP/s")
+        lines.append(
+            f"of matmul peak: a step's operations against the best matmul measured here, {format_count(peak)}FLOP/s"
+        )
+    lines += kernel_lines(measurements)
     for line in lines:
         console.print(Text(line, style="dim"))
     parts = parts_by_context(measurements)
@@ -72,20 +84,30 @@ def show_profile(run: Run, console: Console) -> None:
         if some is not None:
             text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one"
             console.print(Text(text, style="dim"))
+        if any("cache_allocated_bytes" in m.facts for m in measurements):
+            text = "allocated: the cache with its room for more; memory: peak of model and cache over the idle process"
+            console.print(Text(text, style="dim"))
     _show_scaling(measurements, console)
     console.print()
     picture = " (scaling.png, scaling.svg)" if (run.path / "scaling.png").is_file() else ""
     console.print(Text(f"run {run.id} in {run.path}{picture}"), soft_wrap=True)
 
 
-def _by_context(measurements: Sequence[Measurement], names: Sequence[str], *, heading: str = "") -> Grid:
-    """One row a context of some metrics, those that nobody has left out; why there is no number is said once a row."""
+def _by_context(
+    measurements: Sequence[Measurement], columns: Sequence[str | tuple[str, str, str]], *, heading: str = ""
+) -> Grid:
+    """One row a context of some columns, those that nobody has left out; why there is no number is said once a row."""
     rows = by_context(measurements)
-    shown = [name for name in names if any(name in row for row in rows.values())]
-    grid = Grid(["context", *map(title, shown)], heading=heading)
+    of = [(column, "", title(column)) if isinstance(column, str) else column for column in columns]
+    shown = [
+        (name, fact, head)
+        for name, fact, head in of
+        if any(name in row and (not fact or fact in row[name].facts) for row in rows.values())
+    ]
+    grid = Grid(["context", *(head for _, _, head in shown)], heading=heading)
     for context, row in rows.items():
-        cells = [_cell(row.get(name)) for name in shown]
-        missing = [name in row and row[name].value is None for name in shown]
+        cells = [_fact(row.get(name), fact) if fact else _cell(row.get(name)) for name, fact, _ in shown]
+        missing = [name in row and row[name].value is None for name, _, _ in shown]
         cells = ["-" if gone and any(missing[:n]) else text for n, (gone, text) in enumerate(zip(missing, cells))]
         grid.add([format_length(context), *cells])
     return grid
@@ -95,6 +117,21 @@ def _cell(m: Measurement | None) -> str:
     if m is not None and m.name == "flops_utilization" and m.value is not None:
         return f"{m.value:.0%}"
     return cell(m)
+
+
+def _fact(m: Measurement | None, fact: str) -> str:
+    return format_bytes(m.facts[fact]) if m is not None and fact in m.facts else "-"
+
+
+def kernel_lines(measurements: Sequence[Measurement]) -> list[str]:
+    """Which attention kernel ran in a step, at which contexts if not in all alike."""
+    ran: dict[str, list[int]] = {}
+    for context, row in by_context(measurements).items():
+        steps = [row[name].facts for name in COSTS if name in row]
+        for kernel in sorted({facts["attention_kernel"] for facts in steps if "attention_kernel" in facts}):
+            ran.setdefault(kernel, []).append(context)
+    told = [f"{kernel} at {', '.join(map(format_length, at))}" for kernel, at in ran.items()]
+    return [f"attention kernel: {'; '.join(told if len(ran) > 1 else ran)}"] if ran else []
 
 
 def _show_scaling(measurements: Sequence[Measurement], console: Console) -> None:

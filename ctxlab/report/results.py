@@ -20,7 +20,7 @@ ByContext = dict[int, dict[str, Measurement]]
 # How metrics are called in a table's head, where their names would be too long.
 TITLES = {
     "nats_per_token": "nats/token", "bits_per_byte": "bits/byte", "peak_memory_bytes": "memory",
-    "cache_bytes": "cache", "prefill_seconds": "prefill", "flops_utilization": "MFU", "part_bytes": "part",
+    "cache_bytes": "cache", "prefill_seconds": "prefill", "flops_utilization": "of matmul peak", "part_bytes": "part",
     "step_seconds": "step", "tokens_per_second": "tokens/s",
     "decode_seconds_per_token": "s/token", "flops_per_second": "FLOP/s", "learning_rate": "rate",
     "gradient_norm": "gradient norm", "nats_per_word": "nats/word",

@@ -34,7 +34,7 @@ from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import ConfigError, CtxlabError, RunError
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
-from ctxlab.model.base import Model, Parts, build_model
+from ctxlab.model.base import Model, Parts, build_model, native_from
 from ctxlab.model.config import SizesConfig
 from ctxlab.model.count import activation_bytes, chosen_recompute, flops_per_token
 from ctxlab.model.position.base import Position
@@ -158,7 +158,7 @@ def fit(
         rank=launched.global_rank,
         in_order=model.carries,
     )
-    _prepare_attention(settings, budget, vocab_size, device, console)
+    _prepare_attention(settings, budget, vocab_size, device, precision, console)
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
     module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
     if saved:
@@ -258,11 +258,19 @@ def _adapt(
 
 
 def _prepare_attention(
-    settings: TrainSettings, budget: Budget, vocab_size: int, device: torch.device, console: Console
+    settings: TrainSettings,
+    budget: Budget,
+    vocab_size: int,
+    device: torch.device,
+    precision: Precision,
+    console: Console,
 ) -> None:
-    """Builds the native kernel for a run on CPU that is long enough, or demands it."""
+    """Builds the native kernel for a run on CPU that can use it and is long enough, or demands it."""
     native.forget()
     if settings.attention == "none" or device.type != "cpu":
+        return
+    parts = Parts(settings.model, settings.position, settings.attention)
+    if native_from(parts, precision) is None:
         return
     operations = budget.n_tokens * flops_per_token(
         settings.model, settings.attention, vocab_size=vocab_size, context=settings.context

@@ -60,9 +60,8 @@ def _software() -> Iterator[Check]:
             yield name, metadata.version(name), True
         except metadata.PackageNotFoundError:
             yield name, "not installed", False
-    compiler = (
-        shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    )
+    said = os.environ.get("CXX", "").split()  # maybe several words: `ccache g++`
+    compiler = next(filter(None, map(shutil.which, (*said[:1], "c++", "g++", "clang++"))), None)
     yield "C++ compiler", compiler or "none: trainer.compile=true is not possible", True
 
 
@@ -128,7 +127,7 @@ def _speed() -> Iterator[Check]:
     from ctxlab.model.attention import native
 
     reason = native.why_not()
-    state = "built" if native.is_built() else "not built yet: the first long training on CPU does it, in ten seconds"
+    state = "built" if native.is_built() else "not built yet: a long training on CPU or profile does it, in ten seconds"
     yield "attention kernel", state if reason is None else f"none, attention runs in torch: {reason}", True
     yield "precision", f"trainer.precision=auto is {resolve_precision('auto', resolve_device('auto'))} here", True
 

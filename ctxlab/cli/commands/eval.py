@@ -14,7 +14,7 @@ from ctxlab.data.source import SOURCES
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.evaluation.reach import TokenNats, relative_effective_context
 from ctxlab.model.attention import native
-from ctxlab.model.base import read_parts
+from ctxlab.model.base import architecture_of, read_parts
 from ctxlab.records.provenance import collect
 from ctxlab.records.schema import DocumentSums
 from ctxlab.records.store import Run
@@ -39,6 +39,8 @@ def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
     precision = resolve_precision(config.trainer.precision, device)
     parents = [invocation.store.open(run_id) for run_id in config.run]
     evaluations = same_lengths(config.eval, parents)
+    for parent in parents:  # before anything is scored
+        config.profile.generates(architecture_of(parent.record.config["model"]))
     with recording(run, config.logger, job_type="eval") as opened:
         facts = {}
         nats = {parent.id: TokenNats() for parent in parents} if len(parents) > 1 else {}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
+
+from rich.text import Text
 
 from ctxlab.cli.console import progress_bar
 from ctxlab.cli.main import DIED, DONE
 from ctxlab.cli.mirror import recording
-from ctxlab.cli.scoring import measure_cost, memory_source, step_point
+from ctxlab.cli.scoring import cost_contexts, measure_cost, memory_source, step_point
+from ctxlab.model.attention import native
+from ctxlab.model.base import Parts, native_from
 from ctxlab.profiling.fit import exponents
 from ctxlab.profiling.measure import arithmetic, run_point
 from ctxlab.profiling.plan import part_rows
@@ -15,9 +20,11 @@ from ctxlab.profiling.predict import Predictor
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.costs import save_scaling, show_profile
-from ctxlab.train.precision import resolve_device, resolve_precision
+from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 
 if TYPE_CHECKING:
+    import torch
+
     from ctxlab.cli.invocation import Invocation
     from ctxlab.config.schema import ProfileConfig
     from ctxlab.profiling.measure import Point
@@ -41,7 +48,9 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
                 resolved={"recompute": point.recompute},
             )
         )
+        prepare_attention(config, device, precision, invocation)
         measure_cost(config.profile, point, None, sink=opened.sink, console=invocation.stderr_console)
+        _say_what_ran(run)
         measured = [m for m in run.measurements() if m.value is not None]
         if measured:
             _explain(run, point, config.profile.timeout, opened.sink, invocation)
@@ -50,6 +59,32 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
     if not invocation.is_child:
         show_profile(run, invocation.stdout_console)
     return opened.exit_code
+
+
+def prepare_attention(
+    config: ProfileConfig, device: torch.device, precision: Precision, invocation: Invocation
+) -> None:
+    """Builds the native kernel before anything is measured, if one of the points can use it: no point then depends on what
+    happened to be built before."""
+    if config.attention == "none" or device.type != "cpu":
+        return
+    shortest = native_from(Parts(config.model, config.position, config.attention), precision)
+    longest = max(cost_contexts(config.profile, config.context, None), default=0)
+    if shortest is None or (config.attention.kernel == "auto" and longest < shortest):
+        return
+    console = invocation.stderr_console
+    native.prepare(
+        config.attention.kernel, math.inf, lambda line: console.print(Text(line, style="dim"), soft_wrap=True)
+    )
+
+
+def _say_what_ran(run: Run) -> None:
+    """The attention kernels of all points, into the provenance."""
+    ran = {word for m in run.measurements() for word in str(m.facts.get("attention_kernel", "")).split(" and ") if word}
+    if ran:
+        where = run.record.provenance
+        resolved = {**where.resolved, "attention_kernel": " and ".join(sorted(ran))}
+        run.update(provenance=where.model_copy(update={"resolved": resolved}))
 
 
 def _explain(run: Run, point: Point, timeout: float, sink: Sink, invocation: Invocation) -> None:

@@ -12,7 +12,7 @@ def run(argv: list[str]) -> int:
     """Reads command and config from the folder's record, runs the command, returns its exit code."""
     if len(argv) != 1:
         raise ConfigError("_run: expected the folder of a run")
-    from ctxlab.cli.environment import set_thread_defaults
+    from ctxlab.cli.environment import set_cache, set_thread_defaults
     from ctxlab.cli.execute import execute, is_first_rank
     from ctxlab.cli.invocation import Invocation
     from ctxlab.cli.main import terminate
@@ -43,4 +43,6 @@ def run(argv: list[str]) -> int:
         plugins=loaded,
         is_child=record.sweep is not None,
     )
-    return execute(record.command, schema.parse(record.command, config), written, invocation)
+    typed = schema.parse(record.command, config)
+    set_cache(typed.paths.cache)
+    return execute(record.command, typed, written, invocation)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -92,12 +93,15 @@ def _takes(q: Tensor, scale: float, bias: Bias | None, kernel: Kernel) -> bool:
         if problem is not None:
             raise ConfigError(f"attention.kernel: native cannot compute {problem}; use auto or torch")
         library()
-    fewest = FEWEST_UNBIASED if bias is None and q.dtype == torch.float32 else FEWEST_QUERIES
-    native = kernel == "native" or (
-        kernel == "auto" and problem is None and q.shape[2] >= fewest and loaded() is not None
-    )
+    enough = q.shape[2] >= fewest_queries(q.dtype, biased=bias is not None)
+    native = kernel == "native" or (kernel == "auto" and problem is None and enough and loaded() is not None)
     note(q, "native" if native else "torch")
     return native
+
+
+def fewest_queries(dtype: torch.dtype, *, biased: bool) -> int:
+    """How many queries have to come at once for `auto` to run the kernel, but for one alone, which has a kernel of its own."""
+    return FEWEST_QUERIES if biased or dtype != torch.float32 else FEWEST_UNBIASED
 
 
 def note(q: Tensor, ran: str) -> None:
@@ -270,7 +274,11 @@ def why_not() -> str | None:
         return None if is_built() else f"the one that was built cannot be loaded (remove {_file()} to build it again)"
     if _failed().exists():
         return f"it could not be built ({_failed()} says why; remove it to try again)"
-    return None if shutil.which(_compiler()) else f"there is no C++ compiler here ({_compiler()})"
+    try:
+        compiler = _compiler()
+    except ValueError as error:
+        return f"CXX cannot be read as a command ({error})"
+    return None if shutil.which(compiler[0]) else f"there is no C++ compiler here ({compiler[0]})"
 
 
 def is_built() -> bool:
@@ -381,8 +389,9 @@ def _failed() -> Path:
     return _file().with_suffix(".failed")
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")
+def _compiler() -> list[str]:
+    """The words of CXX, which may be several (`ccache g++`), or c++. Raises ValueError where quotes stay open."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def _flags() -> tuple[str, ...]:
@@ -413,7 +422,7 @@ def _build() -> str | None:
             return None
         made = file.with_suffix(f".{os.getpid()}")
         command = [
-            _compiler(), *_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+            *_compiler(), *_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f"-I{home / 'include'}", f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}", *map(str, SOURCES),
             f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made),
         ]  # fmt: skip

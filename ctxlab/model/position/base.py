@@ -48,6 +48,8 @@ class Position(nn.Module):
     """Whether its parameters stand for something else where there is no causal mask."""
     defined_beyond_training: ClassVar[bool] = True
     """Whether positions from the trained context on have a meaning."""
+    compilable: ClassVar[bool] = False
+    """Of form `blockwise`: whether its bias is one that the native kernel can state (attention/bias.py, `Compilable`)."""
     caches_raw_keys: ClassVar[bool] = False
     """Whether a cache holds keys before `key` (which then sees them all at every step) instead of after."""
 

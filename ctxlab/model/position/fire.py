@@ -37,6 +37,7 @@ class FIRE(Position):
     relative = False
     shared_across_layers = False
     bidirectional = False
+    compilable = True
 
     def __init__(self, config: Config, model: ModelConfig, context: int, *, causal: bool = True) -> None:
         super().__init__(config, model, context, causal=causal)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ctxlab.errors import RunError
+from ctxlab.errors import IncompatibleError, RunError
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.position.nope import NoPE
 from ctxlab.profiling import measure
@@ -18,6 +18,8 @@ from ctxlab.profiling.measure import (
     EXACT_ALLOCATOR,
     MeasureConfig,
     Point,
+    arithmetic,
+    measure_generation,
     measure_step,
     plugin_files,
     run_point,
@@ -118,6 +120,12 @@ def test_an_end_without_a_number_is_a_result(child: Child, script: str, status: 
     assert run_point(nano(), "memory", 10) == {"status": status, "reason": reason}
 
 
+def test_a_child_looks_for_the_kernel_where_its_parent_keeps_it(child: Child, monkeypatch: pytest.MonkeyPatch) -> None:
+    child("""echo '{"status": "done", "cache": "'"$CTXLAB_CACHE"'"}'""")
+    monkeypatch.setenv("CTXLAB_CACHE", "/somewhere/else")
+    assert run_point(nano(), "time", 10)["cache"] == "/somewhere/else"
+
+
 def test_a_child_that_takes_too_long_is_killed(child: Child, tmp_path: Path) -> None:
     child(f"echo $$ > {tmp_path}/pid; exec sleep 600")
     assert run_point(nano(), "time", 0.5) == {"status": "timed_out", "reason": "took longer than 500 ms"}
@@ -152,8 +160,17 @@ class Children:
 
 
 NAMES = ("peak_memory_bytes", "step_seconds", "tokens_per_second")
-USED = {"status": "done", "peak_memory_bytes": 3_000_000, "total_bytes": 9_000_000, "source": "VmHWM"}
-TIMED = {"status": "done", "step_seconds": 0.5, "best_seconds": 0.25, "n_steps": 4}
+USED = {
+    "status": "done", "peak_memory_bytes": 3_000_000, "total_bytes": 9_000_000, "source": "VmHWM",
+    "attention_kernel": "native",
+}  # fmt: skip
+TIMED = {"status": "done", "step_seconds": 0.5, "best_seconds": 0.25, "n_steps": 4, "attention_kernel": "torch"}
+READ = {
+    "status": "done", "prefill_seconds": 0.5, "decode_seconds_per_token": 0.125, "cache_bytes": 4096,
+    "cache_allocated_bytes": 8192, "prompt": 112, "decoded": 16, "peak_memory_bytes": 3_000_000, "total_bytes": 9_000_000,
+    "source": "VmHWM", "attention_kernel": "native and torch",
+}  # fmt: skip
+GIB = 2**30
 
 
 def table(
@@ -164,13 +181,18 @@ def table(
     return {(row.context, row.name): row for row in rows}
 
 
+def without(result: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in result.items() if name not in names}
+
+
 def test_a_context_has_memory_time_and_speed_with_their_facts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(monkeypatch, Children({(128, "memory"): USED, (128, "time"): TIMED}), (128,))
     assert set(rows) == {(128, name) for name in NAMES}
     memory = rows[128, "peak_memory_bytes"]
-    assert (memory.value, memory.facts) == (3_000_000, {"total_bytes": 9_000_000, "source": "VmHWM"})
+    assert (memory.value, memory.facts) == (3_000_000, without(USED, "status", "peak_memory_bytes"))
     assert (rows[128, "step_seconds"].value, rows[128, "tokens_per_second"].value) == (0.5, 256.0)
-    assert rows[128, "step_seconds"].facts == {"best_seconds": 0.25, "n_steps": 4}
+    assert rows[128, "step_seconds"].facts == without(TIMED, "status", "step_seconds")
+    assert rows[128, "tokens_per_second"].facts["attention_kernel"] == "torch"
     assert {row.protocol for row in rows.values()} == {"one training step, batch 1"}
 
 
@@ -197,8 +219,96 @@ def test_what_does_not_fit_is_not_run_again_for_its_time(monkeypatch: pytest.Mon
     full = {"status": "out_of_memory", "reason": "does not fit in 1 GiB"}
     children = Children({(64, "memory"): full, (128, "memory"): USED, (128, "time"): TIMED})
     rows = table(monkeypatch, children, (64, 128))
-    assert children.asked == [(64, "memory", 2**30), (128, "memory", 2**30), (128, "time", None)]
+    assert [asked[:2] for asked in children.asked] == [(64, "memory"), (128, "memory"), (128, "time")]
     assert [(rows[64, name].status, rows[64, name].reason) for name in NAMES] == [tuple(full.values())] * 3
+
+
+@pytest.mark.parametrize(
+    ("device", "limit", "machine", "timing"),
+    [
+        ("cpu", GIB, 16 * GIB, 2 * GIB),
+        ("cpu", GIB, 3 * GIB // 2, 3 * GIB // 2),
+        ("cpu", GIB, GIB // 2, GIB),
+        ("cuda", GIB, 16 * GIB, GIB),
+        ("cpu", None, 16 * GIB, None),
+    ],
+)
+def test_time_is_held_to_the_limit_with_room_for_what_its_allocator_keeps(
+    monkeypatch: pytest.MonkeyPatch, device: str, limit: int | None, machine: int, timing: int | None
+) -> None:
+    monkeypatch.setattr(measure, "total_memory_bytes", lambda: machine)
+    children = Children({(64, "memory"): USED, (64, "time"): TIMED, (64, "generation"): READ})
+    monkeypatch.setattr(measure, "run_point", children)
+    limited = nano(memory_limit=limit, device=device)
+    measure_step(limited, (64,), timeout=9)
+    measure_generation(limited, (64,), timeout=9)
+    assert children.asked == [(64, "memory", limit), (64, "time", timing), (64, "generation", limit)]
+
+
+def test_a_step_that_only_its_time_has_no_room_for_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = {"status": "out_of_memory", "reason": "does not fit in 2 GiB"}
+    rows = table(monkeypatch, Children({(64, "memory"): USED, (64, "time"): full}), (64,))
+    assert rows[64, "peak_memory_bytes"].value == 3_000_000
+    for name in NAMES[1:]:
+        row = rows[64, name]
+        assert (row.value, row.status) == (None, "out_of_memory")
+        assert row.reason == "does not fit in 2 GiB under the default allocator, where a step is timed"
+
+
+def test_generation_is_rows_with_their_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = {"status": "out_of_memory", "reason": "does not fit in 1 GiB"}
+    alone = {**READ, "prompt": 1, "decoded": 0, "decode_seconds_per_token": None}
+    children = Children({(1, "generation"): alone, (128, "generation"): READ, (256, "generation"): full})
+    monkeypatch.setattr(measure, "run_point", children)
+    said: list[str] = []
+    rows = measure_generation(nano(), (1, 128, 256), timeout=9, advance=said.append)
+    assert said == ["generation at 1", "generation at 128", "generation at 256"]
+    assert {row.protocol for row in rows} == {"generation, batch 1"}
+    found = [(row.context, row.name, row.value, row.unit) for row in rows]
+    assert found == [
+        (1, "prefill_seconds", 0.5, "s"), (1, "cache_bytes", 4096, "B"),
+        (128, "prefill_seconds", 0.5, "s"), (128, "cache_bytes", 4096, "B"),
+        (128, "decode_seconds_per_token", 0.125, "s/token"),
+        (256, "prefill_seconds", None, "s"), (256, "cache_bytes", None, "B"),
+        (256, "decode_seconds_per_token", None, "s/token"),
+    ]  # fmt: skip
+    assert {row.reason for row in rows if row.context == 256} == {"does not fit in 1 GiB"}
+    expected = without(READ, "status", "source", "prefill_seconds", "decode_seconds_per_token", "cache_bytes")
+    assert all(row.facts == expected for row in rows if row.context == 128)
+
+
+def test_the_rate_of_a_step_by_hand() -> None:
+    """nano at 64: blocks of 4 128^2 + 3 128 384 = 212,992 weights, four of them, and a head of 2,048 x 128 make N = 1,114,112.
+
+    6 N + 12 L H D context = 6,684,672 + 12 4 4 32 64 = 7,077,888 a token, 452,984,832 a step.
+    """
+    used, timed, speed = (
+        Measurement(name=name, value=0.5, unit=unit, context=64)
+        for name, unit in zip(NAMES, ("B", "s", "tokens/s"), strict=True)
+    )
+    late = Measurement(name="step_seconds", value=None, unit="s", context=128, status="timed_out", reason="late")
+    rate, share = arithmetic(nano(), [used, timed, speed, late], 2e9)
+    assert (rate.name, rate.context, rate.value, rate.unit) == ("flops_per_second", 64, 905_969_664.0, "FLOP/s")
+    assert rate.facts == {"flops": 452_984_832.0}
+    assert (share.name, share.value) == ("flops_utilization", pytest.approx(0.452984832, rel=1e-12))
+    assert share.facts == {"matmul_flops_per_second": 2e9}
+    assert arithmetic(nano(), [used, timed, speed, late], None) == [rate]
+
+
+@pytest.mark.parametrize(
+    ("generation", "architecture", "expected"),
+    [
+        ("auto", "decoder", True), ("auto", "encoder_decoder", True), ("auto", "lstm", True), ("auto", "encoder", False),
+        (True, "decoder", True), (False, "decoder", False), (False, "encoder", False),
+    ],
+)  # fmt: skip
+def test_generation_is_of_models_that_write(generation: Any, architecture: str, expected: bool) -> None:
+    assert MeasureConfig(generation=generation).generates(architecture) is expected
+
+
+def test_generation_of_a_model_that_writes_nothing_is_refused() -> None:
+    with pytest.raises(IncompatibleError, match=r"^profile\.generation: model\.architecture=encoder writes no text"):
+        MeasureConfig(generation=True).generates("encoder")
 
 
 def test_settings_read_units() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -16,25 +17,31 @@ import pytest
 import torch
 
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
+from ctxlab.model import count
+from ctxlab.model.base import build_model, read_parts
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
+from ctxlab.profiling import measure
 from ctxlab.profiling import point as points
 from ctxlab.profiling.measure import Point, measure_step, run_point
 from ctxlab.profiling.point import start_peak
+from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.train import memory
 from ctxlab.train.memory import peak_memory_bytes, total_memory_bytes
 from tests.profiling.builders import MIB, closed, point
+from tests.profiling.children import Parent
 
 CPU = torch.device("cpu")
 HAS_PROC = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks restart on Linux only")
 LINE = (512, 1024, 2048)  # contexts that a line is laid through; the logits' part is the same at each from 128 on
+kinds = pytest.mark.parametrize("kind", ["memory", "time", "turns", "generation"])
 Start = Callable[[Point], "Future[dict[str, Any]]"]
 
 
 @pytest.fixture(scope="module")
 def start() -> Iterator[Start]:
-    """Starts measuring the memory of a point, once for all tests that ask for it.
+    """Starts measuring the memory of a point in a process that begins from nothing, once for all tests that ask for it.
 
     Two at a time: a peak does not care who else is running.
     """
@@ -52,12 +59,22 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def limited(start: Start) -> list[Measurement]:
-    """The rows of two contexts whose processes may grow to 30 MiB over what the shorter takes in all; 2048 tokens take
-    90 MiB more.
+def forked() -> Iterator[Parent]:
+    """Measures a point in a process that is forked from one for all tests."""
+    parent = Parent()
+    yield parent
+    parent.close()
+
+
+@pytest.fixture(scope="module")
+def limited(forked: Parent) -> list[Measurement]:
+    """The rows of two contexts whose processes may grow to 30 MiB over what the shorter takes in all; 2048 tokens take 60 MiB
+    more.
     """
-    limit = start(point("nano", 64)).result()["total_bytes"] + 30 * MIB
-    return measure_step(point("nano", 64, memory_limit=limit, enough_seconds=0.1), (2048, 64), timeout=300)
+    limit = forked(point("nano", 64))["total_bytes"] + 30 * MIB
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "run_point", forked)
+        return measure_step(point("nano", 64, memory_limit=limit, enough_seconds=0.1), (2048, 64), timeout=300)
 
 
 def spec(asked: Point, what: str) -> dict[str, Any]:
@@ -69,102 +86,88 @@ def spec(asked: Point, what: str) -> dict[str, Any]:
 
 @HAS_PROC
 def test_memory_repeats_within_half_a_percent(start: Start) -> None:
-    """At 320 MiB; what varies is a few hundred KiB of code that is mapped as others use it. A limit changes nothing."""
-    first = start(point("mini", 1024)).result()
-    again = start(point("mini", 1024, memory_limit=16 * 2**30)).result()
+    """At 220 MiB; what varies is a few hundred KiB of code that is mapped as others use it. A limit changes nothing."""
+    asked = start(point("mini", 512)), start(point("mini", 512, memory_limit=16 * 2**30))
+    first, again = (future.result() for future in asked)
     assert again["peak_memory_bytes"] == pytest.approx(first["peak_memory_bytes"], rel=0.005)
     assert again["source"] == "VmHWM"
 
 
 @HAS_PROC
 def test_memory_is_what_closed_forms_add_up_to(start: Start) -> None:
-    """mini at 1024, 11.4M weights: the peak stands where the backward pass begins.
+    """mini at 512, 11.4M weights: the peak stands where the backward pass begins.
 
     There weights, both moments and all activations are alive, and of the gradients only the head's; each further
     gradient comes as a block's activations go. So the sum of all four is an upper bound, and the sum without gradients
-    is met within 5%: the head's gradient and the code of the kernels are 3% here.
+    is met within 5%: the head's gradient and the code of the kernels are 4% here.
     """
-    result = start(point("mini", 1024)).result()
-    parts = closed(point("mini", 1024))
+    result = start(point("mini", 512)).result()
+    parts = closed(point("mini", 512))
     assert result["peak_memory_bytes"] < parts.all
     assert result["peak_memory_bytes"] == pytest.approx(parts.all - parts.gradients, rel=0.05)
     assert result["total_bytes"] - result["peak_memory_bytes"] > 100 * MIB, "torch takes more than that"
 
 
 @HAS_PROC
-def test_a_small_model_is_not_charged_for_what_a_process_needs_anyway(start: Start) -> None:
+def test_a_small_model_is_not_charged_for_what_a_process_needs_anyway(forked: Parent) -> None:
     """nano at 64 is 23 MiB by closed form. The code of its kernels, up to 16 MiB, is all that may come on top: what the
     first optimizer of a process imports is four times that.
     """
-    used = start(point("nano", 64)).result()["peak_memory_bytes"]
+    used = forked(point("nano", 64))["peak_memory_bytes"]
     parts = closed(point("nano", 64))
     assert parts.all - parts.gradients < used < parts.all + 16 * MIB
 
 
-def test_nothing_is_imported_between_the_idle_process_and_its_peak() -> None:
-    code = """if True:
-        import json, sys
-        from ctxlab.profiling import point
-        start, known = point.start_peak, set()
-        def start_peak(device):
-            known.update(sys.modules)
-            return start(device)
-        point.start_peak = start_peak
-        point.measure(json.load(sys.stdin))
-        print(sorted(set(sys.modules) - known))
-    """
-    asked = json.dumps(spec(point("nano", 64, optim="muon", recompute="block"), "memory"))
-    done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_nothing_is_imported_between_the_idle_process_and_its_peak(forked: Parent) -> None:
+    assert forked(point("nano", 64, optim="muon", recompute="block"))["imported"] == []
 
 
-def slope(start: Start, position: str, model: str = "nano", **settings: Any) -> tuple[float, float]:
+def slope(forked: Parent, position: str, model: str = "nano", **settings: Any) -> tuple[float, float]:
     """(bytes a token of the line through the peaks, largest distance from it over the span of the peaks)."""
-    futures = [start(point(model, context, position, loss_chunk=128, **settings)) for context in LINE]
-    peaks = [future.result()["peak_memory_bytes"] for future in futures]
+    asked = [point(model, context, position, loss_chunk=128, **settings) for context in LINE]
+    peaks = [forked(one)["peak_memory_bytes"] for one in asked]
     per_token, constant = np.polyfit(LINE, peaks, 1)
     off = max(abs(per_token * context + constant - peak) for context, peak in zip(LINE, peaks, strict=True))
     return per_token, off / (peaks[-1] - peaks[0])
 
 
-def check_line(start: Start, position: str, model: str = "nano") -> None:
+def check_line(forked: Parent, position: str, model: str = "nano") -> None:
     """A peak of a + b L + c L^2 whose square were a tenth of the growth would stand 2% off the line."""
-    per_token, off = slope(start, position, model)
+    per_token, off = slope(forked, position, model)
     assert off < 0.015
     low, high = (closed(point(model, context, position, loss_chunk=128)).activations for context in (LINE[0], LINE[-1]))
     assert per_token == pytest.approx((high - low) / (LINE[-1] - LINE[0]), rel=0.2)
 
 
 @HAS_PROC
-def test_memory_grows_linearly_with_the_context_under_a_learned_bias(start: Start) -> None:
+def test_memory_grows_linearly_with_the_context_under_a_learned_bias(forked: Parent) -> None:
     """Where a matrix of context by context would come from first. (Rope's would break the closed form above.)"""
-    check_line(start, "t5")
+    check_line(forked, "t5")
 
 
-@pytest.mark.slow
 @HAS_PROC
-def test_memory_of_a_recurrent_model_grows_linearly_and_as_the_closed_form_says(start: Start) -> None:
-    check_line(start, "none", "lstm_nano")
+def test_memory_of_a_recurrent_model_grows_linearly_and_as_the_closed_form_says(forked: Parent) -> None:
+    check_line(forked, "none", "lstm_nano")
 
 
 @HAS_PROC
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["rope", "alibi", "learned", "nope", "sinusoidal"])
-def test_memory_grows_linearly_with_the_context_for_the_others(start: Start, position: str) -> None:
-    check_line(start, position)
+def test_memory_grows_linearly_with_the_context_for_the_others(forked: Parent, position: str) -> None:
+    check_line(forked, position)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("position", ["rope", "alibi", "t5", "learned", "nope", "sinusoidal"])
 def test_every_position_is_measured_in_every_precision_and_needs_less_with_recomputation(
-    start: Start, position: str
+    forked: Parent, position: str
 ) -> None:
-    futures = {
-        (precision, recompute): start(point("nano", 2048, position, precision=precision, recompute=recompute))
+    asked = {
+        (precision, recompute): point("nano", 2048, position, precision=precision, recompute=recompute)
         for precision in ("fp32", "bf16")
         for recompute in ("none", "block")
     }
-    used = {key: future.result()["peak_memory_bytes"] for key, future in futures.items()}
+    used = {key: forked(one)["peak_memory_bytes"] for key, one in asked.items()}
     for precision in ("fp32", "bf16"):
         assert used[precision, "block"] < 0.75 * used[precision, "none"]
     assert used["bf16", "none"] < 0.9 * used["fp32", "none"]
@@ -196,8 +199,9 @@ def test_components_of_a_file_of_ones_own_are_measured(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[0] for row in rows if len(row) == 5 and row[2] == "MiB"] == ["64", "1k"]
+    (record,) = (tmp_path / "runs").glob("*/run.json")
+    rows = [(m.context, m.name) for m in Run(record.parent).measurements() if m.value is not None]
+    assert {context for context, name in rows if name == "step_seconds"} == {64, 1024}
 
 
 # Limits
@@ -214,17 +218,31 @@ def test_a_context_over_the_limit_is_a_row_and_the_next_is_measured(limited: Seq
     assert speed.value == pytest.approx(64 / (seconds.value or 0))
 
 
-def test_a_limit_below_the_idle_process_says_so() -> None:
+@kinds
+def test_a_limit_below_the_idle_process_says_so(kind: str) -> None:
     with pytest.raises(MemoryError, match="before there is a model"):
-        points.measure(spec(point("nano", 64, memory_limit=MIB), "memory"))
+        points.measure(spec(point("nano", 64, memory_limit=MIB), kind))
 
 
 @HAS_PROC
-def test_the_limit_ends_with_the_point() -> None:
+@kinds
+def test_every_kind_of_point_is_limited_and_the_limit_ends_with_it(kind: str) -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with pytest.raises((RuntimeError, MemoryError)):
-        points.measure(spec(point("small", 4096, memory_limit=peak_memory_bytes()[0] + 64 * MIB), "memory"))
+        points.measure(spec(point("small", 4096, memory_limit=start_peak(CPU) + 64 * MIB), kind))
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@pytest.mark.parametrize("kind", ["memory", "generation"])
+def test_a_peak_over_the_limit_does_not_fit_where_nothing_holds_the_process_to_it(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(points, "_limited", lambda limit, idle, device: contextlib.nullcontext())
+    asked = spec(point("nano", 64, memory_limit=2**40), kind)
+    found = points.measure(asked)
+    assert found["total_bytes"] - found["peak_memory_bytes"] > 100 * MIB
+    with pytest.raises(MemoryError):
+        points.measure({**asked, "memory_limit": 100 * MIB})
 
 
 @pytest.mark.parametrize(
@@ -321,7 +339,70 @@ def test_slow_steps_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         clock = iter(range(0, 1000, 2))
         monkeypatch.setattr(points.time, "perf_counter", lambda clock=clock: float(next(clock)))
         result = points.measure(spec(point("nano", 8, enough_seconds=enough), "time"))
-        assert result == {"step_seconds": 2.0, "best_seconds": 2.0, "n_steps": expected}
+        step = {"step_seconds": 2.0, "best_seconds": 2.0, "n_steps": expected}
+        assert result == {**step, "attention_kernel": "torch"}
+
+
+# Generation
+
+
+def reading(context: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[int]]:
+    """What is found of a nano that reads `context` tokens, by a clock that each forward moves on by the square of its tokens;
+    and how many tokens each forward had."""
+    asked, read, clock = point("nano", context), [], [0.0]
+    model = build_model(read_parts(asked.__dict__), vocab_size=asked.vocab_size, context=context)
+    hidden = model.hidden
+
+    def recorded(tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        assert options["cache"].length == (0 if len(read) < 3 else context - 16 + len(read) - 3)
+        read.append(tokens.shape[1])
+        clock[0] += tokens.shape[1] ** 2
+        return hidden(tokens, **options)
+
+    monkeypatch.setattr(model, "hidden", recorded)
+    monkeypatch.setattr(points.time, "perf_counter", lambda: clock[0])
+    return points.generation(model, torch.zeros(1, context, dtype=torch.int64), "fp32", CPU), read
+
+
+def test_generation_reads_thrice_and_decodes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 116 tokens 100 are read and 16 decoded. Keys and values of a layer's 4 heads of 32 have had room for as many tokens as
+    were read and get twice that with the first of the others; so have positions, 8 bytes each.
+    """
+    found, read = reading(116, monkeypatch)
+    assert read == [100] * 3 + [1] * 16
+    held = 4 * 2 * 4 * 32 * 4  # layers, keys and values, heads, wide, bytes of a number
+    assert found == {
+        "prefill_seconds": 100.0**2, "decode_seconds_per_token": 1.0, "cache_bytes": 116 * held,
+        "cache_allocated_bytes": 200 * (held + 8), "prompt": 100, "decoded": 16,
+    }  # fmt: skip
+    parts = read_parts(point("nano", 116).__dict__)
+    assert found["cache_bytes"] == count.kv_cache_bytes(*parts, length=116)
+
+
+def test_one_token_is_read_and_nothing_decoded() -> None:
+    found = points.measure(spec(point("nano", 1), "generation"))
+    assert (found["prompt"], found["decoded"], found["decode_seconds_per_token"]) == (1, 0, None)
+    assert found["prefill_seconds"] > 0
+    assert found["cache_bytes"] == 4 * 2 * 4 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "context", "kernel", "ran"),
+    [
+        ("memory", 512, "auto", "native"), ("time", 512, "auto", "native"), ("generation", 528, "auto", "native and torch"),
+        ("memory", 512, "torch", "torch"), ("time", 64, "auto", "torch"),
+    ],
+)  # fmt: skip
+def test_a_point_names_the_kernel_that_ran(
+    kind: str, context: int, kernel: str, ran: str, native_kernel: Callable[[], str]
+) -> None:
+    asked = point("nano", context, attention={"name": "full", "kernel": kernel}, enough_seconds=0.01)
+    assert points.measure(spec(asked, kind))["attention_kernel"] == ran
+
+
+def test_what_has_no_softmax_names_no_kernel() -> None:
+    for asked in (point("nano", 16, "nope", attention={"name": "linear"}), point("lstm_nano", 16)):
+        assert "attention_kernel" not in points.measure(spec(asked, "memory"))
 
 
 def test_every_registered_position_has_a_point() -> None:

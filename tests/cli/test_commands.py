@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
+from ctxlab.cli.commands import profile
 from ctxlab.cli.commands.list import KINDS
 from ctxlab.config import catalog
 from ctxlab.data.tokenizers.base import load_tokenizer
+from ctxlab.model.attention import native
 from ctxlab.model.beam import beam_search
 from ctxlab.model.generation import DecodingConfig
+from ctxlab.profiling import measure
+from ctxlab.profiling import point as points
+from ctxlab.profiling.measure import Point
 from ctxlab.records.run import Run
 from ctxlab.records.schema import SCHEMA
 from ctxlab.records.store import RunStore
@@ -257,16 +262,114 @@ def test_generate_searches(place: Path) -> None:
     assert four == f"To be{loaded.tokenizer.decode(best.tokens)}\n"
 
 
-def test_profile_measures_a_context(place: Path) -> None:
+@pytest.fixture
+def at_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Points are measured in this process, but for the memory of a step; returned is what was asked."""
+    alone, asked = measure.run_point, []
+
+    def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
+        asked.append(what)
+        if what == "memory":
+            return alone(point, what, timeout)
+        spec = {**point.__dict__, "what": what, "plugins": [], "enough_seconds": 0.1}
+        return {"status": "done", **points.measure(spec)}
+
+    for place in (measure, profile):
+        monkeypatch.setattr(place, "run_point", run_point)
+    return asked
+
+
+def test_profile_measures_a_context(place: Path, at_hand: list[str]) -> None:
     before = ids()
     done = ctxlab("profile", "model=nano", "profile.contexts=[32]", "logger.mode=disabled")
     assert done.code == 0, done.err
+    assert at_hand == ["memory", "time", "generation", "matmul"]
     run = the_new_run(before)
     found = {m.name: m.value for m in run.measurements()}
     assert set(found) >= {"peak_memory_bytes", "step_seconds", "tokens_per_second", "decode_seconds_per_token"}
     assert None not in found.values()
     assert (run.record.command, run.record.status, run.record.provenance.device) == ("profile", "done", "cpu")
     assert "32" in done.out
+    assert run.record.provenance.resolved["attention_kernel"] == "torch"
+    measured = [m for m in run.measurements() if m.protocol in (measure.PROTOCOL, measure.GENERATION)]
+    clocked = [m for m in measured if not m.name.startswith("flops")]
+    assert [m.facts["attention_kernel"] for m in clocked] == ["torch"] * 6
+    assert "attention kernel: torch" in done.out.splitlines()
+    assert not (place / "cache" / "native").exists(), "32 tokens would not run in it"
+
+
+@pytest.mark.parametrize(
+    ("words", "built"),
+    [
+        (("profile.contexts=[64,512]",), ["auto"]), (("profile.contexts=[64]",), []),
+        (("profile.contexts=[64]", "position=t5"), ["auto"]), (("profile.contexts=[64]", "position=fox"), []),
+        (("profile.contexts=[512]", "position=nope", "attention=linear"), []),
+        (("profile.contexts=[64]", "attention.kernel=native"), ["native"]),
+        (("profile.contexts=[512]", "model=lstm_nano"), []),
+    ],
+)  # fmt: skip
+def test_profile_builds_the_kernel_before_it_measures_if_a_point_can_use_it(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], built: list[str]
+) -> None:
+    done: list[str] = []
+
+    def build(kernel: str, operations: float, say: Any) -> None:
+        assert operations >= native.PAYS_FROM
+        done.append(kernel)
+
+    def run_point(*_: object) -> dict[str, Any]:
+        assert done == built
+        return {"status": "failed", "reason": "not today"}
+
+    monkeypatch.setattr(native, "prepare", build)
+    monkeypatch.setattr(measure, "run_point", run_point)
+    line = (
+        "profile",
+        "model=nano",
+        *words,
+        "logger.mode=disabled",
+        "trainer.precision=fp32",
+        "trainer.accelerator=cpu",
+    )
+    assert ctxlab(*line).code == 1
+    assert done == built
+
+
+def test_what_no_kernel_can_compute_is_refused(place: Path) -> None:
+    for command in ("train", "profile", "plan"):
+        done = ctxlab(command, "model=nano", "position=fox", "attention.kernel=native")
+        assert (done.code, done.errors) == (
+            2, ["attention.kernel: native cannot compute the bias of position=fox; use auto or torch"],
+        )  # fmt: skip
+
+
+ENCODER = ("profile", "model=nano", "model.architecture=encoder", "profile.contexts=[32]", "logger.mode=disabled")
+
+
+def test_generation_of_an_encoder_is_left_out_or_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
+        asked.append(what)
+        return {"status": "failed", "reason": "not today"}
+
+    monkeypatch.setattr(measure, "run_point", run_point)
+    done = ctxlab(*ENCODER, "profile.generation=true")
+    assert (done.code, done.errors) == (
+        2,
+        [
+            "profile.generation: model.architecture=encoder writes no text, since each of its places sees what follows; "
+            "use false or auto"
+        ],
+    )
+    assert asked == []
+    before = ids()
+    done = ctxlab(*ENCODER)
+    assert asked == ["memory", "time"]
+    assert {m.name for m in the_new_run(before).measurements()} == {
+        "peak_memory_bytes", "step_seconds", "tokens_per_second",
+    }  # fmt: skip
+    assert done.err.splitlines().count("generation is not measured: encoder writes no text") == 1
 
 
 # runs, list, doctor, the config

@@ -9,6 +9,8 @@ import pytest
 
 from ctxlab import cores
 from ctxlab.cli import environment
+from ctxlab.data.prepare import default_cache
+from tests.cli.lines import ctxlab
 
 
 @pytest.fixture
@@ -65,3 +67,40 @@ def test_the_users_own_settings_stay(machine: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     environment.set_thread_defaults()
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("5", "active")
+
+
+# The cache
+
+
+@pytest.fixture
+def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The cache folder that everybody falls back on inside of a command, as `profile` or `show` sees it."""
+    seen: list[Path] = []
+
+    def body(*_: object) -> int:
+        seen.append(default_cache())
+        return 0
+
+    monkeypatch.setattr("ctxlab.cli.commands.profile.run", body)
+    monkeypatch.setattr("ctxlab.cli.commands.show.run", body)
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path / "usual"))
+    monkeypatch.delenv("CTXLAB_RUNS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+@pytest.mark.parametrize("command", ["profile", "show"])
+def test_the_cache_of_a_line_is_that_of_everything_in_its_process(
+    caches: list[Path], tmp_path: Path, command: str
+) -> None:
+    assert ctxlab(command, "paths.cache=mine").code == 0
+    assert ctxlab(command).code == 0
+    assert caches == [tmp_path / "mine", tmp_path / "usual"]
+
+
+def test_a_cell_of_a_sweep_takes_the_cache_of_its_record(caches: list[Path], tmp_path: Path) -> None:
+    assert ctxlab("profile", "paths.cache=~/mine").code == 0
+    (record,) = (tmp_path / "runs").glob("*/run.json")
+    record.write_text(record.read_text().replace('"done"', '"interrupted"'))
+    assert ctxlab("_run", str(record.parent)).code == 0
+    assert caches == [Path("~/mine").expanduser()] * 2

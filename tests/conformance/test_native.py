@@ -11,11 +11,12 @@ import torch
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.attention.bias import Compilable
+from ctxlab.model.base import ARCHITECTURES, Parts, native_from
 from ctxlab.model.cache import KVCache
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.transformer import Transformer
 from tests.conformance.test_attentions import PATTERNED, SMALL
-from tests.model.builders import VOCAB, build, tokens
+from tests.model.builders import VOCAB, build, small, tokens
 
 pytestmark = pytest.mark.usefixtures("native_kernel")
 
@@ -50,6 +51,50 @@ def can(model: Transformer, position: str) -> bool:
 def test_all_but_those_that_read_scores_are_stated() -> None:
     model = build()
     assert [name for name in POSITIONS.names() if not can(model, name)] == READ_SCORES
+
+
+def test_what_is_told_of_a_scheme_is_what_its_bias_says() -> None:
+    for name in POSITIONS.names():
+        scheme = POSITIONS.get(name)
+        assert can(build(), name) == (scheme.form != "blockwise" or scheme.compilable), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("position", "attention", "settings", "expected"),
+    [
+        ("rope", "full", {}, {"fp32": 512, "bf16": 32}), ("rope", "full", {"kernel": "torch"}, None),
+        ("t5", "full", {}, {"fp32": 32, "bf16": 32}), ("fire", "full", {}, {"fp32": 32, "bf16": 32}),
+        ("nope", "sliding_window", {"size": 100}, {"fp32": 512, "bf16": 32}),
+        ("kerple", "recurrent", {"size": 4, "memory": 4}, {"fp32": 32, "bf16": 32}),
+        ("nope", "linear", {}, None), ("fox", "full", {}, None), ("cope_ctx", "full", {}, None),
+        ("transformer_xl", "recurrent", {"size": 4, "memory": 4}, None),
+    ],
+)  # fmt: skip
+def test_the_kernel_runs_from_the_length_that_is_told(
+    position: str, attention: str, settings: dict[str, Any], expected: dict[str, int] | None, precision: str
+) -> None:
+    config = ATTENTIONS.get(attention).Config(name=attention, **settings)
+    model = build(position, context=1024, attention=config)
+    fewest = native_from(Parts(model.config, model.position.config, config), precision)
+    assert fewest == (None if expected is None else expected[precision])
+    for length, ran in ((600, "torch"),) if fewest is None else ((fewest - 4, "torch"), (fewest, "native")):
+        native.forget()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            model(tokens(1, length))
+        assert native.ran() == ("" if attention == "linear" else ran)
+
+
+@pytest.mark.parametrize(("position", "fewest"), [("t5", 32), ("fox", 512), ("rope", 512)])
+def test_cross_attention_is_without_a_bias(position: str, fewest: int) -> None:
+    model, scheme = small(architecture="encoder_decoder"), POSITIONS.get(position).Config(name=position)
+    assert native_from(Parts(model, scheme, ATTENTIONS.get("full").Config(name="full")), "fp32") == fewest
+
+
+@pytest.mark.parametrize("architecture", ["lstm", "bert2bert"])
+def test_without_a_mechanism_of_ours_nothing_runs_in_it(architecture: str) -> None:
+    model = ARCHITECTURES.get(architecture).Config
+    assert native_from(Parts(model.model_construct(architecture=architecture), "none", "none"), "fp32") is None
 
 
 @cases

@@ -18,6 +18,7 @@ def test_growing_returns_everything_in_order() -> None:
         held = growing.append(piece)
         assert torch.equal(held, torch.cat(pieces[:count], dim=2))
     assert growing.bytes == 2 * 3 * 139 * 4 * 4
+    assert growing.allocated_bytes == 2 * 3 * 274 * 4 * 4  # there was room for 64, for 137, and for twice that
 
 
 def test_a_thousand_tokens_move_a_handful_of_times() -> None:
@@ -35,6 +36,21 @@ def test_growing_forgets_its_beginning() -> None:
         if growing.length > 30:
             growing.drop(growing.length - 30)
     assert growing.bytes == 30 * 8
+    assert growing.allocated_bytes == 60 * 8  # the 64 of the beginning became twice what was held
+
+
+def test_what_a_cache_has_set_aside_is_what_its_tensors_take() -> None:
+    model = build("rope")
+    for cache in (KVCache(2), StreamingCache(2, sinks=4, window=16)):
+        with torch.no_grad():
+            for part in tokens(3, 40).split([18, *[1] * 22], dim=1):
+                model(part, cache=cache)
+        held = [layer.__dict__ for layer in cache.layers]
+        rooms = [part._room for layer in held for part in (layer["_keys"], layer["_values"])]
+        rooms += [part for layer in held for part in layer.get("_first") or ()]
+        positions = cache._positions._room
+        rooms += [] if positions is None else [positions]
+        assert cache.allocated_bytes == sum(room.untyped_storage().nbytes() for room in rooms) > cache.bytes
 
 
 def test_positions_go_on_where_they_ended() -> None:

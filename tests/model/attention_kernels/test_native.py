@@ -315,6 +315,23 @@ def test_without_a_compiler_torch_runs_and_says_so(tmp_path: Path, monkeypatch: 
         native.prepare("native", 0.0, said.append)
 
 
+def test_a_compiler_may_be_several_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path))
+    (tmp_path / "my tools").mkdir()
+    for name, does in (("ccache", f'echo "$@" > {tmp_path}/words; shift; exec "$@"'), ("my tools/g++", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CXX", f"{tmp_path}/ccache '{tmp_path}/my tools/g++' -pipe")
+    assert native.why_not() is None
+    native.prepare("auto", native.PAYS_FROM, lambda _: None)
+    assert (tmp_path / "words").read_text().startswith(f"{tmp_path}/my tools/g++ -pipe -std=c++20 ")
+    monkeypatch.setenv("CXX", "no-such-cache g++")
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path / "other"))
+    assert native.why_not() == "there is no C++ compiler here (no-such-cache)"
+    monkeypatch.setenv("CXX", "'g++")
+    assert native.why_not() == "CXX cannot be read as a command (No closing quotation)"
+
+
 def test_a_build_that_fails_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path))
     compiler = tmp_path / "c++"

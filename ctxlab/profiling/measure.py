@@ -243,7 +243,8 @@ def measure_generation(
         names: tuple[tuple[str, str], ...] = (("prefill_seconds", "s"), ("cache_bytes", "B"))
         if result.get("decode_seconds_per_token", 0.0) is not None:
             names = (*names, ("decode_seconds_per_token", "s/token"))
-        facts = ("prompt", "decoded", "cache_allocated_bytes", "peak_memory_bytes", "total_bytes", "attention_kernel")
+        sizes = ("cache_allocated_bytes", "peak_memory_bytes", "total_bytes")
+        facts = ("prompt", "decoded", *sizes, "attention_kernel", "decoding_kernel")
         rows += _rows(result, context, names, facts, GENERATION)
     return rows
 

@@ -162,7 +162,14 @@ def generation(model: Model, tokens: torch.Tensor, precision: Precision, device:
         "cache_allocated_bytes": cache.allocated_bytes,
         "prompt": prompt,
         "decoded": n_decoded,
+        **({"decoding_kernel": _decoded_by(cache)} if device.type == "cpu" else {}),
     }
+
+
+def _decoded_by(cache: Any) -> str:
+    """What computed the blocks around their attention, by what a cache keeps of that."""
+    steps = [getattr(layer, "step", None) for layer in getattr(cache, "layers", ())]
+    return "native" if any(step is not None and step[1] is not None for step in steps) else "torch"
 
 
 def matmul_rate(precision: Precision, device: torch.device, seconds: float) -> dict[str, Any]:

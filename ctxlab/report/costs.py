@@ -82,7 +82,8 @@ def show_profile(run: Run, console: Console) -> None:
         console.print(_by_context(measurements, GENERATION, heading="generation"))
         some = next((m for m in measurements if m.name == "prefill_seconds" and "decoded" in m.facts), None)
         if some is not None:
-            text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one"
+            kernel = ", in the native kernel" if some.facts.get("decoding_kernel") == "native" else ""
+            text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one{kernel}"
             console.print(Text(text, style="dim"))
         if any("cache_allocated_bytes" in m.facts for m in measurements):
             text = "allocated: the cache with its room for more; memory: peak of model and cache over the idle process"

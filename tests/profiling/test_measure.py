@@ -168,7 +168,7 @@ TIMED = {"status": "done", "step_seconds": 0.5, "best_seconds": 0.25, "n_steps":
 READ = {
     "status": "done", "prefill_seconds": 0.5, "decode_seconds_per_token": 0.125, "cache_bytes": 4096,
     "cache_allocated_bytes": 8192, "prompt": 112, "decoded": 16, "peak_memory_bytes": 3_000_000, "total_bytes": 9_000_000,
-    "source": "VmHWM", "attention_kernel": "native and torch",
+    "source": "VmHWM", "attention_kernel": "native and torch", "decoding_kernel": "native",
 }  # fmt: skip
 GIB = 2**30
 

@@ -346,9 +346,10 @@ def test_slow_steps_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
 # Generation
 
 
-def reading(context: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[int]]:
+def reading(context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[int]]:
     """What is found of a nano that reads `context` tokens, by a clock that each forward moves on by the square of its tokens;
     and how many tokens each forward had."""
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path))  # where there is no kernel
     asked, read, clock = point("nano", context), [], [0.0]
     model = build_model(read_parts(asked.__dict__), vocab_size=asked.vocab_size, context=context)
     hidden = model.hidden
@@ -364,16 +365,16 @@ def reading(context: int, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, An
     return points.generation(model, torch.zeros(1, context, dtype=torch.int64), "fp32", CPU), read
 
 
-def test_generation_reads_thrice_and_decodes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_reads_thrice_and_decodes_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 116 tokens 100 are read and 16 decoded. Keys and values of a layer's 4 heads of 32 have had room for as many tokens as
     were read and get twice that with the first of the others; so have positions, 8 bytes each.
     """
-    found, read = reading(116, monkeypatch)
+    found, read = reading(116, tmp_path, monkeypatch)
     assert read == [100] * 3 + [1] * 16
     held = 4 * 2 * 4 * 32 * 4  # layers, keys and values, heads, wide, bytes of a number
     assert found == {
         "prefill_seconds": 100.0**2, "decode_seconds_per_token": 1.0, "cache_bytes": 116 * held,
-        "cache_allocated_bytes": 200 * (held + 8), "prompt": 100, "decoded": 16,
+        "cache_allocated_bytes": 200 * (held + 8), "prompt": 100, "decoded": 16, "decoding_kernel": "torch",
     }  # fmt: skip
     parts = read_parts(point("nano", 116).__dict__)
     assert found["cache_bytes"] == count.kv_cache_bytes(*parts, length=116)
@@ -397,7 +398,9 @@ def test_a_point_names_the_kernel_that_ran(
     kind: str, context: int, kernel: str, ran: str, native_kernel: Callable[[], str]
 ) -> None:
     asked = point("nano", context, attention={"name": "full", "kernel": kernel}, enough_seconds=0.01)
-    assert points.measure(spec(asked, kind))["attention_kernel"] == ran
+    found = points.measure(spec(asked, kind))
+    assert found["attention_kernel"] == ran
+    assert found.get("decoding_kernel") == ("native" if kind == "generation" else None)
 
 
 def test_what_has_no_softmax_names_no_kernel() -> None:

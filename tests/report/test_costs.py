@@ -36,7 +36,7 @@ def step(context: int, kernel: str = "native") -> list[Measurement]:
 def generation(context: int) -> list[Measurement]:
     facts = {
         "prompt": context - 16, "decoded": 16, "cache_allocated_bytes": 8 * MIB, "peak_memory_bytes": 28 * MIB,
-        "total_bytes": 345 * MIB, "attention_kernel": "native and torch",
+        "total_bytes": 345 * MIB, "attention_kernel": "native and torch", "decoding_kernel": "native",
     }  # fmt: skip
     return [
         result("prefill_seconds", 0.0883, context, protocol=GENERATION, facts=facts),
@@ -78,6 +78,7 @@ def test_a_profile_shows_totals_beside_peaks_and_what_ran(profiled: Run, width: 
     assert "of matmul peak: a step's operations against the best matmul measured here, 95.5BFLOP/s" in text
     assert "MFU" not in text
     assert "attention kernel: native" in lines
+    assert "batch 1; the last 16 tokens of a context are decoded one by one, in the native kernel" in lines
     at = lines.index("generation")
     assert [line.split() for line in lines[at + 1 : at + 4]] == [
         ["context", "prefill", "s/token", "cache", "allocated", "memory", "total"],

@@ -65,12 +65,13 @@ def prepare_attention(
     config: ProfileConfig, device: torch.device, precision: Precision, invocation: Invocation
 ) -> None:
     """Builds the native kernel before anything is measured, if one of the points can use it: no point then depends on what
-    happened to be built before."""
-    if config.attention == "none" or device.type != "cpu":
+    happened to be built before. Generation decodes in it, whatever the attention."""
+    contexts = cost_contexts(config.profile, config.context, None)
+    if config.attention == "none" or config.attention.kernel == "torch" or device.type != "cpu" or not contexts:
         return
     shortest = native_from(Parts(config.model, config.position, config.attention), precision)
-    longest = max(cost_contexts(config.profile, config.context, None), default=0)
-    if shortest is None or (config.attention.kernel == "auto" and longest < shortest):
+    attends = shortest is not None and (config.attention.kernel == "native" or max(contexts) >= shortest)
+    if not attends and not config.profile.generates(config.model.architecture):
         return
     console = invocation.stderr_console
     native.prepare(

@@ -48,7 +48,7 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
                 resolved={"recompute": point.recompute},
             )
         )
-        prepare_attention(config, device, precision, invocation)
+        _prepare_attention(config, device, precision, invocation)
         measure_cost(config.profile, point, None, sink=opened.sink, console=invocation.stderr_console)
         _say_what_ran(run)
         measured = [m for m in run.measurements() if m.value is not None]
@@ -61,7 +61,7 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
     return opened.exit_code
 
 
-def prepare_attention(
+def _prepare_attention(
     config: ProfileConfig, device: torch.device, precision: Precision, invocation: Invocation
 ) -> None:
     """Builds the native kernel before anything is measured, if one of the points can use it: no point then depends on what

@@ -277,8 +277,8 @@ def build_model(
 
 
 def native_from(parts: Parts, precision: str) -> int | None:
-    """How many tokens a row needs on a CPU for the native attention kernel to run under `attention.kernel=auto`; None where
-    nothing of the model runs in it, however long a row is."""
+    """How many tokens a row needs on a CPU for the native attention kernel to run under `attention.kernel=auto`, nothing cached;
+    None where nothing of the model runs in it, however long a row is."""
     if parts.attention == "none" or parts.attention.kernel == "torch":
         return None
     if not ATTENTIONS.get(parts.attention.name).softmax:

@@ -390,7 +390,8 @@ def test_one_token_is_read_and_nothing_decoded() -> None:
 @pytest.mark.parametrize(
     ("kind", "context", "kernel", "ran"),
     [
-        ("memory", 512, "auto", "native"), ("time", 512, "auto", "native"), ("generation", 528, "auto", "native and torch"),
+        ("memory", 512, "auto", "native"), ("time", 512, "auto", "native"), ("generation", 528, "auto", "native"),
+        ("generation", 64, "auto", "native and torch"),
         ("memory", 512, "torch", "torch"), ("time", 64, "auto", "torch"),
     ],
 )  # fmt: skip

@@ -82,9 +82,10 @@ def show_profile(run: Run, console: Console) -> None:
         console.print(_by_context(measurements, GENERATION, heading="generation"))
         some = next((m for m in measurements if m.name == "prefill_seconds" and "decoded" in m.facts), None)
         if some is not None:
-            kernel = ", in the native kernel" if some.facts.get("decoding_kernel") == "native" else ""
-            text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one{kernel}"
+            text = f"batch 1; the last {some.facts['decoded']} tokens of a context are decoded one by one"
             console.print(Text(text, style="dim"))
+        for kernel in sorted({m.facts["decoding_kernel"] for m in measurements if "decoding_kernel" in m.facts}):
+            console.print(Text(f"decoding kernel: {kernel}", style="dim"))
         if any("cache_allocated_bytes" in m.facts for m in measurements):
             text = "allocated: the cache with its room for more; memory: peak of model and cache over the idle process"
             console.print(Text(text, style="dim"))

@@ -202,8 +202,8 @@ def measure_step(
         here = replace(point, context=context)
         advance(f"memory of a step at {context}")
         used = run_point(here, "memory", timeout)
-        facts = ("total_bytes", "allocated_bytes", "source", "attention_kernel")
-        rows += _rows(used, context, (("peak_memory_bytes", "B"),), facts)
+        sizes = ("total_bytes", "allocated_bytes", "source", "attention_kernel")
+        rows += _rows(used, context, (("peak_memory_bytes", "B"),), sizes)
         advance(f"time of a step at {context}")
         fits = used["status"] != "out_of_memory"
         timed = run_point(replace(here, memory_limit=timing_limit(point)), "time", timeout) if fits else dict(used)

@@ -266,7 +266,8 @@ def test_generate_searches(place: Path) -> None:
 def at_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Points are measured in this process and in torch, the memory of a step in one of its own; returned is what was asked."""
     monkeypatch.setattr(native, "prepare", lambda *_: None)
-    alone, asked = measure.run_point, []
+    asked: list[str] = []
+    alone = measure.run_point
 
     def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
         asked.append(what)

@@ -350,7 +350,8 @@ def reading(context: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
     """What is found of a nano that reads `context` tokens, by a clock that each forward moves on by the square of its tokens;
     and how many tokens each forward had."""
     monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path))  # where there is no kernel
-    asked, read, clock = point("nano", context), [], [0.0]
+    read: list[int] = []
+    asked, clock = point("nano", context), [0.0]
     model = build_model(read_parts(asked.__dict__), vocab_size=asked.vocab_size, context=context)
     hidden = model.hidden
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -21,9 +22,9 @@ MIB = 2**20
 
 
 def step(context: int, kernel: str = "native") -> list[Measurement]:
-    memory = {"total_bytes": (330 + 60) * MIB, "source": "VmHWM", "attention_kernel": kernel}
-    said = {"protocol": STEP, "facts": {"attention_kernel": kernel}}
-    share = {"protocol": STEP, "facts": {"matmul_flops_per_second": 95.5e9}}
+    memory: dict[str, Any] = {"total_bytes": (330 + 60) * MIB, "source": "VmHWM", "attention_kernel": kernel}
+    said: dict[str, Any] = {"protocol": STEP, "facts": {"attention_kernel": kernel}}
+    share: dict[str, Any] = {"protocol": STEP, "facts": {"matmul_flops_per_second": 95.5e9}}
     return [
         result("peak_memory_bytes", 60 * MIB, context, protocol=STEP, facts=memory),
         result("step_seconds", 0.25, context, **said),

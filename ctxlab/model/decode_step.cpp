@@ -193,10 +193,6 @@ void of_rows(const Step &s) {
     case 2: return run<2, T>(s);
     case 3: return run<3, T>(s);
     case 4: return run<4, T>(s);
-    case 5: return run<5, T>(s);
-    case 6: return run<6, T>(s);
-    case 7: return run<7, T>(s);
-    case 8: return run<8, T>(s);
   }
 }
 

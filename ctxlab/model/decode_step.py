@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ctxlab.model.blocks import Block, Frame, Norm
     from ctxlab.model.cache import LayerCache
 
-MOST_ROWS = 8
-"""Rows of a step, at most; of more, torch's products are as quick."""
+MOST_ROWS = 4
+"""Rows of a step, at most: one text, or the beams of one."""
 
 ACTIVATIONS = {"swiglu": 0, "geglu_tanh": 1, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 

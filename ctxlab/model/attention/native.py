@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -421,19 +421,39 @@ def _build() -> str | None:
         if file.exists():
             return None
         made = file.with_suffix(f".{os.getpid()}")
-        command = [
+        objects = [made.with_suffix(f"{made.suffix}.{source.stem}.o") for source in SOURCES]
+        begin = [
             *_compiler(), *_flags(), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            f"-I{home / 'include'}", f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}", *map(str, SOURCES),
-            f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made),
+            f"-I{home / 'include'}", f"-I{home / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
+        end = [f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(made)]
+        problem = _all_at_once([[*begin, "-c", str(s), "-o", str(o)] for s, o in zip(SOURCES, objects, strict=True)])
+        problem = problem or _all_at_once([[*begin, *map(str, objects), *end]])
+        for each in objects:
+            each.unlink(missing_ok=True)
+        if problem is not None:
             made.unlink(missing_ok=True)
-            said = done.stderr or f"{command[0]} ended with {done.returncode}"
-            if _TRANSIENT.search(said) or done.returncode < 0:  # it may do another time
+            code, said = problem
+            if _TRANSIENT.search(said) or code < 0:  # it may do another time
                 return f"it could not be built: {said.strip().splitlines()[-1]}"
             _failed().write_text(said)
             return why_not()
         made.replace(file)
         _libraries.pop(file, None)
     return None
+
+
+def _all_at_once(commands: Sequence[Sequence[str]]) -> tuple[int, str] | None:
+    """Runs commands side by side; of the first that fails, how it ended and what it said."""
+    children = [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for words in commands
+    ]
+    said = [child.communicate()[1] for child in children]
+    return next(
+        (
+            (child.returncode, text or f"{words[0]} ended with {child.returncode}")
+            for child, text, words in zip(children, said, commands, strict=True)
+            if child.returncode
+        ),
+        None,
+    )

@@ -325,6 +325,7 @@ def step_point(
         precision=precision,
         device=device.type,
         recompute=chosen_policy(config, vocab_size, precision, memory or total_memory_bytes(device)),
+        update=config.trainer.update,
         loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
 

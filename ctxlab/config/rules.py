@@ -77,6 +77,7 @@ def check(config: CommandConfig) -> None:
             compiled=config.trainer.compile,
             recompute=config.trainer.recompute,
         )
+        _update(config)
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):
@@ -97,6 +98,21 @@ def check(config: CommandConfig) -> None:
             raise IncompatibleError("trainer.lora.r: adapters are trained on the weights of another run; add init=RUN")
         if config.checkpoint != "last" and config.init == "none":
             raise IncompatibleError("checkpoint: says which weights of another run to start from; add init=RUN")
+
+
+def _update(config: TrainConfig | ProfileConfig | PlanConfig) -> None:
+    """What is updated within the backward pass has never seen the whole gradient."""
+    if config.trainer.update == "step":
+        return
+    if config.optim.clip > 0:
+        raise IncompatibleError(
+            f"optim.clip: {config.optim.clip:g} is a norm of the whole gradient, which trainer.update=backward never holds; "
+            "use optim.clip=0"
+        )
+    if config.trainer.devices > 1:
+        raise IncompatibleError(
+            f"trainer.update: {config.trainer.devices} processes add up their gradients behind the backward pass; use step"
+        )
 
 
 def _objective(config: TrainConfig) -> None:

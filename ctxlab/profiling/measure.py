@@ -28,6 +28,7 @@ from ctxlab.profiling import READY
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig, Registry
 from ctxlab.train.optim.base import OPTIMIZERS
+from ctxlab.train.optim.early import Update
 from ctxlab.units import format_seconds
 
 EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -59,6 +60,7 @@ class Point:
     precision: str
     device: str
     recompute: Recompute = "none"
+    update: Update = "step"
     loss_chunk: int | None = None
     source_vocab_size: int | None = None  # where sources have tokens of their own
     memory_limit: int | None = None

@@ -160,7 +160,11 @@ def fit(
     )
     _prepare_attention(settings, budget, vocab_size, device, console)
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
-    module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
+    if config.update == "backward":
+        require_one_micro_batch(config, stream, budget)
+    module = LanguageModel(
+        model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing, update=config.update
+    )
     if saved:
         module.step, module.seconds = saved.step, saved.seconds
 
@@ -377,6 +381,23 @@ def freeze(model: Model, patterns: Sequence[str]) -> None:
             model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("trainer.freeze: nothing is left to train")
+
+
+def require_one_micro_batch(config: TrainerConfig, stream: Stream, budget: Budget) -> None:
+    """Raises ConfigError where a step's gradient is a sum over several backward passes, which has to be kept until the last."""
+    first = 0
+    for stage in budget.stages:
+        n, tokens = stream.micro_batches(first), stage.rows * stage.context
+        if n > 1:
+            given = config.micro_batch != "auto"
+            instead = (
+                f"trainer.micro_batch={config.micro_batch * n}" if given else f"trainer.batch_tokens={tokens // n}"
+            )
+            raise ConfigError(
+                f"trainer.update: backward sees a step's gradients in one pass, and {tokens} tokens at context={stage.context} "
+                f"take {n} micro-batches; use step, or {instead}"
+            )
+        first += stage.steps
 
 
 def require_compiler(device: torch.device) -> None:

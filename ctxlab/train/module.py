@@ -15,6 +15,7 @@ from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.train.budget import Budget
 from ctxlab.train.objectives.prefix import prefix_lengths
 from ctxlab.train.optim.base import Optimizer, rate_factor
+from ctxlab.train.optim.early import EarlyUpdates, Update
 
 
 class LanguageModel(lightning.LightningModule):
@@ -31,7 +32,14 @@ class LanguageModel(lightning.LightningModule):
     """
 
     def __init__(
-        self, model: Model, optimizer: Optimizer, stream: Stream, budget: Budget, *, smoothing: float = 0.0
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        stream: Stream,
+        budget: Budget,
+        *,
+        smoothing: float = 0.0,
+        update: Update = "step",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -39,6 +47,7 @@ class LanguageModel(lightning.LightningModule):
         self.optimizer = optimizer
         self.stream = stream
         self.smoothing = smoothing
+        self.update = update
         self.budget = budget
         self.step = 0
         self.seconds = 0.0  # of training, over all attempts; a callback keeps it
@@ -49,10 +58,18 @@ class LanguageModel(lightning.LightningModule):
         self.rate = 0.0
         self.memories: list[SegmentMemory] = []  # of a recurrent model, one for each micro-batch of a step
         self._micro = 0
+        self._early: EarlyUpdates | None = None
         self._sums: Tensor | None = None  # loss and nats of the micro-batches so far
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer.build(self.model)
+        built = self.optimizer.build(self.model)
+        if self.update == "backward":
+            self._early = EarlyUpdates(built)
+        return built
+
+    def on_train_end(self) -> None:
+        if self._early is not None:
+            self._early.end()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Ranks exchange gradients once a step, with its last micro-batch (read by DDP at the start of its forward).
@@ -77,6 +94,8 @@ class LanguageModel(lightning.LightningModule):
         del hidden  # backward frees it once the head has been there
         n_targets = max(1, batch.n_targets_in_step)  # of no targets the loss is 0
         loss = losses.sum() / n_targets
+        if self._early is not None:
+            self._set_rates()
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(loss * self.trainer.world_size)
         sums = torch.stack([loss.detach(), nats.sum() / n_targets])  # (2,)
@@ -101,14 +120,14 @@ class LanguageModel(lightning.LightningModule):
 
     def _update(self) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        config = self.optimizer.config
-        limit = config.clip if config.clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        factor = rate_factor(config, self.step, self.budget.progress(self.step, self.seconds))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if self._early is not None:
+            norm = self._early.take_norm(list(self.model.parameters()))
+        else:
+            clip = self.optimizer.config.clip
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip > 0 else float("inf"))
+            self._set_rates()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         assert self._sums is not None
         total = self._sums
         if self.trainer.world_size > 1:
@@ -120,3 +139,10 @@ class LanguageModel(lightning.LightningModule):
         self.step += 1
         self._micro = 0
         self._sums = None
+
+    def _set_rates(self) -> None:
+        """Learning rates of the step in hand."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        factor = rate_factor(self.optimizer.config, self.step, self.budget.progress(self.step, self.seconds))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor

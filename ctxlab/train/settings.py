@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.remake import RecomputeSetting
 from ctxlab.registry import ComponentConfig
+from ctxlab.train.optim.early import Update
 
 UNCHANGED_BY: dict[str, Any] = {"identity": False}  # a field that changes no number: left out of a cell's identity
 
@@ -68,6 +69,11 @@ class TrainerConfig(ComponentConfig):
         "whole blocks; auto: the least that fits the machine",
     )
     loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
+    update: Update = Field(
+        "step",
+        description="when weights are updated: in one step behind the backward pass, or each within it as soon as its "
+        "gradient is complete, which is freed at once",
+    )
     compile: bool = False
     validate_every: OrAuto | OrNone | Count = Field("auto", description="steps between validations; auto: 5 in a run")
     validate_tokens: Count = Field(32_768, description="validation tokens scored each time")

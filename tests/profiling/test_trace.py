@@ -77,6 +77,20 @@ def test_adamw_keeps_two_numbers_a_weight_and_one_a_tensor() -> None:
     assert (update["weights"], update["gradients"]) == (weights, weights)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_updates_within_backward_hold_one_gradient_at_a_time(optim: str) -> None:
+    """At the worst, the largest matrix'; and the optimizer keeps what it does behind backward."""
+    at = point("nano", 64, optim=optim, vocab_size=256)
+    early = replace(at, update="backward")
+    whole, freed = (max(split["gradients"] for split in Predictor(a).moments(64)) for a in (at, early))
+    model = build_model(read_parts(at.__dict__), vocab_size=at.vocab_size, context=64)
+    sizes = sorted(4 * parameter.numel() for parameter in model.parameters())
+    assert whole == sum(sizes)
+    assert freed == sizes[-1]
+    for kind in ("weights", "optimizer"):
+        assert {split[kind] for split in Predictor(early).moments(64)} == {Predictor(at).memory(64).split[kind]}
+
+
 @pytest.mark.parametrize(
     ("position", "recompute", "vocab_size", "context"),
     [

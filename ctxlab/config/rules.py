@@ -78,6 +78,10 @@ def check(config: CommandConfig) -> None:
             recompute=config.trainer.recompute,
         )
         _update(config)
+        if config.trainer.offload != "none" and config.trainer.compile:
+            raise IncompatibleError(
+                "trainer.offload: torch decides by itself what a compiled block (trainer.compile) keeps; use none"
+            )
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):

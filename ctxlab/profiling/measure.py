@@ -22,6 +22,7 @@ from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import read_parts
 from ctxlab.model.count import flops_per_token
+from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import Recompute
 from ctxlab.profiling import READY
@@ -60,6 +61,7 @@ class Point:
     precision: str
     device: str
     recompute: Recompute = "none"
+    offload: OffloadSetting = "none"
     update: Update = "step"
     loss_chunk: int | None = None
     source_vocab_size: int | None = None  # where sources have tokens of their own

@@ -27,6 +27,7 @@ import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that
 
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
 from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
+from ctxlab.model.offload import offloaded
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
@@ -80,7 +81,10 @@ def measure(spec: dict[str, Any], say: Callable[[str], None] = lambda _: None) -
         def step() -> None:
             with autocast(spec["precision"], device):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                nats = model.nats(model.hidden(tokens[:, :-1], memory=memory, **source), tokens[:, 1:])
+                with offloaded(model.parameters()) if spec["offload"] == "cpu" else contextlib.nullcontext():
+                    hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
+                nats = model.nats(hidden, tokens[:, 1:])
+                del hidden
                 loss = nats.sum() / context  # not their mean, whose gradient torch writes out token by token
             loss.backward()
             if early is not None:

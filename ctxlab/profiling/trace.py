@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ctxlab.model.base import Model, build_model, read_parts
+from ctxlab.model.offload import offloaded
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.optim.early import EarlyUpdates
 from ctxlab.train.precision import autocast
@@ -118,7 +119,8 @@ def trace_step(point: Point) -> list[dict[str, int]]:
         with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
             with live.counting("activations"):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
+                with offloaded(model.parameters(), move=_elsewhere) if point.offload == "cpu" else nullcontext():
+                    hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
             live.mark()
             with live.counting("logits"):
                 loss = model.nats(hidden, tokens[:, 1:]).sum() / point.context
@@ -144,6 +146,12 @@ def trace_update(point: Point) -> tuple[int, dict[str, int]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
             optimizer.step()
     return live.now["optimizer"], live.moments[-1]
+
+
+def _elsewhere(kept: Tensor) -> Callable[[], Tensor]:
+    """Moves a storage to where it is not counted."""
+    n = kept.untyped_storage().nbytes()
+    return lambda: torch.empty(n, dtype=torch.uint8)
 
 
 def _with_state(point: Point, model: Model, live: Live) -> tuple[Optimizer, torch.optim.Optimizer]:

@@ -37,6 +37,7 @@ from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model
 from ctxlab.model.config import SizesConfig
 from ctxlab.model.count import activation_bytes, chosen_recompute, flops_per_token
+from ctxlab.model.offload import require_elsewhere
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
@@ -124,6 +125,7 @@ def fit(
     _quieten()
     config = settings.trainer
     device = resolve_device(config.accelerator)
+    require_elsewhere(config.offload, device)
     precision = resolve_precision(config.precision, device)
     vocab_size = dataset.tokenizer.vocab_size
     saved = find_checkpoint(folder) if resume else None
@@ -163,7 +165,13 @@ def fit(
     if config.update == "backward":
         require_one_micro_batch(config, stream, budget)
     module = LanguageModel(
-        model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing, update=config.update
+        model,
+        optimizer,
+        stream,
+        budget,
+        smoothing=settings.objective.label_smoothing,
+        update=config.update,
+        offload=config.offload,
     )
     if saved:
         module.step, module.seconds = saved.step, saved.seconds

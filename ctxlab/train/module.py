@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning
@@ -11,6 +12,7 @@ from torch import Tensor
 from ctxlab.data.stream import Batch, Stream
 from ctxlab.data.windows import IGNORED
 from ctxlab.model.base import Model
+from ctxlab.model.offload import OffloadSetting, offloaded
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.train.budget import Budget
 from ctxlab.train.objectives.prefix import prefix_lengths
@@ -40,6 +42,7 @@ class LanguageModel(lightning.LightningModule):
         *,
         smoothing: float = 0.0,
         update: Update = "step",
+        offload: OffloadSetting = "none",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -48,6 +51,7 @@ class LanguageModel(lightning.LightningModule):
         self.stream = stream
         self.smoothing = smoothing
         self.update = update
+        self.offload = offload
         self.budget = budget
         self.step = 0
         self.seconds = 0.0  # of training, over all attempts; a callback keeps it
@@ -80,9 +84,15 @@ class LanguageModel(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         source: Any = {} if batch.source is None else {"source": batch.source, "source_lengths": batch.source_lengths}
         prefix: Any = {"prefix": prefix_lengths(batch.targets)} if self.model.prefix else {}
-        hidden = self.model.hidden(
-            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch), **source, **prefix
-        )  # (B, T, d_model)
+        with self._kept():
+            hidden = self.model.hidden(
+                batch.tokens,
+                lengths=batch.lengths,
+                segments=batch.segments,
+                memory=self._memory(batch),
+                **source,
+                **prefix,
+            )  # (B, T, d_model)
         targets = batch.targets
         if self.model.task_head is not None:
             losses, nats = self.model.task_head.losses(hidden, targets, batch.lengths, self.smoothing)
@@ -104,6 +114,10 @@ class LanguageModel(lightning.LightningModule):
         self.stepped = self._micro == self.stream.micro_batches(self.step)
         if self.stepped:
             self._update()
+
+    def _kept(self) -> AbstractContextManager[None]:
+        """Where what backward needs is kept until then."""
+        return nullcontext() if self.offload == "none" else offloaded(self.model.parameters())
 
     def _memory(self, batch: Batch) -> SegmentMemory | None:
         """What the rows of a micro-batch remember: nothing where they begin something new."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
+from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.remake import RecomputeSetting
 from ctxlab.registry import ComponentConfig
 from ctxlab.train.optim.early import Update
@@ -67,6 +68,9 @@ class TrainerConfig(ComponentConfig):
         "none",
         description="what backward computes again instead of keeping it: nothing that takes time, feed-forward layers, or "
         "whole blocks; auto: the least that fits the machine",
+    )
+    offload: OffloadSetting = Field(
+        "none", description="cpu: what backward needs waits in the host's memory, pinned, and not in the GPU's"
     )
     loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
     update: Update = Field(

@@ -252,6 +252,10 @@ def test_units_are_read(composed: dict[str, Any]) -> None:
             {"trainer__update": "backward", "optim__clip": 0.0, "trainer__devices": 2},
             "^trainer.update: 2 processes add up their gradients behind the backward pass; use step$",
         ),
+        (
+            {"trainer__offload": "cpu", "trainer__compile": True},
+            r"^trainer.offload: torch decides by itself what a compiled block \(trainer.compile\) keeps; use none$",
+        ),
         ({"model__head_dim": 33}, "model.head_dim: rope rotates pairs and needs an even number, got 33"),
     ],
 )

@@ -28,6 +28,7 @@ from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.model.config import ModelConfig, SizesConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
+from ctxlab.train.compiling import check_compiled
 from ctxlab.train.objectives.base import OBJECTIVES, objectives_of
 from ctxlab.train.objectives.windows import Denoising
 from ctxlab.units import format_length
@@ -74,14 +75,12 @@ def check(config: CommandConfig) -> None:
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,
             packed=isinstance(config, TrainConfig) and config.data.packs,
-            compiled=config.trainer.compile,
+            compiled=False,
             recompute=config.trainer.recompute,
         )
         _update(config)
-        if config.trainer.offload != "none" and config.trainer.compile:
-            raise IncompatibleError(
-                "trainer.offload: torch decides by itself what a compiled block (trainer.compile) keeps; use none"
-            )
+        if config.trainer.compile is True:
+            check_compiled(config.model, config.trainer)
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import multiprocessing
 import re
 import signal
@@ -31,7 +32,7 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.tokenizers.sides import Tokenizers
-from ctxlab.errors import ConfigError, CtxlabError, RunError
+from ctxlab.errors import ConfigError, CtxlabError, IncompatibleError, RunError
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model
@@ -53,6 +54,7 @@ from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
 from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
+from ctxlab.train.compiling import check_compiled, decide
 from ctxlab.train.initial import Begun, Initial, begin, listed, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
@@ -147,9 +149,6 @@ def fit(
     if model.task_head is not None:
         leave_unread(model)
     trained = lora.n_trained(model)
-    if config.compile:
-        require_compiler(device)
-        model.compile_blocks()
 
     launched = _lightning(device, config, precision)
     budget, stream = plan(
@@ -161,6 +160,9 @@ def fit(
         in_order=model.carries,
     )
     _prepare_attention(settings, budget, vocab_size, device, console)
+    compiled = _compiles(settings, budget, vocab_size, device, console)
+    if compiled:
+        model.compile_blocks()
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
     if config.update == "backward":
         require_one_micro_batch(config, stream, budget)
@@ -216,6 +218,7 @@ def fit(
             "n_steps": budget.n_steps if budget.bounded else module.step,
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
+            **({"compile": compiled} if config.compile == "auto" else {}),
             **({"attention_kernel": native.ran()} if native.ran() else {}),
             **({"trained_parameters": trained} if config.lora.r != "none" else {}),
         },
@@ -276,13 +279,34 @@ def _prepare_attention(
     native.forget()
     if settings.attention == "none" or device.type != "cpu":
         return
-    operations = budget.n_tokens * flops_per_token(
-        settings.model, settings.attention, vocab_size=vocab_size, context=settings.context
-    )
+    operations = _operations(settings, budget, vocab_size)
     if not budget.bounded:
         operations = budget.max_seconds * native.OPERATIONS_PER_SECOND
     native.prepare(
         settings.attention.kernel, operations, lambda line: console.print(Text(line, style="dim"), soft_wrap=True)
+    )
+
+
+def _compiles(settings: TrainSettings, budget: Budget, vocab_size: int, device: torch.device, console: Console) -> bool:
+    """Whether the run's blocks are compiled; says what `auto` has chosen."""
+    trainer, refusal = settings.trainer, ""
+    if trainer.compile == "auto":
+        try:
+            check_compiled(settings.model, trainer)
+        except IncompatibleError as error:
+            refusal = str(error).partition(": ")[2].partition(";")[0]
+    operations = _operations(settings, budget, vocab_size) if budget.bounded else math.inf
+    compiled, why = decide(trainer.compile, device, operations, budget.max_seconds, refusal)
+    if why:
+        said = "blocks are compiled" if compiled else "blocks are not compiled"
+        console.print(Text(f"{said} (trainer.compile=auto): {why}", style="dim"), soft_wrap=True)
+    return compiled
+
+
+def _operations(settings: TrainSettings, budget: Budget, vocab_size: int) -> float:
+    """Floating-point operations of the whole run."""
+    return budget.n_tokens * flops_per_token(
+        settings.model, settings.attention, vocab_size=vocab_size, context=settings.context
     )
 
 
@@ -406,19 +430,6 @@ def require_one_micro_batch(config: TrainerConfig, stream: Stream, budget: Budge
                 f"take {n} micro-batches; use step, or {instead}"
             )
         first += stage.steps
-
-
-def require_compiler(device: torch.device) -> None:
-    """Raises ConfigError where torch.compile would find out, steps later, that there is no compiler for this device."""
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ConfigError("trainer.compile: there is no C++ compiler here (g++); use trainer.compile=false") from error
 
 
 class SetState(lightning.Callback):

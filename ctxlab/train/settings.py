@@ -10,6 +10,7 @@ from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.remake import RecomputeSetting
 from ctxlab.registry import ComponentConfig
+from ctxlab.train.compiling import CompileSetting
 from ctxlab.train.optim.early import Update
 
 UNCHANGED_BY: dict[str, Any] = {"identity": False}  # a field that changes no number: left out of a cell's identity
@@ -78,7 +79,9 @@ class TrainerConfig(ComponentConfig):
         description="when weights are updated: in one step behind the backward pass, or each within it as soon as its "
         "gradient is complete, which is freed at once",
     )
-    compile: bool = False
+    compile: CompileSetting = Field(
+        False, description="torch.compile; auto: where the run is so long that it pays, never on a CPU"
+    )
     validate_every: OrAuto | OrNone | Count = Field("auto", description="steps between validations; auto: 5 in a run")
     validate_tokens: Count = Field(32_768, description="validation tokens scored each time")
     log_every: Count = Field(1, json_schema_extra=UNCHANGED_BY)

@@ -38,7 +38,7 @@ def to_host(kept: Tensor) -> Callable[[], Tensor]:
     Copies stand in the order of the device's stream, like what made the bytes and what will read them: nothing waits.
     """
     device, pinned = kept.device, kept.device.type == "cuda"
-    stored = torch.empty(0, dtype=torch.uint8, device=device).set_(kept.untyped_storage())  # type: ignore[call-overload]
+    stored = torch.empty(0, dtype=torch.uint8, device=device).set_(kept.untyped_storage())
     host = torch.empty(stored.shape, dtype=stored.dtype, pin_memory=pinned).copy_(stored, non_blocking=pinned)
     return lambda: torch.empty_like(host, device=device, pin_memory=False).copy_(host, non_blocking=pinned)
 

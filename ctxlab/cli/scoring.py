@@ -44,6 +44,7 @@ from ctxlab.evaluation.reach import TokenNats
 from ctxlab.evaluation.tasks import asked_tasks, evaluate_task
 from ctxlab.evaluation.translation import TranslationConfig, evaluate_translation
 from ctxlab.model.base import Model, architecture_of
+from ctxlab.model.offload import require_elsewhere
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
 from ctxlab.records.schema import DocumentSums, Measurement, TaskItem
 from ctxlab.records.sinks import Sink
@@ -322,6 +323,7 @@ def step_point(
     source_vocab_size: int | None = None,
 ) -> Point:
     """The training step that a config describes; `memory` is what the device has, where it need not be asked."""
+    require_elsewhere(config.trainer.offload, device)
     return Point(
         model=config.model.model_dump(mode="json"),
         position=_plain(config.position),
@@ -333,6 +335,8 @@ def step_point(
         precision=precision,
         device=device.type,
         recompute=chosen_policy(config, vocab_size, precision, memory or total_memory_bytes(device)),
+        offload=config.trainer.offload,
+        update=config.trainer.update,
         loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
     )
 

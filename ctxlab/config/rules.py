@@ -28,6 +28,7 @@ from ctxlab.model.base import ARCHITECTURES, architecture_of
 from ctxlab.model.config import ModelConfig, SizesConfig
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.registry import nearest
+from ctxlab.train.compiling import check_compiled
 from ctxlab.train.objectives.base import OBJECTIVES, objectives_of
 from ctxlab.train.objectives.windows import Denoising
 from ctxlab.units import format_length
@@ -74,9 +75,12 @@ def check(config: CommandConfig) -> None:
         ARCHITECTURES.get(config.model.architecture).check_training(
             config.model,
             packed=isinstance(config, TrainConfig) and config.data.packs,
-            compiled=config.trainer.compile,
+            compiled=False,
             recompute=config.trainer.recompute,
         )
+        _update(config)
+        if config.trainer.compile is True:
+            check_compiled(config.model, config.trainer)
     if isinstance(config, TrainConfig | ProfileConfig):
         config.profile.generates(config.model.architecture)
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
@@ -99,6 +103,21 @@ def check(config: CommandConfig) -> None:
             raise IncompatibleError("trainer.lora.r: adapters are trained on the weights of another run; add init=RUN")
         if config.checkpoint != "last" and config.init == "none":
             raise IncompatibleError("checkpoint: says which weights of another run to start from; add init=RUN")
+
+
+def _update(config: TrainConfig | ProfileConfig | PlanConfig) -> None:
+    """What is updated within the backward pass has never seen the whole gradient."""
+    if config.trainer.update == "step":
+        return
+    if config.optim.clip > 0:
+        raise IncompatibleError(
+            f"optim.clip: {config.optim.clip:g} is a norm of the whole gradient, which trainer.update=backward never holds; "
+            "use optim.clip=0"
+        )
+    if config.trainer.devices > 1:
+        raise IncompatibleError(
+            f"trainer.update: {config.trainer.devices} processes add up their gradients behind the backward pass; use step"
+        )
 
 
 def _objective(config: TrainConfig) -> None:

@@ -29,6 +29,7 @@ from ctxlab.model.config import ModelConfig
 from ctxlab.model.decode_step import DecodeStep, step_of
 from ctxlab.model.elementwise import gated, rms_norm, row_scale, scaled
 from ctxlab.model.few import Projection
+from ctxlab.model.offload import is_away
 from ctxlab.model.position.base import Position
 from ctxlab.model.remake import Recompute, remade
 
@@ -294,11 +295,13 @@ class Block(nn.Module):
 
         `recompute`: what backward makes again is left to the caller where it is the block, whole. Else it is outputs of norms
         and of the activation function, and where selective what they and the feed-forward layer are made from. torch.compile
-        chooses for itself what to keep.
+        chooses for itself what to keep, and what is kept elsewhere (offload.py) needs no making.
         """
         if (step := step_of(self, x, frame, cache)) is not None and cache is not None:
             return self._decoded(step, x, position, frame, cache)
-        remakes = recompute != "block" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        remakes = (
+            recompute != "block" and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_away()
+        )
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
         read, kept = self._read(self.attention_norm, seen, frame, remakes)
         with kept:
@@ -310,7 +313,7 @@ class Block(nn.Module):
             with kept:
                 crossed = self.cross_attention(read, frame.encoded, cache)
             x = self._add(self.cross_attention_norm, x, crossed)
-        if remakes and recompute == "selective":
+        if recompute == "selective" and torch.is_grad_enabled():
             mapped = checkpoint(self._mapped, x, frame, False, use_reentrant=False)
         else:
             mapped = self._mapped(x, frame, remakes)

@@ -16,11 +16,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ctxlab.errors import ConfigError, IncompatibleError
+from ctxlab.errors import ConfigError, IncompatibleError, RunError
 from ctxlab.model.base import Cache, Model
 from ctxlab.registry import ComponentConfig
 
 _ESCAPES = {"\\n": "\n", "\\t": "\t"}  # as a command line has them
+_NUCLEUS = 64  # of the likeliest tokens, sorted first to see whether they are enough
 _DRAWING = {"temperature": (0.0, 1.0), "top_k": (0,), "top_p": (1.0,), "min_p": (0.0,)}  # values that cut nothing
 
 
@@ -270,24 +271,55 @@ def penalized(logits: Tensor, text: Sequence[int], config: DecodingConfig) -> Te
 
 
 def choose(logits: Tensor, config: DecodingConfig, random: torch.Generator) -> int:
-    """Draws a token from softmax(logits / temperature), cut to top_k, then to top_p, then to min_p, (V,).
+    """Draws a token from its `chances`: the first whose sum of chances so far reaches a uniform number. logits (V,).
+
+    Sums are of float64, the number above 0: what has no chance is never drawn.
+    """
+    if config.temperature == 0:
+        return int(logits.argmax())
+    p, ids = chances(logits, config)
+    sums = p.cumsum(-1, dtype=torch.float64)
+    drawn = (1 - torch.rand((), generator=random, dtype=torch.float64)) * sums[-1]  # in (0, sums[-1]]
+    if not drawn > 0:
+        raise RunError("the model's logits are no numbers: nothing can be drawn from them")
+    at = int(torch.searchsorted(sums, drawn))
+    return at if ids is None else int(ids[at])
+
+
+def chances(logits: Tensor, config: DecodingConfig) -> tuple[Tensor, Tensor | None]:
+    """softmax(logits / temperature), cut to top_k, then to top_p, then to min_p: what is left of each token's (n,), not adding
+    up to 1, and which tokens they are, (n,), where they are not all of the vocabulary in its order.
 
     Nucleus sampling: Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the token that crosses p belongs to the nucleus.
     Min-p: Nguyen et al. 2024, arXiv:2407.01082, section 3; a token at least min_p times as likely as the likeliest stays.
     """
-    if config.temperature == 0:
-        return int(logits.argmax())
-    scores = logits.to(torch.float32)
+    scores, ids = logits.to(torch.float32), None
     # What is at most 0, divided in float64 by any number above 0, is at worst -inf, which is no chance and no NaN.
     scores = ((scores - scores.max()).double() / config.temperature).float()
     if 0 < config.top_k < scores.shape[0]:
-        scores, ids = scores.topk(config.top_k)  # in falling order
-    else:
-        scores, ids = scores.sort(descending=True)
+        scores, ids = scores.topk(config.top_k)
     p = scores.softmax(-1)
+    most = p.max()
     if config.top_p < 1:
-        before = p.cumsum(-1) - p
-        p = p.masked_fill(before >= config.top_p, 0.0)
+        p = _nucleus(p, config.top_p)
     if config.min_p > 0:
-        p = p.masked_fill(p < config.min_p * p[0], 0.0)
-    return int(ids[torch.multinomial(p, 1, generator=random)])
+        p = p.masked_fill(p < config.min_p * most, 0.0)
+    return p, ids
+
+
+def _nucleus(p: Tensor, top_p: float) -> Tensor:
+    """p (n,) without all but the fewest of its largest that add up to top_p; of equal ones the first stay.
+
+    Sorts only as many as that takes.
+    """
+    n = min(_NUCLEUS, len(p))
+    while True:
+        largest = p.topk(n).values
+        inside = int((largest.cumsum(-1) - largest < top_p).sum())
+        if inside < n or n == len(p):
+            break
+        n = min(8 * n, len(p))
+    least = largest[inside - 1]
+    above, level = p > least, p == least
+    kept = above | (level & (level.cumsum(-1) <= inside - above.sum()))
+    return p.masked_fill(~kept, 0.0)

@@ -25,7 +25,7 @@ def remade(made: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
     needs should be kept for other reasons, or nothing is saved.
     """
     storage = made.untyped_storage()._cdata  # stands for `made` alone as long as that is alive, which is here
-    shared = _Shared(again)
+    shared = Shared(again)
 
     def pack(kept: Tensor) -> Any:
         if kept.untyped_storage()._cdata != storage:
@@ -40,7 +40,7 @@ def remade(made: Tensor, again: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
-class _Shared:
+class Shared:
     """A tensor that exists from the first of its uses in a backward pass to the last.
 
     Where a pass leaves some of them out, it waits for the next, or goes with the graph.

@@ -22,6 +22,7 @@ from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import ARCHITECTURES, read_parts
 from ctxlab.model.count import flops_per_token
+from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import Recompute
 from ctxlab.profiling import READY
@@ -29,6 +30,7 @@ from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig, Registry
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.optim.base import OPTIMIZERS
+from ctxlab.train.optim.early import Update
 from ctxlab.units import format_seconds
 
 EXACT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -76,6 +78,8 @@ class Point:
     precision: str
     device: str
     recompute: Recompute = "none"
+    offload: OffloadSetting = "none"
+    update: Update = "step"
     loss_chunk: int | None = None
     source_vocab_size: int | None = None  # where sources have tokens of their own
     memory_limit: int | None = None

@@ -87,6 +87,11 @@ def changes(point: Point) -> Iterator[tuple[str, Point]]:
         frugal, words = replace(frugal, precision="bf16"), [*words, "trainer.precision=bf16"]
     if (chunk_for(point.vocab_size) if point.loss_chunk is None else point.loss_chunk) > _CHUNK:
         yield f"trainer.loss_chunk={_CHUNK}", replace(point, loss_chunk=_CHUNK)
+    if point.offload == "none" and point.device != "cpu":
+        yield "trainer.offload=cpu", replace(point, offload="cpu")
+    if point.update == "step":
+        unclipped = replace(point, update="backward", optim={**point.optim, "clip": 0.0})
+        yield f"trainer.update=backward{' optim.clip=0' if point.optim['clip'] else ''}", unclipped
     if parts.position != "none" and parts.attention != "none" and parts.attention.name == "full":
         window = ATTENTIONS.config({"name": "sliding_window", "size": _WINDOW}).model_dump(mode="json")
         try:

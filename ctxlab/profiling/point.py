@@ -28,10 +28,12 @@ import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
 from ctxlab.model.attention import native
 from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
+from ctxlab.model.offload import offloaded
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
+from ctxlab.train.optim.early import EarlyUpdates
 from ctxlab.train.precision import Precision, autocast
 from ctxlab.units import format_bytes
 
@@ -73,6 +75,7 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
         model = build_model(parts, vocab_size=vocab_size, context=context, source_vocab_size=sources).to(device)
         model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
         optimizer = optim.build(model)
+        early = EarlyUpdates(optimizer) if spec["update"] == "backward" else None
         tokens = torch.randint(min(vocab_size, sources or vocab_size), (1, context + 1), device=device)
         if spec["what"] == "generation":
             result = generation(model, tokens[:, :context], spec["precision"], device)
@@ -86,12 +89,18 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
         def step() -> None:
             with autocast(spec["precision"], device):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                nats = model.nats(model.hidden(tokens[:, :-1], memory=memory, **source), tokens[:, 1:])
+                with offloaded(model.parameters()) if spec["offload"] == "cpu" else contextlib.nullcontext():
+                    hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
+                nats = model.nats(hidden, tokens[:, 1:])
+                del hidden
                 loss = nats.sum() / context  # not their mean, whose gradient torch writes out token by token
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            if early is not None:
+                early.take_norm(list(model.parameters()))
+            else:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 

@@ -157,7 +157,7 @@ class Predictor:
             context=context,
             source_vocab_size=point.source_vocab_size,
         )  # of a learned table those change with the context
-        key = repr((point.model, point.position, point.attention, point.optim, shapes))
+        key = repr((point.model, point.position, point.attention, point.optim, point.update, shapes))
         if key not in self.updates:
             self.updates[key] = trace_update(point)
         state, update = self.updates[key]
@@ -181,5 +181,6 @@ class Predictor:
             loss_chunk=self.point.loss_chunk,
         )
         states = 2 if self.point.optim["name"] == "adamw" else 1
-        found = {"weights": weights, "gradients": weights, "optimizer": states * weights, "activations": activations}
+        gradients = weights if self.point.update == "step" else 0
+        found = {"weights": weights, "gradients": gradients, "optimizer": states * weights, "activations": activations}
         return {kind: float(found.get(kind, 0)) for kind in KINDS}

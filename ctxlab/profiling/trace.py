@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ctxlab.model.base import Model, build_model, read_parts
-from ctxlab.train.optim.base import OPTIMIZERS
+from ctxlab.model.offload import offloaded
+from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
+from ctxlab.train.optim.early import EarlyUpdates
 from ctxlab.train.precision import autocast
 
 if TYPE_CHECKING:
@@ -97,6 +99,7 @@ def trace_step(point: Point) -> list[dict[str, int]]:
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         model = _model(point)
+        optimizer = _with_state(point, model, live)[1] if point.update == "backward" else None
 
         def arrived(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -105,6 +108,8 @@ def trace_step(point: Point) -> list[dict[str, int]]:
 
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(arrived)
+        if optimizer is not None:
+            EarlyUpdates(optimizer)  # its hooks come behind
         memory = model.new_memory(1) if model.carries else None
         if memory is not None:
             memory.held.fill_(memory.capacity)
@@ -114,7 +119,8 @@ def trace_step(point: Point) -> list[dict[str, int]]:
         with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
             with live.counting("activations"):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
+                with offloaded(model.parameters(), move=_elsewhere) if point.offload == "cpu" else nullcontext():
+                    hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
             live.mark()
             with live.counting("logits"):
                 loss = model.nats(hidden, tokens[:, 1:]).sum() / point.context
@@ -125,25 +131,48 @@ def trace_step(point: Point) -> list[dict[str, int]]:
 
 
 def trace_update(point: Point) -> tuple[int, dict[str, int]]:
-    """Bytes that the optimizer keeps from step to step, and the split at the worst moment of clipping and its step."""
+    """Bytes that the optimizer keeps from step to step, and the split at the worst moment of clipping and its step.
+
+    Where parameters are updated within the backward pass there is no such moment: `trace_step` has it.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         model = _model(point)
-        optim = OPTIMIZERS.get(point.optim["name"])(OPTIMIZERS.config(point.optim))
-        optimizer = optim.build(model)
-        with live.counting("gradients"):
-            for parameter in model.parameters():
-                parameter.grad = torch.empty_like(parameter)
-        live.kind = "temporaries"
-        optimizer.step()
-        for part in getattr(optimizer, "parts", (optimizer,)):
-            for state in part.state.values():
-                for kept in state.values():
-                    if isinstance(kept, Tensor):
-                        live.is_now(kept, "optimizer")
+        optim, optimizer = _with_state(point, model, live)
         live.mark()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
-        optimizer.step()
+        if point.update == "step":
+            with live.counting("gradients"):
+                _give_gradients(model)
+            live.kind = "temporaries"
+            torch.nn.utils.clip_grad_norm_(model.parameters(), optim.config.clip or float("inf"))
+            optimizer.step()
     return live.now["optimizer"], live.moments[-1]
+
+
+def _elsewhere(kept: Tensor) -> Callable[[], Tensor]:
+    """Moves a storage to where it is not counted."""
+    n = kept.untyped_storage().nbytes()
+    return lambda: torch.empty(n, dtype=torch.uint8)
+
+
+def _with_state(point: Point, model: Model, live: Live) -> tuple[Optimizer, torch.optim.Optimizer]:
+    """The optimizer of a point and torch's, which has stepped once, without the gradients of that."""
+    optim = OPTIMIZERS.get(point.optim["name"])(OPTIMIZERS.config(point.optim))
+    optimizer = optim.build(model)
+    with live.counting("temporaries"):
+        _give_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for part in getattr(optimizer, "parts", (optimizer,)):
+        for state in part.state.values():
+            for kept in state.values():
+                if isinstance(kept, Tensor):
+                    live.is_now(kept, "optimizer")
+    return optim, optimizer
+
+
+def _give_gradients(model: Model) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
 
 
 def _model(point: Point) -> Model:

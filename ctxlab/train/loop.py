@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import multiprocessing
 import re
 import signal
@@ -31,12 +32,13 @@ from ctxlab.data.prepare import TextDataset
 from ctxlab.data.stream import Batch, Stream, TrainStream, train_loader
 from ctxlab.data.tasks.dataset import TaskDataset
 from ctxlab.data.tokenizers.sides import Tokenizers
-from ctxlab.errors import ConfigError, CtxlabError, RunError
+from ctxlab.errors import ConfigError, CtxlabError, IncompatibleError, RunError
 from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model, native_from
 from ctxlab.model.config import SizesConfig
 from ctxlab.model.count import activation_bytes, chosen_recompute, flops_per_token
+from ctxlab.model.offload import require_elsewhere
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
@@ -52,6 +54,7 @@ from ctxlab.train.callbacks.log import LogMetrics
 from ctxlab.train.callbacks.progress import ShowProgress
 from ctxlab.train.callbacks.save import ValidateAndSave
 from ctxlab.train.checkpoint import Checkpoint, find_checkpoint, load_training, load_weights
+from ctxlab.train.compiling import check_compiled, decide
 from ctxlab.train.initial import Begun, Initial, begin, listed, load_into
 from ctxlab.train.memory import total_memory_bytes
 from ctxlab.train.module import LanguageModel
@@ -124,6 +127,7 @@ def fit(
     _quieten()
     config = settings.trainer
     device = resolve_device(config.accelerator)
+    require_elsewhere(config.offload, device)
     precision = resolve_precision(config.precision, device)
     vocab_size = dataset.tokenizer.vocab_size
     saved = find_checkpoint(folder) if resume else None
@@ -145,9 +149,6 @@ def fit(
     if model.task_head is not None:
         leave_unread(model)
     trained = lora.n_trained(model)
-    if config.compile:
-        require_compiler(device)
-        model.compile_blocks()
 
     launched = _lightning(device, config, precision)
     budget, stream = plan(
@@ -159,8 +160,21 @@ def fit(
         in_order=model.carries,
     )
     _prepare_attention(settings, budget, vocab_size, device, precision, console)
+    compiled = _compiles(settings, budget, vocab_size, device, console)
+    if compiled:
+        model.compile_blocks()
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
-    module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)
+    if config.update == "backward":
+        require_one_micro_batch(config, stream, budget)
+    module = LanguageModel(
+        model,
+        optimizer,
+        stream,
+        budget,
+        smoothing=settings.objective.label_smoothing,
+        update=config.update,
+        offload=config.offload,
+    )
     if saved:
         module.step, module.seconds = saved.step, saved.seconds
 
@@ -204,6 +218,7 @@ def fit(
             "n_steps": budget.n_steps if budget.bounded else module.step,
             "validate_every": saver.validate_every,
             "checkpoint_every": saver.save_every,
+            **({"compile": compiled} if config.compile == "auto" else {}),
             **({"attention_kernel": native.ran()} if native.ran() else {}),
             **({"trained_parameters": trained} if config.lora.r != "none" else {}),
         },
@@ -272,13 +287,34 @@ def _prepare_attention(
     parts = Parts(settings.model, settings.position, settings.attention)
     if native_from(parts, precision) is None:
         return
-    operations = budget.n_tokens * flops_per_token(
-        settings.model, settings.attention, vocab_size=vocab_size, context=settings.context
-    )
+    operations = _operations(settings, budget, vocab_size)
     if not budget.bounded:
         operations = budget.max_seconds * native.OPERATIONS_PER_SECOND
     native.prepare(
         settings.attention.kernel, operations, lambda line: console.print(Text(line, style="dim"), soft_wrap=True)
+    )
+
+
+def _compiles(settings: TrainSettings, budget: Budget, vocab_size: int, device: torch.device, console: Console) -> bool:
+    """Whether the run's blocks are compiled; says what `auto` has chosen."""
+    trainer, refusal = settings.trainer, ""
+    if trainer.compile == "auto":
+        try:
+            check_compiled(settings.model, trainer)
+        except IncompatibleError as error:
+            refusal = str(error).partition(": ")[2].partition(";")[0]
+    operations = _operations(settings, budget, vocab_size) if budget.bounded else math.inf
+    compiled, why = decide(trainer.compile, device, operations, budget.max_seconds, refusal)
+    if why:
+        said = "blocks are compiled" if compiled else "blocks are not compiled"
+        console.print(Text(f"{said} (trainer.compile=auto): {why}", style="dim"), soft_wrap=True)
+    return compiled
+
+
+def _operations(settings: TrainSettings, budget: Budget, vocab_size: int) -> float:
+    """Floating-point operations of the whole run."""
+    return budget.n_tokens * flops_per_token(
+        settings.model, settings.attention, vocab_size=vocab_size, context=settings.context
     )
 
 
@@ -387,17 +423,21 @@ def freeze(model: Model, patterns: Sequence[str]) -> None:
         raise ConfigError("trainer.freeze: nothing is left to train")
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raises ConfigError where torch.compile would find out, steps later, that there is no compiler for this device."""
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ConfigError("trainer.compile: there is no C++ compiler here (g++); use trainer.compile=false") from error
+def require_one_micro_batch(config: TrainerConfig, stream: Stream, budget: Budget) -> None:
+    """Raises ConfigError where a step's gradient is a sum over several backward passes, which has to be kept until the last."""
+    first = 0
+    for stage in budget.stages:
+        n, tokens = stream.micro_batches(first), stage.rows * stage.context
+        if n > 1:
+            given = config.micro_batch != "auto"
+            instead = (
+                f"trainer.micro_batch={config.micro_batch * n}" if given else f"trainer.batch_tokens={tokens // n}"
+            )
+            raise ConfigError(
+                f"trainer.update: backward sees a step's gradients in one pass, and {tokens} tokens at context={stage.context} "
+                f"take {n} micro-batches; use step, or {instead}"
+            )
+        first += stage.steps
 
 
 class SetState(lightning.Callback):

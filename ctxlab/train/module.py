@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning
@@ -11,10 +12,12 @@ from torch import Tensor
 from ctxlab.data.stream import Batch, Stream
 from ctxlab.data.windows import IGNORED
 from ctxlab.model.base import Model
+from ctxlab.model.offload import OffloadSetting, offloaded
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.train.budget import Budget
 from ctxlab.train.objectives.prefix import prefix_lengths
 from ctxlab.train.optim.base import Optimizer, rate_factor
+from ctxlab.train.optim.early import EarlyUpdates, Update
 
 
 class LanguageModel(lightning.LightningModule):
@@ -31,7 +34,15 @@ class LanguageModel(lightning.LightningModule):
     """
 
     def __init__(
-        self, model: Model, optimizer: Optimizer, stream: Stream, budget: Budget, *, smoothing: float = 0.0
+        self,
+        model: Model,
+        optimizer: Optimizer,
+        stream: Stream,
+        budget: Budget,
+        *,
+        smoothing: float = 0.0,
+        update: Update = "step",
+        offload: OffloadSetting = "none",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -39,6 +50,8 @@ class LanguageModel(lightning.LightningModule):
         self.optimizer = optimizer
         self.stream = stream
         self.smoothing = smoothing
+        self.update = update
+        self.offload = offload
         self.budget = budget
         self.step = 0
         self.seconds = 0.0  # of training, over all attempts; a callback keeps it
@@ -49,10 +62,18 @@ class LanguageModel(lightning.LightningModule):
         self.rate = 0.0
         self.memories: list[SegmentMemory] = []  # of a recurrent model, one for each micro-batch of a step
         self._micro = 0
+        self._early: EarlyUpdates | None = None
         self._sums: Tensor | None = None  # loss and nats of the micro-batches so far
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer.build(self.model)
+        built = self.optimizer.build(self.model)
+        if self.update == "backward":
+            self._early = EarlyUpdates(built)
+        return built
+
+    def on_train_end(self) -> None:
+        if self._early is not None:
+            self._early.end()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Ranks exchange gradients once a step, with its last micro-batch (read by DDP at the start of its forward).
@@ -63,9 +84,15 @@ class LanguageModel(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         source: Any = {} if batch.source is None else {"source": batch.source, "source_lengths": batch.source_lengths}
         prefix: Any = {"prefix": prefix_lengths(batch.targets)} if self.model.prefix else {}
-        hidden = self.model.hidden(
-            batch.tokens, lengths=batch.lengths, segments=batch.segments, memory=self._memory(batch), **source, **prefix
-        )  # (B, T, d_model)
+        with self._kept():
+            hidden = self.model.hidden(
+                batch.tokens,
+                lengths=batch.lengths,
+                segments=batch.segments,
+                memory=self._memory(batch),
+                **source,
+                **prefix,
+            )  # (B, T, d_model)
         targets = batch.targets
         if self.model.task_head is not None:
             losses, nats = self.model.task_head.losses(hidden, targets, batch.lengths, self.smoothing)
@@ -77,6 +104,8 @@ class LanguageModel(lightning.LightningModule):
         del hidden  # backward frees it once the head has been there
         n_targets = max(1, batch.n_targets_in_step)  # of no targets the loss is 0
         loss = losses.sum() / n_targets
+        if self._early is not None:
+            self._set_rates()
         # DDP averages gradients over ranks where the sum is meant.
         self.manual_backward(loss * self.trainer.world_size)
         sums = torch.stack([loss.detach(), nats.sum() / n_targets])  # (2,)
@@ -85,6 +114,10 @@ class LanguageModel(lightning.LightningModule):
         self.stepped = self._micro == self.stream.micro_batches(self.step)
         if self.stepped:
             self._update()
+
+    def _kept(self) -> AbstractContextManager[None]:
+        """Where what backward needs is kept until then."""
+        return nullcontext() if self.offload == "none" else offloaded(self.model.parameters())
 
     def _memory(self, batch: Batch) -> SegmentMemory | None:
         """What the rows of a micro-batch remember: nothing where they begin something new."""
@@ -101,14 +134,14 @@ class LanguageModel(lightning.LightningModule):
 
     def _update(self) -> None:
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        config = self.optimizer.config
-        limit = config.clip if config.clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        factor = rate_factor(config, self.step, self.budget.progress(self.step, self.seconds))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if self._early is not None:
+            norm = self._early.take_norm(list(self.model.parameters()))
+        else:
+            clip = self.optimizer.config.clip
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip if clip > 0 else float("inf"))
+            self._set_rates()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         assert self._sums is not None
         total = self._sums
         if self.trainer.world_size > 1:
@@ -120,3 +153,10 @@ class LanguageModel(lightning.LightningModule):
         self.step += 1
         self._micro = 0
         self._sums = None
+
+    def _set_rates(self) -> None:
+        """Learning rates of the step in hand."""
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        factor = rate_factor(self.optimizer.config, self.step, self.budget.progress(self.step, self.seconds))
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor

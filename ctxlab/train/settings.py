@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ctxlab.fields import Count, Length, OrAuto, OrNone, Seconds
+from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.remake import RecomputeSetting
 from ctxlab.registry import ComponentConfig
+from ctxlab.train.compiling import CompileSetting
+from ctxlab.train.optim.early import Update
 
 UNCHANGED_BY: dict[str, Any] = {"identity": False}  # a field that changes no number: left out of a cell's identity
 
@@ -67,8 +70,18 @@ class TrainerConfig(ComponentConfig):
         description="what backward computes again instead of keeping it: nothing that takes time, feed-forward layers, or "
         "whole blocks; auto: the least that fits the machine",
     )
+    offload: OffloadSetting = Field(
+        "none", description="cpu: what backward needs waits in the host's memory, pinned, and not in the GPU's"
+    )
     loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
-    compile: bool = False
+    update: Update = Field(
+        "step",
+        description="when weights are updated: in one step behind the backward pass, or each within it as soon as its "
+        "gradient is complete, which is freed at once",
+    )
+    compile: CompileSetting = Field(
+        False, description="torch.compile; auto: where the run is so long that it pays, never on a CPU"
+    )
     validate_every: OrAuto | OrNone | Count = Field("auto", description="steps between validations; auto: 5 in a run")
     validate_tokens: Count = Field(32_768, description="validation tokens scored each time")
     log_every: Count = Field(1, json_schema_extra=UNCHANGED_BY)

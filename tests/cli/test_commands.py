@@ -178,7 +178,7 @@ def test_eval_of_one_run_and_of_two_side_by_side(trained: Path) -> None:
     Path("runs/other-aaaa/run.json").write_text(json.dumps({**record, "id": "other-aaaa"}))
     before = ids()
     done = ctxlab(
-        "eval", "run=[nano,other]", "checkpoint=best", "logger.mode=disabled", "eval.perplexity.max_tokens=1k",
+        "eval", "run=[nano,other]", "checkpoint=best", "logger.mode=disabled", "eval.perplexity.max_tokens=256",
         "eval.perplexity.lengths=[32,64]",
         "eval.perplexity.strides=[16]", "eval.perplexity.streaming=[32]", "eval.perplexity.bos=true", "--json",
     )  # fmt: skip
@@ -464,7 +464,8 @@ def test_cells_of_different_contexts_score_the_same_tokens(place: Path) -> None:
     from ctxlab.config.prepare import prepare
 
     words = ("data.path=short.jsonl", "context=32,64,100", "data.packed=true", "eval.perplexity.max_tokens=none")
-    cells = prepare(split("train", ["-m", *QUIET, *words])).cells
+    few = ("trainer.max_steps=1", "trainer.batch_tokens=100", "trainer.validate_every=none")
+    cells = prepare(split("train", ["-m", *QUIET, *words, *few])).cells
     scored = []
     for cell in cells:
         before = ids()

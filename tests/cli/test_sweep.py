@@ -130,8 +130,9 @@ def test_limits_end_a_cell_and_not_the_sweep(place: Path) -> None:
 
 def test_a_cell_that_cannot_run_is_a_result(place: Path) -> None:
     """Its documents are too short for one cell: that one fails with the reason and runs again when the sweep goes on."""
-    words = ("context=64,16k", "trainer.batch_tokens=16384", "trainer.max_steps=1", "sweep.jobs=2")
-    done = ctxlab("train", "-m", *SMALL, *words)
+    small = [word for word in SMALL if not word.startswith("eval.")]
+    words = ("context=64,16k", "trainer.batch_tokens=16384", "trainer.max_steps=1", "eval=none", "sweep.jobs=2")
+    done = ctxlab("train", "-m", *small, *words)
     assert done.code == 1
     short, long = cells()
     assert (short.record.status, long.record.status) == ("done", "failed")
@@ -252,7 +253,8 @@ def test_another_launcher_runs_the_same_cells(launcher: tuple[str, ...], place: 
     """Hydra counts; the cells are those that were written down, and the line's own settings reach the launcher."""
     if launcher[0] != "hydra/launcher=basic":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = ctxlab("train", "-m", *SMALL, "position=rope,nope", "logger.mode=disabled", *launcher)
+    few = ("trainer.max_steps=1", "trainer.batch_tokens=64", "eval=perplexity", "eval.perplexity.max_tokens=256")
+    done = ctxlab("train", "-m", *SMALL, *few, "position=rope,nope", "logger.mode=disabled", *launcher)
     assert done.code == 0, done.err
     (sweep,) = (json.loads(path.read_text(encoding="utf-8")) for path in place.glob("runs/sweeps/*/sweep.json"))
     records = [json.loads((place / "runs" / cell / "run.json").read_text(encoding="utf-8")) for cell in sweep["cells"]]

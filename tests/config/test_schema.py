@@ -244,6 +244,18 @@ def test_units_are_read(composed: dict[str, Any]) -> None:
             "context_schedule.0.context: 512 is longer than",
         ),
         ({"eval__perplexity__lengths": [64], "eval__perplexity__segment": 32}, "eval.perplexity.lengths: 64 is longer"),
+        (
+            {"trainer__update": "backward"},
+            "^optim.clip: 1 is a norm of the whole gradient, which trainer.update=backward never holds; use optim.clip=0$",
+        ),
+        (
+            {"trainer__update": "backward", "optim__clip": 0.0, "trainer__devices": 2},
+            "^trainer.update: 2 processes add up their gradients behind the backward pass; use step$",
+        ),
+        (
+            {"trainer__offload": "cpu", "trainer__compile": True},
+            r"^trainer.offload: torch decides by itself what a compiled block \(trainer.compile\) keeps; use none$",
+        ),
         ({"model__head_dim": 33}, "model.head_dim: rope rotates pairs and needs an even number, got 33"),
     ],
 )

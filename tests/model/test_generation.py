@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctxlab.errors import ConfigError, UndefinedBeyondTraining
-from ctxlab.model.generation import DecodingConfig, choose, generate
+from ctxlab.errors import ConfigError, RunError, UndefinedBeyondTraining
+from ctxlab.model.generation import DecodingConfig, chances, choose, generate
 from tests.model.builders import build, tokens
 
 GREEDY = DecodingConfig(temperature=0.0, max_new_tokens=24)
@@ -115,6 +116,69 @@ def test_sampling_distribution(settings: dict[str, float], expected: list[float]
     target = torch.tensor(expected)
     assert (found[target == 0] == 0).all()
     assert (found - target).abs().max() < 4 * (0.25 / 4000) ** 0.5  # four standard errors
+
+
+def by_sorting(logits: torch.Tensor, config: DecodingConfig) -> torch.Tensor:
+    """Every token's chance (V,), from all of them in falling order, one by one."""
+    order = sorted(range(len(logits)), key=lambda token: (-float(logits[token]), token))
+    order = order[: config.top_k or None]
+    top = float(logits.max())
+    weights = [math.exp((float(logits[token]) - top) / config.temperature) for token in order]
+    p = [weight / sum(weights) for weight in weights]
+    left = torch.zeros(len(logits), dtype=torch.float64)
+    for place, token in enumerate(order):
+        if (config.top_p == 1 or math.fsum(p[:place]) < config.top_p) and p[place] >= config.min_p * p[0]:
+            left[token] = p[place]
+    return left / left.sum()
+
+
+@pytest.mark.parametrize("vocab_size", [5, 64, 700])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 30.0])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {}, {"top_k": 3}, {"top_p": 0.3}, {"top_p": 0.97}, {"min_p": 0.03}, {"top_p": 0.8, "min_p": 0.2},
+        {"top_k": 65, "top_p": 0.85}, {"top_k": 4, "min_p": 0.5}, {"top_k": 300, "top_p": 0.9, "min_p": 0.01},
+    ],
+)  # fmt: skip
+def test_chances_are_those_of_a_sorted_vocabulary(vocab_size: int, temperature: float, cut: dict[str, float]) -> None:
+    config = DecodingConfig(temperature=temperature, **cut)  # type: ignore[arg-type]
+    logits = 4 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    p, ids = chances(logits, config)
+    found = p if ids is None else torch.zeros(vocab_size).scatter(0, ids, p)
+    expected = by_sorting(logits, config)
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close((found / found.sum()).double(), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_of_equal_tokens_at_the_edge_of_a_nucleus_the_first_stay() -> None:
+    logits = torch.log(torch.tensor([0.125, 0.25, 0.125, 0.125, 0.25, 0.125]))
+    for top_p, kept in ((0.55, [0, 1, 4]), (0.7, [0, 1, 2, 4]), (0.2, [1]), (0.8, [0, 1, 2, 3, 4])):
+        config = DecodingConfig(top_p=top_p)
+        assert chances(logits, config)[0].nonzero()[:, 0].tolist() == kept
+        assert by_sorting(logits, config).nonzero()[:, 0].tolist() == kept
+    many = torch.zeros(1000)  # more alike than are looked at first
+    assert chances(many, DecodingConfig(top_p=0.3005))[0].nonzero()[:, 0].tolist() == list(range(301))
+
+
+def test_without_cuts_nothing_is_sorted() -> None:
+    class Sorts(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.n += func.overloadpacket in (torch.ops.aten.sort, torch.ops.aten.topk)
+            return func(*args, **(kwargs or {}))
+
+    random = torch.Generator().manual_seed(0)
+    for settings, n in (({}, 0), ({"min_p": 0.1}, 0), ({"top_k": 2}, 1)):
+        with Sorts() as sorts:
+            choose(LOGITS, DecodingConfig(**settings), random)
+        assert sorts.n == n
+
+
+def test_what_is_no_number_is_not_drawn_from() -> None:
+    with pytest.raises(RunError, match="the model's logits are no numbers"):
+        choose(torch.tensor([0.0, math.nan]), DecodingConfig(), torch.Generator())
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ctxlab.profiling import measure
 from ctxlab.profiling import point as points
 from ctxlab.profiling.measure import Point, measure_step, run_point
 from ctxlab.profiling.point import start_peak
+from ctxlab.profiling.predict import Predictor
 from ctxlab.records.run import Run
 from ctxlab.records.schema import Measurement
 from ctxlab.train import memory
@@ -106,6 +108,17 @@ def test_memory_is_what_closed_forms_add_up_to(start: Start) -> None:
     assert result["peak_memory_bytes"] < parts.all
     assert result["peak_memory_bytes"] == pytest.approx(parts.all - parts.gradients, rel=0.05)
     assert result["total_bytes"] - result["peak_memory_bytes"] > 100 * MIB, "torch takes more than that"
+
+
+@HAS_PROC
+def test_updates_within_backward_save_what_a_prediction_says(start: Start) -> None:
+    """mini at 32 tokens: all gradients but one, 40 MiB of 11.4M weights."""
+    at = point("mini", 32)
+    points = at, replace(at, update="backward")
+    measured = [future.result()["peak_memory_bytes"] for future in [start(one) for one in points]]
+    predicted = [Predictor(one).memory(32).bytes for one in points]
+    assert measured[0] - measured[1] == pytest.approx(predicted[0] - predicted[1], rel=0.05)
+    assert measured[0] - measured[1] > 0.8 * closed(at).gradients
 
 
 @HAS_PROC

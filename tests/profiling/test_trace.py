@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctxlab.model import count
 from ctxlab.model.base import build_model, read_parts
-from ctxlab.model.remake import POLICIES
+from ctxlab.model.remake import POLICIES, Recompute
 from ctxlab.profiling.predict import ROOM, Predictor
 from ctxlab.profiling.trace import KINDS, Live, trace_step, trace_update
 from tests.profiling.builders import point
@@ -75,6 +75,29 @@ def test_adamw_keeps_two_numbers_a_weight_and_one_a_tensor() -> None:
     tensors = len(list(build_model(parts, vocab_size=at.vocab_size, context=64).parameters()))
     assert state == 2 * weights + 4 * tensors
     assert (update["weights"], update["gradients"]) == (weights, weights)
+
+
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_of_what_waits_elsewhere_the_device_holds_nothing(recompute: Recompute) -> None:
+    """Behind the forward pass, of 6 MiB and more: the hidden states that the loss reads, and less than 64 KiB a piece."""
+    at = point("nano", 2048, recompute=recompute)
+    kept, away = (trace_step(p)[1]["activations"] for p in (at, replace(at, offload="cpu")))
+    hidden = 4 * 2048 * read_parts(at.__dict__).model.d_model
+    assert hidden <= away < hidden + 2**16 * 16 < kept
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_updates_within_backward_hold_one_gradient_at_a_time(optim: str) -> None:
+    """At the worst, the largest matrix'; and the optimizer keeps what it does behind backward."""
+    at = point("nano", 64, optim=optim, vocab_size=256)
+    early = replace(at, update="backward")
+    whole, freed = (max(split["gradients"] for split in Predictor(a).moments(64)) for a in (at, early))
+    model = build_model(read_parts(at.__dict__), vocab_size=at.vocab_size, context=64)
+    sizes = sorted(4 * parameter.numel() for parameter in model.parameters())
+    assert whole == sum(sizes)
+    assert freed == sizes[-1]
+    for kind in ("weights", "optimizer"):
+        assert {split[kind] for split in Predictor(early).moments(64)} == {Predictor(at).memory(64).split[kind]}
 
 
 @pytest.mark.parametrize(

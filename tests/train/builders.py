@@ -132,7 +132,8 @@ def train(
     """Trains in this process, with checkpoints below `tmp_path`."""
     rows = Rows()
     folder = tmp_path / name
-    outcome = fit(config, data, folder=folder, sink=rows, console=Console(file=open(os.devnull, "w")), **how)  # noqa: SIM115
+    how = {"console": Console(file=open(os.devnull, "w"))} | how  # noqa: SIM115
+    outcome = fit(config, data, folder=folder, sink=rows, **how)
     return Trained(outcome, rows, folder)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from ctxlab.errors import ConfigError
-from tests.train.builders import dataset, settings, train
+from ctxlab.errors import ConfigError, IncompatibleError
+from ctxlab.train.compiling import check_compiled, decide
+from tests.train.builders import computed, dataset, settings, train
 
 
 def test_without_a_compiler_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +23,47 @@ def test_without_a_compiler_it_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-compiler"),))
     with pytest.raises(ConfigError, match=r"^trainer.compile: there is no C\+\+ compiler here \(g\+\+\); use "):
         train(tmp_path, dataset(tmp_path), settings(compile=True))
+
+
+def test_auto_compiles_nothing_on_a_cpu_says_so_and_runs_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiler(_: torch.device) -> None:
+        raise AssertionError("nobody needs it")
+
+    monkeypatch.setattr("ctxlab.train.compiling.require_compiler", compiler)
+    data, said = dataset(tmp_path), io.StringIO()
+    auto = train(tmp_path, data, settings(max_steps=2, compile="auto"), "auto", console=Console(file=said))
+    plain = train(tmp_path, data, settings(max_steps=2), "plain")
+    assert computed(auto.rows.rows) == computed(plain.rows.rows)
+    assert auto.outcome.resolved["compile"] is False
+    assert "compile" not in plain.outcome.resolved
+    line = "blocks are not compiled (trainer.compile=auto): on a CPU blocks run in kernels that are compiled already\n"
+    assert line in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("operations", "max_seconds", "compiled", "why"),
+    [
+        (2.06e16, math.inf, False, "a run of about 3:26 min would save less than compiling takes"),
+        (2.07e16, math.inf, True, "about 1:00 min of compiling save a third of each step"),
+        (1e30, 60.0, False, "a run of about 1:00 min would save less than compiling takes"),
+        (math.inf, 3600.0, True, "about 1:00 min of compiling save a third of each step"),
+    ],
+)
+def test_on_a_gpu_auto_goes_by_the_length_of_the_run(
+    operations: float, max_seconds: float, compiled: bool, why: str
+) -> None:
+    """1.41 times as fast, 60 s pay from 60 x 1.41 / 0.41 = 206.3 s on, at 1e14 operations a second."""
+    assert decide("auto", torch.device("cuda"), operations, max_seconds) == (compiled, why)
+
+
+def test_what_cannot_be_compiled_auto_leaves_alone() -> None:
+    recompute = settings(compile="auto", recompute="selective")
+    with pytest.raises(IncompatibleError) as refused:
+        check_compiled(recompute.model, recompute.trainer)
+    assert decide("auto", torch.device("cuda"), 1e30, math.inf, str(refused.value)) == (False, str(refused.value))
+    assert decide(False, torch.device("cuda"), 1e30, math.inf) == (False, "")
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from ctxlab.data.stream import Stage, TrainStream
 from ctxlab.data.tasks.dataset import TaskDataset, prepare_task
 from ctxlab.data.tasks.mqar import MQAR
 from ctxlab.data.tokenizers.ids import Ids
+from ctxlab.errors import ConfigError
 from ctxlab.model.base import Model, Parts, build_model
+from ctxlab.model.offload import offloaded, to_host
 from ctxlab.train.loop import TrainSettings
-from tests.train.builders import dataset, settings, train
+from tests.train.builders import computed, dataset, settings, train
 
 
 @dataclass
@@ -191,6 +194,31 @@ def test_recomputed_activations_give_the_same_bits_under_dropout(
     assert [row["loss"] for row in kept.rows.of("train")] == [row["loss"] for row in again.rows.of("train")]
     for name, weight in kept.weights.items():
         assert torch.equal(weight, again.weights[name]), name
+
+
+def test_what_waits_elsewhere_for_backward_changes_no_bit(
+    tmp_path: Path, data: TextDataset | TaskDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+
+    def move(kept: Tensor) -> Callable[[], Tensor]:
+        moved.append(kept.numel())
+        return to_host(kept)
+
+    config: dict[str, Any] = {"max_steps": 3, "model": {"dropout": 0.2}, "micro_batch": 4, "recompute": "block"}
+    kept = train(tmp_path, data, settings(**config), "kept")
+    monkeypatch.setattr("ctxlab.train.loop.require_elsewhere", lambda *_: None)
+    monkeypatch.setattr("ctxlab.train.module.offloaded", functools.partial(offloaded, smallest=1, move=move))
+    away = train(tmp_path, data, settings(**config, offload="cpu"), "away")
+    assert moved
+    assert computed(away.rows.rows) == computed(kept.rows.rows)
+    for name, weight in kept.weights.items():
+        assert torch.equal(weight, away.weights[name]), name
+
+
+def test_offload_is_refused_on_a_cpu(tmp_path: Path, data: TextDataset | TaskDataset) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer.offload: on a CPU "):
+        train(tmp_path, data, settings(offload="cpu"))
 
 
 def test_bf16_backward_is_that_of_plain_autocast(tmp_path: Path, data: TextDataset | TaskDataset) -> None:

@@ -9,19 +9,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.train.optim.base import OPTIMIZERS
 from ctxlab.train.precision import autocast
+from ctxlab.train.trained import train_only
 
 if TYPE_CHECKING:
     from ctxlab.profiling.measure import Point
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries")
 """What bytes are there for: activations are what the forward pass leaves, logits what the loss does, temporaries the rest."""
+
+
+_ASKED_FOR_NUMBERS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_NO_NUMPY = ".numpy() is not supported for tensor subclasses"  # what torch says where an array is asked for
+
+
+def asked_for_numbers(error: Exception) -> bool:
+    """Whether a trace ended because a component asked fake tensors for what they do not have: values, a shape that depends on
+    values, an array, an operation that torch knows nothing of. Anything else is a fault of the component."""
+    return isinstance(error, _ASKED_FOR_NUMBERS) or (isinstance(error, RuntimeError) and _NO_NUMPY in str(error))
 
 
 class Live(TorchDispatchMode):
@@ -92,8 +115,9 @@ def trace_step(point: Point) -> list[dict[str, int]]:
     bytes grow as a line, so that the whole is the largest of some lines.
 
     The model and the loss are the real ones, run once over the context on torch's fake tensors: shapes and lifetimes without
-    memory or arithmetic. Kernels are those of a CPU. Raises whatever a component raises that asks for numbers, which fake
-    tensors do not have.
+    memory or arithmetic. Kernels are those of a CPU, of which torch was built everywhere: where it was built without CUDA, a
+    backward pass over fake tensors of that device ends the process. Raises what `asked_for_numbers` knows where a component asks
+    for numbers.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         model = _model(point)
@@ -103,7 +127,7 @@ def trace_step(point: Point) -> list[dict[str, int]]:
             live.is_now(parameter.grad, "gradients")
             live.mark()
 
-        for parameter in model.parameters():
+        for parameter in _trained(model):
             parameter.register_post_accumulate_grad_hook(arrived)
         memory = model.new_memory(1) if model.carries else None
         if memory is not None:
@@ -131,7 +155,7 @@ def trace_update(point: Point) -> tuple[int, dict[str, int]]:
         optim = OPTIMIZERS.get(point.optim["name"])(OPTIMIZERS.config(point.optim))
         optimizer = optim.build(model)
         with live.counting("gradients"):
-            for parameter in model.parameters():
+            for parameter in _trained(model):
                 parameter.grad = torch.empty_like(parameter)
         live.kind = "temporaries"
         optimizer.step()
@@ -146,6 +170,20 @@ def trace_update(point: Point) -> tuple[int, dict[str, int]]:
     return live.now["optimizer"], live.moments[-1]
 
 
+def count_weights(point: Point) -> tuple[int, int]:
+    """All weights of the model, adapters among them, and those that are trained.
+
+    Raises ConfigError where what is frozen or adapted has no such name.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _model(point)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in _trained(model))
+
+
+def _trained(model: Model) -> list[Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _model(point: Point) -> Model:
     model = build_model(
         read_parts(point.__dict__),
@@ -153,5 +191,7 @@ def _model(point: Point) -> Model:
         context=point.context,
         source_vocab_size=point.source_vocab_size,
     )
+    assert point.recompute != "auto", "Point.at comes first"
     model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
+    train_only(model, point.freeze, point.lora)
     return model

@@ -278,7 +278,7 @@ def _ways(peaks: Sequence[Measurement], device: str) -> list[str]:
         "; ".join(texts if len(found) > 1 else found),
     ]
     if CLOSED_FORM in found:
-        lines.append(f"a {CLOSED_FORM} adds up parts that are never there together: a step needs less than it says")
+        lines.append(f"a {CLOSED_FORM} adds up parts that are never there together, and says rather too much")
     if device != "cpu" and set(found) != {CLOSED_FORM}:
         lines.append(f"traced with the CPU's kernels: those of {device} may keep more or less")
     return lines

@@ -169,8 +169,8 @@ def fit(
         in_order=model.carries,
     )
     if config.recompute == "auto":
-        said = f"trainer.recompute=auto: {model.recompute}, the least that fits"
-        console.print(Text(f"{said} {format_bytes(total_memory_bytes(device))}", style="dim"), soft_wrap=True)
+        said = f"trainer.recompute=auto: {model.recompute}, by {format_bytes(total_memory_bytes(device))} of memory"
+        console.print(Text(said, style="dim"), soft_wrap=True)
     _prepare_attention(settings, budget, vocab_size, device, precision, console)
     optimizer = OPTIMIZERS.get(settings.optim.name)(settings.optim)
     module = LanguageModel(model, optimizer, stream, budget, smoothing=settings.objective.label_smoothing)

@@ -7,14 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
+from ctxlab.cli.scoring import step_point
+from ctxlab.model.count import standing_bytes
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling import measure
 from ctxlab.profiling.measure import Point
 from ctxlab.profiling.plan import changes, planned
 from ctxlab.profiling.policy import AutoPredictor, predictor_of
 from ctxlab.profiling.predict import Predictor
+from ctxlab.train.loop import chosen_policy
+from ctxlab.train.optim.base import OPTIMIZERS
 from tests.profiling.builders import closed, point
+from tests.train.builders import settings
 
 MEMORY = 100 * 2**20
 UNDER: list[Any] = list(POLICIES)
@@ -55,6 +61,21 @@ def test_frozen_weights_leave_room_for_a_cheaper_policy() -> None:
     total = auto().n_parameters(last)
     assert auto().at(last + 64).recompute == "selective"
     assert auto(counted=(total, total // 2)).at(last + 64).recompute == "none"
+
+
+@pytest.mark.parametrize("trainer", [{}, {"micro_batch": 2}, {"freeze": ("embedding",)}], ids=str)
+def test_a_training_and_its_plan_choose_alike(trainer: dict[str, Any]) -> None:
+    config = settings(recompute="auto", **trainer)
+    at = step_point(config, vocab_size=300, precision="fp32", device=torch.device("cpu"), memory=1)
+    all_weights, trained = at.counted or (at.n_parameters(config.context),) * 2
+    standing = standing_bytes(all_weights, trained, OPTIMIZERS.get(config.optim.name).states)
+    found = []
+    for memory in (standing + kib * 1024 for kib in range(0, 8192, 128)):
+        policy = chosen_policy(config, 300, "fp32", memory, standing)
+        assert replace(at, memory=memory).at(config.context).recompute == policy
+        found.append(policy)
+    assert found[0] == "block"
+    assert found[-1] == "none"
 
 
 def test_what_is_predicted_is_the_step_of_the_policy_there() -> None:

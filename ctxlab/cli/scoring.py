@@ -327,8 +327,8 @@ def step_point(
     """The training step that a config describes, without the head of a task; `memory` is what the device has, where it need not
     be asked.
 
-    counted: the weights that are trained, where these are not all, which raises ConfigError where what is frozen or adapted has
-    no such name; under recompute=auto they always are.
+    counted: the weights that are trained, where these are not all, which raises ConfigError where what is frozen has no such
+    name; under recompute=auto they always are.
     """
     trainer = config.trainer
     point = Point(
@@ -344,12 +344,11 @@ def step_point(
         recompute=trainer.recompute,
         loss_chunk=None if trainer.loss_chunk == "auto" else trainer.loss_chunk,
         freeze=tuple(name for name in trainer.freeze if not name.startswith(TASK_HEAD.rstrip("."))),
-        lora=None if trainer.lora.r == "none" else trainer.lora.model_dump(mode="json"),
         memory=memory or total_memory_bytes(device),
         micro_batch=trainer.micro_batch,
         step_tokens=trainer.batch_tokens // trainer.devices,
     )
-    if not (counted or trainer.recompute == "auto") or (not point.freeze and point.lora is None):
+    if not (counted or trainer.recompute == "auto") or (not point.freeze):
         return point
     return replace(point, counted=count_weights(replace(point, recompute="none")))
 

@@ -82,7 +82,6 @@ class Point:
     loss_chunk: int | None = None
     source_vocab_size: int | None = None  # where sources have tokens of their own
     freeze: tuple[str, ...] = ()
-    lora: dict[str, Any] | None = None
     counted: tuple[int, int] | None = None  # all weights and those that are trained, where these are fewer
     memory: int = 0
     micro_batch: int | Literal["auto"] = 1
@@ -116,7 +115,7 @@ class Point:
         return standing_bytes(total, trained, OPTIMIZERS.get(self.optim["name"]).states)
 
     def n_parameters(self, context: int) -> int:
-        """All weights of the model, without adapters."""
+        """All weights of the model."""
         sizes = {"vocab_size": self.vocab_size, "source_vocab_size": self.source_vocab_size}
         return parameters(*read_parts(self.__dict__), context=context, **sizes).total  # type: ignore[arg-type]
 

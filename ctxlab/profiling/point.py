@@ -33,7 +33,7 @@ from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.precision import Precision, autocast
-from ctxlab.train.trained import train_only
+from ctxlab.train.trained import freeze
 from ctxlab.units import format_bytes
 
 MIN_SECONDS, MIN_STEPS = 0.5, 3
@@ -63,10 +63,6 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
         import_file(name, Path(file))
     parts = read_parts(spec)
     ARCHITECTURES.get(parts.model.architecture).check_installed()  # imports are no model's either
-    if spec["lora"] is not None:
-        from ctxlab.train import lora
-
-        lora.check_installed()
     optim = OPTIMIZERS.get(spec["optim"]["name"])(OPTIMIZERS.config(spec["optim"]))
     torch.manual_seed(0)
     warm_up(optim, spec["precision"], device)
@@ -77,7 +73,7 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
         vocab_size, sources = spec["vocab_size"], spec["source_vocab_size"]
         model = build_model(parts, vocab_size=vocab_size, context=context, source_vocab_size=sources).to(device)
         model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
-        train_only(model, spec["freeze"], spec["lora"])
+        freeze(model, spec["freeze"])
         optimizer = optim.build(model)
         tokens = torch.randint(min(vocab_size, sources or vocab_size), (1, context + 1), device=device)
         if spec["what"] == "generation":

@@ -156,7 +156,7 @@ class Predictor:
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)
         shapes = point.n_parameters(context)  # of a learned table those change with the context
-        key = repr((point.model, point.position, point.attention, point.optim, point.freeze, point.lora, shapes))
+        key = repr((point.model, point.position, point.attention, point.optim, point.freeze, shapes))
         if key not in self.updates:
             self.updates[key] = trace_update(point)
         state, update = self.updates[key]

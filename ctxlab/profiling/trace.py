@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from ctxlab.model.base import Model, build_model, read_parts
 from ctxlab.train.optim.base import OPTIMIZERS
 from ctxlab.train.precision import autocast
-from ctxlab.train.trained import train_only
+from ctxlab.train.trained import freeze
 
 if TYPE_CHECKING:
     from ctxlab.profiling.measure import Point
@@ -171,10 +171,7 @@ def trace_update(point: Point) -> tuple[int, dict[str, int]]:
 
 
 def count_weights(point: Point) -> tuple[int, int]:
-    """All weights of the model, adapters among them, and those that are trained.
-
-    Raises ConfigError where what is frozen or adapted has no such name.
-    """
+    """All weights of the model, and those that are trained. Raises ConfigError where what is frozen has no such name."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _model(point)
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in _trained(model))
@@ -193,5 +190,5 @@ def _model(point: Point) -> Model:
     )
     assert point.recompute != "auto", "Point.at comes first"
     model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
-    train_only(model, point.freeze, point.lora)
+    freeze(model, point.freeze)
     return model

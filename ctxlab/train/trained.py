@@ -1,25 +1,14 @@
-"""What of a model is trained: all of it, all but what is frozen, or adapters."""
+"""What of a model is trained: all of it, or all but what is frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
 from ctxlab.errors import ConfigError
 from ctxlab.registry import nearest
-
-
-def train_only(model: nn.Module, frozen: Sequence[str], adapters: Mapping[str, Any] | None) -> None:
-    """Leaves in training what a run with these settings of `trainer.freeze` and, unless None, `trainer.lora` trains."""
-    if adapters is not None:
-        from ctxlab.train import lora  # what else it imports is in no other step
-        from ctxlab.train.settings import LoraConfig
-
-        lora.adapt(model, LoraConfig.model_validate(adapters, strict=False))
-    freeze(model, frozen)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -72,6 +72,14 @@ def test_auto_is_said_by_context_and_what_is_frozen_is_no_gradient(here: Path) -
     assert gradients.value <= 4 * resolved["trained_parameters"]
 
 
+def test_adapters_are_refused(here: Path) -> None:
+    for command in ("plan", "profile"):
+        refused = ctxlab(command, "model=nano", "trainer.lora.r=4")
+        assert (refused.code, refused.errors) == (
+            2, ["trainer.lora.r: the step with adapters is not measured or predicted, got 4; use none"],
+        )  # fmt: skip
+
+
 def test_what_cannot_be_frozen_is_refused_before_there_is_a_record(here: Path) -> None:
     refused = ctxlab(*SMALL, "trainer.freeze=[embeding]")
     assert (refused.code, refused.errors) == (

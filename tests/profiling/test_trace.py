@@ -14,7 +14,6 @@ from ctxlab.model.base import build_model, read_parts
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling.predict import ROOM, Predictor
 from ctxlab.profiling.trace import KINDS, Live, asked_for_numbers, count_weights, trace_step, trace_update
-from ctxlab.train.settings import LoraConfig
 from tests.profiling.builders import point
 
 MIB = 2**20
@@ -154,19 +153,6 @@ def test_predictors_of_other_weights_share_no_state() -> None:
     some = Predictor(replace(at, freeze=("blocks",)), updates).memory(64)
     assert some.bytes < whole.bytes
     assert Predictor(replace(at, freeze=("blocks",)), {}).memory(64) == some
-
-
-def test_adapters_alone_have_gradients() -> None:
-    """r (in + out) numbers for every query and value of nano's 4 layers, beside all that is there without them."""
-    pytest.importorskip("peft")
-    at = point("nano", 96)
-    adapted = replace(at, lora=LoraConfig(r=4, targets=("query", "value")).model_dump(mode="json"))
-    sizes = read_parts(at.__dict__).model
-    wide, narrow = sizes.n_heads * sizes.head_dim, sizes.n_kv_heads * sizes.head_dim
-    added = 4 * sizes.n_layers * ((sizes.d_model + wide) + (sizes.d_model + narrow))
-    assert count_weights(adapted) == (at.n_parameters(96) + added, added)
-    assert trace_update(adapted)[1]["gradients"] == 4 * added
-    assert Predictor(adapted).memory(96).bytes < Predictor(at).memory(96).bytes
 
 
 def test_the_longest_context_is_the_last_that_fits() -> None:

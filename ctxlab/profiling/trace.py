@@ -38,13 +38,13 @@ _ASKED_FOR_NUMBERS = (
     UnsupportedFakeTensorException,
     UnsupportedOperatorException,
 )
-_NO_NUMPY = ".numpy() is not supported for tensor subclasses"  # what torch says where an array is asked for
+_NO_SUBCLASS = "is not supported for tensor subclasses"  # what torch says where a list or an array is asked for
 
 
 def asked_for_numbers(error: Exception) -> bool:
     """Whether a trace ended because a component asked fake tensors for what they do not have: values, a shape that depends on
-    values, an array, an operation that torch knows nothing of. Anything else is a fault of the component."""
-    return isinstance(error, _ASKED_FOR_NUMBERS) or (isinstance(error, RuntimeError) and _NO_NUMPY in str(error))
+    values, a list or an array, an operation that torch knows nothing of. Anything else is a fault of the component."""
+    return isinstance(error, _ASKED_FOR_NUMBERS) or (isinstance(error, RuntimeError) and _NO_SUBCLASS in str(error))
 
 
 class Live(TorchDispatchMode):

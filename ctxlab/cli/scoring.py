@@ -46,11 +46,13 @@ from ctxlab.evaluation.translation import TranslationConfig, evaluate_translatio
 from ctxlab.model.base import Model, architecture_of
 from ctxlab.model.offload import require_elsewhere
 from ctxlab.profiling.measure import MeasureConfig, Point, measure_generation, measure_step
+from ctxlab.profiling.trace import count_weights
 from ctxlab.records.schema import DocumentSums, Measurement, TaskItem
 from ctxlab.records.sinks import Sink
 from ctxlab.records.store import Run, RunStore
 from ctxlab.report.task_tables import save_task_maps
-from ctxlab.train.loop import Dataset, chosen_policy
+from ctxlab.train.loop import Dataset
+from ctxlab.train.lora import TASK_HEAD
 from ctxlab.train.memory import peak_memory_bytes, total_memory_bytes
 from ctxlab.train.objectives.base import OBJECTIVES, Objective
 from ctxlab.train.objectives.causal import Causal
@@ -321,10 +323,17 @@ def step_point(
     device: torch.device,
     memory: int | None = None,
     source_vocab_size: int | None = None,
+    counted: bool = False,
 ) -> Point:
-    """The training step that a config describes; `memory` is what the device has, where it need not be asked."""
-    require_elsewhere(config.trainer.offload, device)
-    return Point(
+    """The training step that a config describes, without the head of a task; `memory` is what the device has, where it need not
+    be asked.
+
+    counted: the weights that are trained, where these are not all, which raises ConfigError where what is frozen has no such
+    name; under recompute=auto they always are.
+    """
+    trainer = config.trainer
+    require_elsewhere(trainer.offload, device)
+    point = Point(
         model=config.model.model_dump(mode="json"),
         position=_plain(config.position),
         attention=_plain(config.attention),
@@ -334,11 +343,24 @@ def step_point(
         context=config.context,
         precision=precision,
         device=device.type,
-        recompute=chosen_policy(config, vocab_size, precision, memory or total_memory_bytes(device)),
-        offload=config.trainer.offload,
-        update=config.trainer.update,
-        loss_chunk=None if config.trainer.loss_chunk == "auto" else config.trainer.loss_chunk,
+        recompute=trainer.recompute,
+        offload=trainer.offload,
+        update=trainer.update,
+        loss_chunk=None if trainer.loss_chunk == "auto" else trainer.loss_chunk,
+        freeze=tuple(name for name in trainer.freeze if not name.startswith(TASK_HEAD.rstrip("."))),
+        memory=memory or total_memory_bytes(device),
+        micro_batch=trainer.micro_batch,
+        step_tokens=trainer.batch_tokens // trainer.devices,
     )
+    if not (counted or trainer.recompute == "auto") or (not point.freeze):
+        return point
+    return replace(point, counted=count_weights(replace(point, recompute="none")))
+
+
+def step_facts(point: Point, context: int) -> dict[str, Any]:
+    """What settings became, for the record: the policy at this context, and the weights that are trained where they are fewer."""
+    facts: dict[str, Any] = {"recompute": point.at(context).recompute}
+    return facts if point.counted is None else {**facts, "trained_parameters": point.counted[1]}
 
 
 def _plain(part: Any) -> Any:

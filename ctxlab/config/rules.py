@@ -83,6 +83,10 @@ def check(config: CommandConfig) -> None:
             check_compiled(config.model, config.trainer)
     if isinstance(config, TrainConfig | ProfileConfig):
         config.profile.generates(config.model.architecture)
+    if isinstance(config, ProfileConfig | PlanConfig) and config.trainer.lora.r != "none":
+        raise IncompatibleError(
+            f"trainer.lora.r: the step with adapters is not measured or predicted, got {config.trainer.lora.r}; use none"
+        )
     if isinstance(config, TrainConfig | ProfileConfig | PlanConfig | ShowConfig):
         _scheme(config)
     if isinstance(config, TrainConfig | EvalConfig):

@@ -15,6 +15,9 @@ from ctxlab.model.remake import POLICIES, Recompute, RecomputeSetting
 Part = Any
 Precision = Literal["fp32", "bf16"]
 BERT_TYPES = 2  # of tokens, each with an embedding, in both of two BERTs
+JUDGED_SHARE = (
+    0.9  # of memory, that a step may need by closed form: the process and what kernels set aside need the rest
+)
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 # Tensors of the feed-forward width that backward needs, and those of them that it can make from the others.
 _HIDDEN = {"swiglu": 3, "geglu_tanh": 3, "gelu": 2, "gelu_tanh": 2, "relu": 1}
@@ -203,6 +206,17 @@ def activation_bytes(
     return kept + widest + rows * carried * memory + logits + casts
 
 
+def standing_bytes(weights: int, trained: int, states: int) -> int:
+    """Bytes that stand between two steps, all fp32: every weight, and of those that are trained a gradient and `states` numbers
+    of the optimizer."""
+    return 4 * (weights + trained * (1 + states))
+
+
+def rows_at_once(micro_batch: int | Literal["auto"], step_tokens: int, context: int) -> int:
+    """Rows of a micro-batch that memory has to hold: as many as are asked for and a step has, one where their number adapts."""
+    return 1 if micro_batch == "auto" else max(1, min(micro_batch, step_tokens // context))
+
+
 def chosen_recompute(
     setting: RecomputeSetting,
     config: SizesConfig,
@@ -211,11 +225,14 @@ def chosen_recompute(
     *,
     vocab_size: int,
     context: int,
+    rows: int,
     precision: Precision,
     loss_chunk: int | None,
+    standing: int,
     memory: float,
 ) -> Recompute:
-    """What `auto` becomes: the cheapest policy with which one row's activations fit `memory` bytes, else the most frugal."""
+    """What `auto` becomes: the cheapest policy with which `standing` bytes and the activations of `rows` x context tokens fit
+    JUDGED_SHARE of `memory` bytes; where none does, the most frugal."""
     if setting != "auto":
         return setting
     needed = {
@@ -225,13 +242,15 @@ def chosen_recompute(
             attention,
             vocab_size=vocab_size,
             context=context,
+            rows=rows,
             precision=precision,
             recompute=policy,
             loss_chunk=loss_chunk,
         )
         for policy in POLICIES
     }
-    return next((policy for policy in POLICIES if needed[policy] <= memory), min(POLICIES, key=lambda p: needed[p]))
+    free = JUDGED_SHARE * memory - standing
+    return next((policy for policy in POLICIES if needed[policy] <= free), min(POLICIES, key=lambda p: needed[p]))
 
 
 def kept_bytes_per_token(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ctxlab.evaluation.intervals import student_t_quantile
+from ctxlab.profiling.policy import AutoPredictor
 from ctxlab.profiling.predict import Predictor
 from ctxlab.records.schema import Measurement
 
@@ -47,7 +48,7 @@ def power_law(points: Sequence[tuple[float, float]]) -> PowerLaw:
     return PowerLaw(math.exp(mean_y - slope * mean_x), slope, slope - half, slope + half, n)
 
 
-def exponents(measured: Sequence[Measurement], predictor: Predictor) -> list[Measurement]:
+def exponents(measured: Sequence[Measurement], predictor: Predictor | AutoPredictor) -> list[Measurement]:
     """scaling_exponent of memory and of time, with 95% intervals, over the contexts that were measured.
 
     Memory is what was measured less what is no activation, as that is predicted: the logits of a chunk among it, with which a

@@ -21,10 +21,10 @@ from ctxlab.errors import IncompatibleError, RunError
 from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import ARCHITECTURES, read_parts
-from ctxlab.model.count import flops_per_token
+from ctxlab.model.count import chosen_recompute, flops_per_token, parameters, rows_at_once, standing_bytes
 from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.position.base import POSITIONS
-from ctxlab.model.remake import Recompute
+from ctxlab.model.remake import RecomputeSetting
 from ctxlab.profiling import READY
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig, Registry
@@ -67,7 +67,10 @@ class MeasureConfig(ComponentConfig):
 
 @dataclass(frozen=True)
 class Point:
-    """What one point runs: plain settings, as they go to the child process."""
+    """What one point runs: plain settings, as they go to the child process.
+
+    Under recompute=auto `at` says which policy a context has, by what a training with these settings would choose in `memory`.
+    """
 
     model: dict[str, Any]
     position: dict[str, Any] | Literal["none"]
@@ -77,13 +80,48 @@ class Point:
     context: int
     precision: str
     device: str
-    recompute: Recompute = "none"
+    recompute: RecomputeSetting = "none"
     offload: OffloadSetting = "none"
     update: Update = "step"
     loss_chunk: int | None = None
     source_vocab_size: int | None = None  # where sources have tokens of their own
+    freeze: tuple[str, ...] = ()
+    counted: tuple[int, int] | None = None  # all weights and those that are trained, where these are fewer
+    memory: int = 0
+    micro_batch: int | Literal["auto"] = 1
+    step_tokens: int = 0
     memory_limit: int | None = None
     enough_seconds: float = 3.0
+
+    def at(self, context: int, *, rows: int | None = None) -> Point:
+        """The same with this context, and the policy that it has there; of `rows` at once, or as many as are asked for."""
+        if self.recompute != "auto":
+            return replace(self, context=context)
+        parts = read_parts(self.__dict__)
+        if rows is None:
+            rows = rows_at_once(self.micro_batch, self.step_tokens, context)
+        policy = chosen_recompute(
+            "auto",
+            *parts,
+            vocab_size=self.vocab_size,
+            context=context,
+            rows=rows,
+            precision=self.precision,  # type: ignore[arg-type]
+            loss_chunk=self.loss_chunk,
+            standing=self.standing(context),
+            memory=self.memory,
+        )
+        return replace(self, context=context, recompute=policy)
+
+    def standing(self, context: int) -> int:
+        """Bytes of weights, gradients and the optimizer's numbers, by closed form."""
+        total, trained = self.counted or (self.n_parameters(context),) * 2
+        return standing_bytes(total, trained, OPTIMIZERS.get(self.optim["name"]).states)
+
+    def n_parameters(self, context: int) -> int:
+        """All weights of the model."""
+        sizes = {"vocab_size": self.vocab_size, "source_vocab_size": self.source_vocab_size}
+        return parameters(*read_parts(self.__dict__), context=context, **sizes).total  # type: ignore[arg-type]
 
 
 def run_point(point: Point, what: str, timeout: float) -> dict[str, Any]:
@@ -168,7 +206,7 @@ def start_child(words: Sequence[str], *, exact: bool, stderr: int = subprocess.P
 
 
 def _specification(point: Point, what: str) -> str:
-    return json.dumps({**point.__dict__, "what": what, "plugins": plugin_files(point)})
+    return json.dumps({**point.at(point.context).__dict__, "what": what, "plugins": plugin_files(point)})
 
 
 def plugin_files(point: Point) -> list[tuple[str, str]]:
@@ -203,10 +241,10 @@ def measure_step(
     """
     rows: list[Measurement] = []
     for context in contexts:
-        here = replace(point, context=context)
+        here = point.at(context)
         advance(f"memory of a step at {context}")
-        used = run_point(here, "memory", timeout)
-        sizes = ("total_bytes", "allocated_bytes", "source", "attention_kernel")
+        used = {"recompute": here.recompute, **run_point(here, "memory", timeout)}
+        sizes = ("recompute", "total_bytes", "allocated_bytes", "source", "attention_kernel")
         rows += _rows(used, context, (("peak_memory_bytes", "B"),), sizes)
         advance(f"time of a step at {context}")
         fits = used["status"] != "out_of_memory"

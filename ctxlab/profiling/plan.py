@@ -20,6 +20,7 @@ from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling.measure import Point
+from ctxlab.profiling.policy import AutoPredictor, predictor_of
 from ctxlab.profiling.predict import CLOSED_FORM, Prediction, Predictor
 from ctxlab.records.schema import Measurement
 from ctxlab.registry import ComponentConfig
@@ -74,7 +75,8 @@ def changes(point: Point) -> Iterator[tuple[str, Point]]:
     parts = read_parts(point.__dict__)
     architecture = ARCHITECTURES.get(parts.model.architecture)
     frugal, words = point, []
-    for policy in POLICIES[POLICIES.index(point.recompute) + 1 :]:
+    more_frugal = () if point.recompute == "auto" else POLICIES[POLICIES.index(point.recompute) + 1 :]
+    for policy in more_frugal:
         try:
             architecture.check_training(parts.model, packed=False, compiled=False, recompute=policy)
         except IncompatibleError:
@@ -109,19 +111,26 @@ def planned(
     memory: int,
     *,
     others: Iterable[tuple[str, Point]] = (),
+    rate: float | None = None,
     advance: Callable[[str], None] = lambda _: None,
 ) -> list[Measurement]:
-    """peak_memory_bytes with its parts and the cache at each context; the longest context and largest batch that fit."""
+    """peak_memory_bytes with its parts and the cache at each context; the longest context and largest batch that fit.
+
+    `rate`: FLOP/s of a matmul on the device, at which a step's operations would take `least_seconds`, if nothing else took any.
+    """
     parts = read_parts(point.__dict__)
     rows: list[Measurement] = []
     updates: dict[str, tuple[int, dict[str, int]]] = {}
-    predictor = Predictor(point, updates)
+    predictor = predictor_of(point, updates)
     for context in contexts:
         advance(f"a step at {context}")
         found = predictor.memory(context)
         facts: dict[str, Any] = {"way": found.way, "fits": predictor.fits(context, memory)}
+        facts["recompute"] = point.at(context).recompute
         flops = flops_per_token(parts.model, parts.attention, vocab_size=point.vocab_size, context=context) * context
         facts["flops"] = flops
+        if rate:
+            facts["least_seconds"] = flops / rate
         rows.append(_row("peak_memory_bytes", found.bytes, "B", context=context, facts=facts))
         rows += part_rows(found)
         cache = kv_cache_bytes(*parts, length=context, precision=point.precision)  # type: ignore[arg-type]
@@ -132,7 +141,7 @@ def planned(
     rows.append(_row("largest_batch", batch, "rows", context=point.context, axes={"memory": memory}))
     for words, other in others:
         advance(words)
-        rows.append(_longest(Predictor(other, updates), memory, words))
+        rows.append(_longest(predictor_of(other, updates), memory, words))
     return rows
 
 
@@ -145,9 +154,11 @@ def part_rows(found: Prediction) -> list[Measurement]:
     ]
 
 
-def _longest(predictor: Predictor, memory: int, change: str) -> Measurement:
+def _longest(predictor: Predictor | AutoPredictor, memory: int, change: str) -> Measurement:
     axes = {"memory": memory, "change": change}
-    return _row("longest_context", predictor.longest(memory), "tokens", axes=axes)
+    found = predictor.longest(memory)
+    facts = {"recompute": predictor.point.at(found).recompute} if found else {}
+    return _row("longest_context", found, "tokens", axes=axes, facts=facts)
 
 
 def _row(name: str, value: float, unit: str, **more: Any) -> Measurement:

@@ -35,6 +35,7 @@ from ctxlab.train.memory import peak_memory_bytes
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.optim.early import EarlyUpdates
 from ctxlab.train.precision import Precision, autocast
+from ctxlab.train.trained import freeze
 from ctxlab.units import format_bytes
 
 MIN_SECONDS, MIN_STEPS = 0.5, 3
@@ -74,6 +75,7 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
         vocab_size, sources = spec["vocab_size"], spec["source_vocab_size"]
         model = build_model(parts, vocab_size=vocab_size, context=context, source_vocab_size=sources).to(device)
         model.recompute, model.loss_chunk = spec["recompute"], spec["loss_chunk"]
+        freeze(model, spec["freeze"])
         optimizer = optim.build(model)
         early = EarlyUpdates(optimizer) if spec["update"] == "backward" else None
         tokens = torch.randint(min(vocab_size, sources or vocab_size), (1, context + 1), device=device)

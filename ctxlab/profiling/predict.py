@@ -10,7 +10,8 @@ from ctxlab.model import count
 from ctxlab.model.base import read_parts
 from ctxlab.model.loss import chunk_for
 from ctxlab.profiling.measure import Point
-from ctxlab.profiling.trace import KINDS, trace_step, trace_update
+from ctxlab.profiling.trace import KINDS, asked_for_numbers, trace_step, trace_update
+from ctxlab.train.optim.base import OPTIMIZERS
 
 LINE = 1024
 """Shortest context from which on memory goes on as lines: no scheme or mechanism holds more than a line."""
@@ -48,7 +49,8 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts steps that differ from `point` in their context only. Traces are kept for the life of the object.
+    """Predicts steps that differ from `point`, whose policy is none that `auto` would choose, in their context only. Traces are
+    kept for the life of the object.
 
     `updates` keeps what optimizers hold, for predictors of steps that differ in other ways than their weights.
     """
@@ -74,7 +76,9 @@ class Predictor:
             if context <= 2 * start:
                 return [{**split, "process": process} for split in self.moments(context)], "traced"
             near, far = self.moments(start), self.moments(2 * start)
-        except Exception:  # of a component that asks its tensors for numbers: torch has no one word for that
+        except Exception as error:
+            if not asked_for_numbers(error):
+                raise
             return [{**self._closed(context), "process": process}], CLOSED_FORM
         share = (context - start) / start
         moments = [
@@ -151,36 +155,26 @@ class Predictor:
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)
-        shapes = count.parameters(
-            *read_parts(point.__dict__),
-            vocab_size=point.vocab_size,
-            context=context,
-            source_vocab_size=point.source_vocab_size,
-        )  # of a learned table those change with the context
-        key = repr((point.model, point.position, point.attention, point.optim, point.update, shapes))
+        shapes = point.n_parameters(context)  # of a learned table those change with the context
+        key = repr((point.model, point.position, point.attention, point.optim, point.update, point.freeze, shapes))
         if key not in self.updates:
             self.updates[key] = trace_update(point)
         state, update = self.updates[key]
         return [*({**split, "optimizer": state} for split in trace_step(point)), update]
 
     def _closed(self, context: int) -> dict[str, float]:
-        parts = read_parts(self.point.__dict__)
-        shapes = count.parameters(
-            *parts,
-            vocab_size=self.point.vocab_size,
-            context=context,
-            source_vocab_size=self.point.source_vocab_size,
-        )
-        weights = 4 * shapes.total
+        total, trained = self.point.counted or (self.point.n_parameters(context),) * 2
         activations = count.activation_bytes(
-            *parts,
+            *read_parts(self.point.__dict__),
             vocab_size=self.point.vocab_size,
             context=context,
             precision=self.point.precision,  # type: ignore[arg-type]
-            recompute=self.point.recompute,
+            recompute=self.point.recompute,  # type: ignore[arg-type]
             loss_chunk=self.point.loss_chunk,
         )
-        states = 2 if self.point.optim["name"] == "adamw" else 1
-        gradients = weights if self.point.update == "step" else 0
-        found = {"weights": weights, "gradients": gradients, "optimizer": states * weights, "activations": activations}
+        states = OPTIMIZERS.get(self.point.optim["name"]).states
+        gradients = trained if self.point.update == "step" else 0
+        found = {
+            "weights": 4 * total, "gradients": 4 * gradients, "optimizer": 4 * states * trained, "activations": activations,
+        }  # fmt: skip
         return {kind: float(found.get(kind, 0)) for kind in KINDS}

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -18,12 +25,28 @@ from ctxlab.model.offload import offloaded
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.optim.early import EarlyUpdates
 from ctxlab.train.precision import autocast
+from ctxlab.train.trained import freeze
 
 if TYPE_CHECKING:
     from ctxlab.profiling.measure import Point
 
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries")
 """What bytes are there for: activations are what the forward pass leaves, logits what the loss does, temporaries the rest."""
+
+
+_ASKED_FOR_NUMBERS = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    UnsupportedOperatorException,
+)
+_NO_SUBCLASS = "is not supported for tensor subclasses"  # what torch says where a list or an array is asked for
+
+
+def asked_for_numbers(error: Exception) -> bool:
+    """Whether a trace ended because a component asked fake tensors for what they do not have: values, a shape that depends on
+    values, a list or an array, an operation that torch knows nothing of. Anything else is a fault of the component."""
+    return isinstance(error, _ASKED_FOR_NUMBERS) or (isinstance(error, RuntimeError) and _NO_SUBCLASS in str(error))
 
 
 class Live(TorchDispatchMode):
@@ -94,8 +117,9 @@ def trace_step(point: Point) -> list[dict[str, int]]:
     bytes grow as a line, so that the whole is the largest of some lines.
 
     The model and the loss are the real ones, run once over the context on torch's fake tensors: shapes and lifetimes without
-    memory or arithmetic. Kernels are those of a CPU. Raises whatever a component raises that asks for numbers, which fake
-    tensors do not have.
+    memory or arithmetic. Kernels are those of a CPU, of which torch was built everywhere: where it was built without CUDA, a
+    backward pass over fake tensors of that device ends the process. Raises what `asked_for_numbers` knows where a component asks
+    for numbers.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         model = _model(point)
@@ -106,7 +130,7 @@ def trace_step(point: Point) -> list[dict[str, int]]:
             live.is_now(parameter.grad, "gradients")
             live.mark()
 
-        for parameter in model.parameters():
+        for parameter in _trained(model):
             parameter.register_post_accumulate_grad_hook(arrived)
         if optimizer is not None:
             EarlyUpdates(optimizer)  # its hooks come behind
@@ -171,8 +195,19 @@ def _with_state(point: Point, model: Model, live: Live) -> tuple[Optimizer, torc
 
 
 def _give_gradients(model: Model) -> None:
-    for parameter in model.parameters():
+    for parameter in _trained(model):
         parameter.grad = torch.empty_like(parameter)
+
+
+def count_weights(point: Point) -> tuple[int, int]:
+    """All weights of the model, and those that are trained. Raises ConfigError where what is frozen has no such name."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _model(point)
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in _trained(model))
+
+
+def _trained(model: Model) -> list[Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _model(point: Point) -> Model:
@@ -182,5 +217,7 @@ def _model(point: Point) -> Model:
         context=point.context,
         source_vocab_size=point.source_vocab_size,
     )
+    assert point.recompute != "auto", "Point.at comes first"
     model.recompute, model.loss_chunk = point.recompute, point.loss_chunk
+    freeze(model, point.freeze)
     return model

@@ -15,7 +15,7 @@ from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, memory_chart, save, scaling_figure, time_chart
 from ctxlab.report.results import by_context, cell, labels, title
 from ctxlab.report.tables import COSTS, footnotes, show_beside, show_heading, show_next
-from ctxlab.units import format_bytes, format_count, format_length
+from ctxlab.units import format_bytes, format_count, format_length, format_seconds
 
 # Columns: a metric, or one of the facts beside it, in bytes, under a title of its own.
 STEP = (
@@ -26,6 +26,7 @@ GENERATION = (
     "prefill_seconds", "decode_seconds_per_token", "cache_bytes", ("cache_bytes", "cache_allocated_bytes", "allocated"),
     ("cache_bytes", "peak_memory_bytes", "memory"), ("cache_bytes", "total_bytes", "total"),
 )  # fmt: skip
+CLOSED_FORM = "closed form"  # as predictions name it, which need torch
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "temporaries", "process")
 
 
@@ -36,7 +37,11 @@ def show_plan(run: Run, console: Console) -> None:
     show_heading(run, console)
     console.print(plan_table(measurements))
     peaks = [m for m in measurements if m.name == "peak_memory_bytes"]
-    for line in (*_ways(peaks), *known_error_lines(run)):
+    for line in (*_ways(peaks, run.record.provenance.device), *policy_lines(run, peaks), *known_error_lines(run)):
+        console.print(Text(line, style="dim"), soft_wrap=False)
+    console.print()
+    console.print(work_table(measurements))
+    for line in _work_lines(peaks):
         console.print(Text(line, style="dim"), soft_wrap=False)
     longest = {str(m.axes["change"]): m for m in measurements if m.name == "longest_context"}
     if longest:
@@ -57,7 +62,7 @@ def show_profile(run: Run, console: Console) -> None:
     show_heading(run, console)
     console.print(_by_context(measurements, STEP))
     peak = next((m.facts["matmul_flops_per_second"] for m in measurements if m.name == "flops_utilization"), None)
-    lines = footnotes(measurements)
+    lines = [*footnotes(measurements), *policy_lines(run, measurements)]
     if any(m.name == "peak_memory_bytes" and "total_bytes" in m.facts for m in measurements):
         lines.append("total: memory and the idle process together")
     if peak is not None:
@@ -180,17 +185,43 @@ def save_scaling(runs: Sequence[Run], path: Path) -> Path | None:
 
 
 def plan_table(measurements: Sequence[Measurement]) -> Grid:
-    """One row a context: the predicted peak, its parts, whether it fits, and the cache of so many tokens."""
+    """One row a context: the predicted peak, its parts, and whether it fits."""
     parts = parts_by_context(measurements)
-    caches = {m.context: m for m in measurements if m.name == "cache_bytes"}
-    grid = Grid(["context", "memory", "fits", *_shown(parts), "cache"])
+    grid = Grid(["context", "memory", "fits", *_shown(parts)])
     for m in measurements:
         if m.name == "peak_memory_bytes" and m.context is not None:
             fits = "yes" if m.facts.get("fits") else "no"
             here = parts.get(m.context, {})
             sizes = [format_bytes(here[part]) if part in here else "-" for part in _shown(parts)]
-            grid.add([format_length(m.context), cell(m), fits, *sizes, cell(caches.get(m.context))])
+            grid.add([format_length(m.context), cell(m), fits, *sizes])
     return grid
+
+
+def work_table(measurements: Sequence[Measurement]) -> Grid:
+    """One row a context: a step's operations, the seconds that they take at least where the rate of a matmul is known, and the
+    cache of so many tokens."""
+    caches = {m.context: m for m in measurements if m.name == "cache_bytes"}
+    peaks = [m for m in measurements if m.name == "peak_memory_bytes" and m.context is not None]
+    timed = any("least_seconds" in m.facts for m in peaks)
+    grid = Grid(["context", "operations", *(["at least"] if timed else []), "cache"])
+    for m in peaks:
+        seconds = [format_seconds(m.facts["least_seconds"])] if timed else []
+        grid.add(
+            [format_length(m.context or 0), f"{format_count(m.facts['flops'])}FLOP", *seconds, cell(caches[m.context])]
+        )
+    return grid
+
+
+def policy_lines(run: Run, measurements: Sequence[Measurement]) -> list[str]:
+    """What recompute=auto is at each context, one line; none where the policy was given."""
+    if run.record.config["trainer"]["recompute"] != "auto":
+        return []
+    chosen: dict[str, list[str]] = {}
+    for m in measurements:
+        if m.name == "peak_memory_bytes" and m.context is not None and "recompute" in m.facts:
+            chosen.setdefault(str(m.facts["recompute"]), []).append(format_length(m.context))
+    texts = [f"{policy} ({', '.join(at)})" for policy, at in chosen.items()]
+    return [f"trainer.recompute=auto: {', '.join(texts)}"] if texts else []
 
 
 def parts_by_context(measurements: Sequence[Measurement]) -> dict[int, dict[str, float]]:
@@ -229,16 +260,28 @@ def known_error_lines(run: Run) -> list[str]:
     ]
 
 
-def _ways(peaks: Sequence[Measurement]) -> list[str]:
+def _work_lines(peaks: Sequence[Measurement]) -> list[str]:
+    """What the seconds are, and are not."""
+    if any("least_seconds" in m.facts for m in peaks):
+        return ["at least: if all of a step ran at the rate of a matmul here; the time of a step is unmeasured"]
+    return ["the time of a step is unmeasured"]
+
+
+def _ways(peaks: Sequence[Measurement], device: str | None) -> list[str]:
     """How the peaks were found, a line a way."""
     found: dict[str, list[int]] = {}
     for m in peaks:
         found.setdefault(str(m.facts.get("way")), []).append(m.context or 0)
     texts = [f"{way} ({', '.join(map(format_length, at))})" for way, at in found.items()]
-    return [
-        "predicted over the idle process, batch 1, parts at the worst moment; no time",
+    lines = [
+        "predicted over the idle process, batch 1, parts at the worst moment",
         "; ".join(texts if len(found) > 1 else found),
     ]
+    if CLOSED_FORM in found:
+        lines.append(f"a {CLOSED_FORM} adds up parts that are never there together, and says rather too much")
+    if device != "cpu" and set(found) != {CLOSED_FORM}:
+        lines.append(f"traced with the CPU's kernels: those of {device} may keep more or less")
+    return lines
 
 
 def _choices(run: Run) -> str:

@@ -30,7 +30,8 @@ def decide(
 
     operations: of the whole run, infinite where only the clock ends it. refusal: why the model cannot be compiled.
     On a CPU `auto` never does: attention and what goes with it run in kernels that are compiled already, and a step of a
-    decoder of 384 x 6 with RoPE takes, compiled, 0.99 of its time at 512 and 2,048 tokens in fp32. Raises ConfigError where it is asked for and there is no compiler.
+    decoder of 384 x 6 with RoPE takes, compiled, 0.99 of its time at 512 and 2,048 tokens in fp32. Raises ConfigError where it
+    is asked for and there is no compiler.
     """
     if setting is True:
         require_compiler(device)

@@ -10,10 +10,9 @@ import re
 import signal
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,13 +36,19 @@ from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.base import Model, Parts, build_model, native_from
 from ctxlab.model.config import SizesConfig
-from ctxlab.model.count import activation_bytes, chosen_recompute, flops_per_token
+from ctxlab.model.count import (
+    JUDGED_SHARE,
+    activation_bytes,
+    chosen_recompute,
+    flops_per_token,
+    rows_at_once,
+    standing_bytes,
+)
 from ctxlab.model.offload import require_elsewhere
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.model.remake import Recompute
 from ctxlab.records.sinks import Sink
-from ctxlab.registry import nearest
 from ctxlab.train import lora
 from ctxlab.train.answers import example_validation, objective_validation, task_validation
 from ctxlab.train.budget import Budget, plan_budget
@@ -66,6 +71,8 @@ from ctxlab.train.pairs import PairValidation
 from ctxlab.train.precision import Precision, resolve_device, resolve_precision
 from ctxlab.train.scoring import Validation
 from ctxlab.train.settings import TrainerConfig
+from ctxlab.train.trained import freeze
+from ctxlab.units import format_bytes
 
 Dataset = TextDataset | TaskDataset | PairDataset | QuestionDataset | LabelDataset
 """What a run is trained on."""
@@ -134,7 +141,6 @@ def fit(
     state = load_training(saved) if saved else None
 
     model = fresh_model(settings, dataset)
-    model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device))
     model.loss_chunk = None if config.loss_chunk == "auto" else config.loss_chunk
     if config.lora.r != "none":
         assert initial is not None, "rules.py comes first"
@@ -149,16 +155,23 @@ def fit(
     if model.task_head is not None:
         leave_unread(model)
     trained = lora.n_trained(model)
+    standing = standing_bytes(model.n_parameters(), trained, OPTIMIZERS.get(settings.optim.name).states)
+    model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device), standing)
 
     launched = _lightning(device, config, precision)
     budget, stream = plan(
         settings,
         dataset,
         before=state["micro_rows"] if state else {},
-        fitting=lambda context: fitting_rows(settings, vocab_size, precision, device, context),
+        fitting=lambda context: fitting_rows(
+            settings, vocab_size, precision, device, context, recompute=model.recompute, standing=standing
+        ),
         rank=launched.global_rank,
         in_order=model.carries,
     )
+    if config.recompute == "auto":
+        said = f"trainer.recompute=auto: {model.recompute}, by {format_bytes(total_memory_bytes(device))} of memory"
+        console.print(Text(said, style="dim"), soft_wrap=True)
     _prepare_attention(settings, budget, vocab_size, device, precision, console)
     compiled = _compiles(settings, budget, vocab_size, device, console)
     if compiled:
@@ -374,9 +387,18 @@ def tokenizers_of(dataset: Dataset) -> Tokenizers:
 
 
 def fitting_rows(
-    settings: TrainSettings, vocab_size: int, precision: Precision, device: torch.device, context: int
+    settings: TrainSettings,
+    vocab_size: int,
+    precision: Precision,
+    device: torch.device,
+    context: int,
+    *,
+    recompute: Recompute,
+    standing: int,
 ) -> int:
-    """How many rows of `context` tokens fit at once, by closed form from total (not free) memory: always the same."""
+    """How many rows of `context` tokens fit at once, by closed form from total (not free) memory: always the same. They have
+    ACTIVATION_SHARE of it, or what is left beside the bytes that are `standing`."""
+    total = total_memory_bytes(device)
     row = activation_bytes(
         settings.model,
         settings.position,
@@ -385,14 +407,16 @@ def fitting_rows(
         rows=1,
         vocab_size=vocab_size,
         precision=precision,
-        recompute=chosen_policy(settings, vocab_size, precision, total_memory_bytes(device)),
+        recompute=recompute,
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
     )
-    return max(1, int(ACTIVATION_SHARE * total_memory_bytes(device) / row))
+    return max(1, int(min(ACTIVATION_SHARE * total, JUDGED_SHARE * total - standing) / row))
 
 
-def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: int) -> Recompute:
-    """What `trainer.recompute` is where there are `memory` bytes: `auto` takes the cheapest policy with which one row fits."""
+def chosen_policy(
+    settings: TrainSettings, vocab_size: int, precision: Precision, memory: int, standing: int
+) -> Recompute:
+    """What `trainer.recompute` is of a run that has `memory` bytes, of which `standing` are weights and what goes with them."""
     return chosen_recompute(
         settings.trainer.recompute,
         settings.model,
@@ -400,27 +424,14 @@ def chosen_policy(settings: Any, vocab_size: int, precision: Precision, memory: 
         settings.attention,
         vocab_size=vocab_size,
         context=settings.context,
+        rows=rows_at_once(
+            settings.trainer.micro_batch, settings.trainer.batch_tokens // settings.trainer.devices, settings.context
+        ),
         precision=precision,
         loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
-        memory=ACTIVATION_SHARE * memory,
+        standing=standing,
+        memory=memory,
     )
-
-
-def freeze(model: Model, patterns: Sequence[str]) -> None:
-    """Takes parameters out of training: those with one of these names, below one of them, or matched by a pattern.
-
-    Raises ConfigError for a name that there is none of, and where nothing is left to train.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
-        if not found:
-            parts = {name.rpartition(".")[0] for name in names} | {name.partition(".")[0] for name in names}
-            raise ConfigError(f"trainer.freeze: no parameter is called '{pattern}'{nearest(pattern, parts)}")
-        for name in found:
-            model.get_parameter(name).requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ConfigError("trainer.freeze: nothing is left to train")
 
 
 def require_one_micro_batch(config: TrainerConfig, stream: Stream, budget: Budget) -> None:

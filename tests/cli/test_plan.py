@@ -32,6 +32,10 @@ def test_a_plan_is_a_record_and_a_screen(here: Path) -> None:
     lines = done.out.splitlines()
     assert any(line.split()[:1] == ["128"] and "yes" in line for line in lines)
     assert any(line.startswith("known error on cpu") for line in lines)
+    # 2 tensors of 4 layers x 128 tokens x 128 numbers in fp32, and the operations of a step with the seconds of a matmul.
+    assert any(line.split()[:1] == ["128"] and line.rstrip().endswith("512 KiB") and "FLOP" in line for line in lines)
+    assert any(line.startswith("at least: ") and "unmeasured" in line for line in lines)
+    assert not any("CPU's kernels" in line or "trainer.recompute=auto" in line for line in lines)
 
 
 def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
@@ -42,12 +46,46 @@ def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
     assert done.code == 0, done.err
     assert "bf16 on cuda" in done.out
     assert "known error on cuda in bf16: unmeasured" in done.out
+    assert "traced with the CPU's kernels" in done.out
+    assert "at least" not in done.out  # a rate that could be taken here is another device's
     refused = ctxlab(*SMALL, "trainer.accelerator=gpu")
     assert (refused.code, refused.errors) == (
         2,
         ["plan.memory: there is no GPU here whose memory auto could take; give it, e.g. 24GiB"],
     )
     assert [run.record.command for run in RunStore(here / "runs").runs()] == ["plan"]
+
+
+def test_auto_is_said_by_context_and_what_is_frozen_is_no_gradient(here: Path) -> None:
+    words = ("trainer.accelerator=cpu", "trainer.precision=fp32", "plan.memory=100MiB", "plan.contexts=[64,2k,8k]")
+    done = ctxlab(*SMALL, *words, "trainer.recompute=auto", "trainer.freeze=[embedding]")
+    assert done.code == 0, done.err
+    (run,) = RunStore(here / "runs").runs()
+    peaks = [m for m in run.measurements() if m.name == "peak_memory_bytes"]
+    assert [m.facts["recompute"] for m in peaks][::2] == ["none", "block"]
+    said = next(line for line in done.out.splitlines() if line.startswith("trainer.recompute=auto: "))
+    assert said.startswith("trainer.recompute=auto: none (64")
+    assert said.endswith("block (8k)") or "block (2k, 8k)" in said
+    gradients = next(m for m in run.measurements() if m.axes.get("part") == "gradients" and m.context == 64)
+    resolved = run.record.provenance.resolved
+    assert gradients.value is not None
+    assert gradients.value <= 4 * resolved["trained_parameters"]
+
+
+def test_adapters_are_refused(here: Path) -> None:
+    for command in ("plan", "profile"):
+        refused = ctxlab(command, "model=nano", "trainer.lora.r=4")
+        assert (refused.code, refused.errors) == (
+            2, ["trainer.lora.r: the step with adapters is not measured or predicted, got 4; use none"],
+        )  # fmt: skip
+
+
+def test_what_cannot_be_frozen_is_refused_before_there_is_a_record(here: Path) -> None:
+    refused = ctxlab(*SMALL, "trainer.freeze=[embeding]")
+    assert (refused.code, refused.errors) == (
+        2, ["trainer.freeze: no parameter is called 'embeding'; did you mean 'embedding'?"],
+    )  # fmt: skip
+    assert not (here / "runs").exists() or not RunStore(here / "runs").runs()
 
 
 def test_no_context_is_refused(here: Path) -> None:

@@ -279,3 +279,41 @@ def test_kept_bytes_are_what_autograd_keeps(
     if crosses and policy != "block":  # with a source as long
         expected += 2 * config.n_kv_heads * config.head_dim * (4 if precision == "fp32" else 2)
     assert kept_per_layer_and_token(position, precision, policy, context=128, **settings) == expected
+
+
+FREE = 1 << 20  # of a memory that is judged by
+
+
+def chosen(memory: float, *, rows: int = 1, standing: int = 0, setting: Any = "auto") -> Recompute:
+    """What `auto` becomes for `rows` of 64 tokens of a small model where `memory` bytes may be needed."""
+    return count.chosen_recompute(
+        setting, small(d_model=64, d_ff=96), POSITIONS.get("nope").Config(name="nope"), Full.Config(), vocab_size=64,
+        context=64, rows=rows, precision="fp32", loss_chunk=None, standing=standing, memory=memory / count.JUDGED_SHARE,
+    )  # fmt: skip
+
+
+def needed(policy: Recompute, rows: int = 1) -> int:
+    nope = POSITIONS.get("nope").Config(name="nope")
+    sizes: Any = {"vocab_size": 64, "context": 64, "rows": rows, "recompute": policy}
+    return count.activation_bytes(small(d_model=64, d_ff=96), nope, Full.Config(), **sizes)
+
+
+def test_auto_is_the_cheapest_policy_that_fits_beside_what_stands() -> None:
+    sizes = [needed(policy) for policy in POLICIES]
+    assert sizes == sorted(sizes, reverse=True)
+    for policy, size in zip(POLICIES, sizes, strict=True):
+        assert chosen(size + 1) == policy
+        assert chosen(size + FREE + 1, standing=FREE) == policy  # what stands takes its part of the memory
+        assert chosen(needed(policy, rows=3) + 1, rows=3) == policy
+    assert chosen(sizes[0] + 1, standing=FREE) == chosen(sizes[0] + 1, rows=3) == "block"  # where nothing fits
+    assert chosen(1, setting="selective") == "selective"  # what is asked for is not judged
+
+
+def test_bytes_that_stand_by_hand() -> None:
+    assert count.standing_bytes(100, 100, states=2) == 100 * (4 + 4 + 8)  # pure fp32 and AdamW: 16 a weight
+    assert count.standing_bytes(100, 10, states=1) == 400 + 10 * (4 + 4)
+
+
+def test_rows_at_once_are_those_asked_for_that_a_step_has() -> None:
+    assert [count.rows_at_once(4, 4096, context) for context in (512, 1024, 2048, 8192)] == [4, 4, 2, 1]
+    assert count.rows_at_once("auto", 4096, 64) == 1

@@ -87,7 +87,8 @@ def test_a_child_gets_the_whole_point_and_its_line_is_the_result(child: Child, t
     child(f"""cat > {tmp_path}/spec; echo '{{"status": "done", "peak_memory_bytes": 5}}'""")
     assert run_point(nano(recompute="block", loss_chunk=96), "memory", 10) == {"status": "done", "peak_memory_bytes": 5}
     spec = json.loads((tmp_path / "spec").read_text())
-    assert spec == {**nano(recompute="block", loss_chunk=96).__dict__, "what": "memory", "plugins": []}
+    asked = nano(recompute="block", loss_chunk=96).__dict__
+    assert spec == {**asked, "freeze": [], "what": "memory", "plugins": []}  # JSON has no tuples
 
 
 def test_memory_is_measured_under_the_exact_allocator_and_time_under_the_default_one(
@@ -189,7 +190,8 @@ def test_a_context_has_memory_time_and_speed_with_their_facts(monkeypatch: pytes
     rows = table(monkeypatch, Children({(128, "memory"): USED, (128, "time"): TIMED}), (128,))
     assert set(rows) == {(128, name) for name in NAMES}
     memory = rows[128, "peak_memory_bytes"]
-    assert (memory.value, memory.facts) == (3_000_000, without(USED, "status", "peak_memory_bytes"))
+    facts = {"recompute": "none", **without(USED, "status", "peak_memory_bytes")}
+    assert (memory.value, memory.facts) == (3_000_000, facts)
     assert (rows[128, "step_seconds"].value, rows[128, "tokens_per_second"].value) == (0.5, 256.0)
     assert rows[128, "step_seconds"].facts == without(TIMED, "status", "step_seconds")
     assert rows[128, "tokens_per_second"].facts["attention_kernel"] == "torch"

@@ -58,3 +58,10 @@ def test_a_plan_has_a_row_for_everything_and_recomputation_goes_further() -> Non
     assert longest["none"] < longest["trainer.recompute=block"]
     # Keys and values of 4 layers of 128 numbers each, fp32.
     assert [row.value for row in named["cache_bytes"]] == [2 * 4 * 128 * 4 * n for n in (64, 128)]
+
+
+def test_seconds_are_at_least_those_of_the_operations_at_a_matmuls_rate() -> None:
+    (peak,) = [row for row in planned(point("nano", 64), (64,), 2**30, rate=1e9) if row.name == "peak_memory_bytes"]
+    assert peak.facts["least_seconds"] == peak.facts["flops"] / 1e9
+    (peak,) = [row for row in planned(point("nano", 64), (64,), 2**30) if row.name == "peak_memory_bytes"]
+    assert "least_seconds" not in peak.facts

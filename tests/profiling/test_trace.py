@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from ctxlab.model import count
 from ctxlab.model.base import build_model, read_parts
 from ctxlab.model.remake import POLICIES, Recompute
 from ctxlab.profiling.predict import ROOM, Predictor
-from ctxlab.profiling.trace import KINDS, Live, trace_step, trace_update
+from ctxlab.profiling.trace import KINDS, Live, asked_for_numbers, count_weights, trace_step, trace_update
 from tests.profiling.builders import point
 
 MIB = 2**20
@@ -124,6 +125,57 @@ def test_a_component_that_needs_numbers_is_said_by_closed_form() -> None:
     found = Predictor(point("nano", 512, "fire", attention={"name": "full", "kernel": "torch"})).memory(512)
     assert found.way == "closed form"
     assert found.split["activations"] > 0
+
+
+def test_a_fault_of_a_component_is_no_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied (96x3 and 4x96)")
+
+    monkeypatch.setattr("ctxlab.model.transformer.Transformer.hidden", broken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        Predictor(point("nano", 96)).memory(96)
+
+
+def numpy(x: torch.Tensor) -> object:
+    return x.numpy()
+
+
+@pytest.mark.parametrize("ask", [torch.Tensor.tolist, torch.Tensor.nonzero, numpy, bool], ids=str)
+def test_what_asks_for_numbers_is_known_from_what_is_wrong(ask: Callable[[torch.Tensor], object]) -> None:
+    with FakeTensorMode(), pytest.raises(RuntimeError) as numbers:
+        ask(torch.zeros(1))
+    assert asked_for_numbers(numbers.value)
+    with FakeTensorMode(), pytest.raises(RuntimeError) as wrong:
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not asked_for_numbers(wrong.value)
+    assert not asked_for_numbers(NotImplementedError("bias"))
+
+
+def test_what_is_frozen_has_no_gradient_and_no_state() -> None:
+    """All blocks but one frozen: by hand from the shapes, AdamW with two numbers a weight and one a tensor."""
+    at = point("nano", 128, optim="adamw")
+    some = replace(at, freeze=("blocks.0", "blocks.1", "embedding"))
+    model = build_model(read_parts(at.__dict__), vocab_size=at.vocab_size, context=at.context)
+    learned = [p for name, p in model.named_parameters() if not name.startswith(some.freeze)]
+    numbers = sum(p.numel() for p in learned)
+    assert 0 < numbers < model.n_parameters()
+    assert count_weights(some) == (model.n_parameters(), numbers)
+    state, update = trace_update(some)
+    assert (state, update["gradients"]) == (8 * numbers + 4 * len(learned), 4 * numbers)
+    assert trace_step(some)[-1]["gradients"] <= 4 * numbers < trace_step(at)[-1]["gradients"]
+    counted = replace(some, counted=count_weights(some))
+    closed = Predictor(counted)._closed(128)
+    assert (closed["weights"], closed["gradients"], closed["optimizer"]) == (
+        4 * model.n_parameters(), 4 * numbers, 8 * numbers,
+    )  # fmt: skip
+
+
+def test_predictors_of_other_weights_share_no_state() -> None:
+    at, updates = point("nano", 64), {}
+    whole = Predictor(at, updates).memory(64)
+    some = Predictor(replace(at, freeze=("blocks",)), updates).memory(64)
+    assert some.bytes < whole.bytes
+    assert Predictor(replace(at, freeze=("blocks",)), {}).memory(64) == some
 
 
 def test_the_longest_context_is_the_last_that_fits() -> None:

@@ -79,4 +79,6 @@ def test_rows_that_fit_are_counted_for_it(monkeypatch: pytest.MonkeyPatch) -> No
     cpu = torch.device("cpu")
     row = activation_bytes(config.model, "none", "none", vocab_size=260, context=CONTEXT)
     monkeypatch.setattr("ctxlab.train.loop.total_memory_bytes", lambda _: int(10 * row / 0.4) + 1)
-    assert fitting_rows(config, 260, "fp32", cpu, CONTEXT) == 10
+    assert fitting_rows(config, 260, "fp32", cpu, CONTEXT, recompute="none", standing=0) == 10
+    standing = int(6.5 * row / 0.4)  # of memory for 10 / 0.4 rows: 0.9 of it is for 22.5, of which 16.25 stand
+    assert fitting_rows(config, 260, "fp32", cpu, CONTEXT, recompute="none", standing=standing) == 6

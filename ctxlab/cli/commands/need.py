@@ -36,12 +36,18 @@ def predicted_need(run: Run) -> dict[str, Any]:
     said = load_tokenizers(run.path, apart=are_apart(run.record.config["tokenizer"]))
     vocab_size = said.target.vocab_size
     rows = rows_per_step(config.trainer, config.context, config.trainer.devices) // config.trainer.devices
+    asked = step_point(
+        config, vocab_size=vocab_size, source_vocab_size=said.source.vocab_size, precision=precision, device=device,
+        counted=True,
+    )  # fmt: skip
+    point = asked.at(config.context)
     largest = config.trainer.micro_batch
     if largest == "auto":
-        largest = fitting_rows(config, vocab_size, precision, device, config.context)
+        assert point.recompute != "auto"
+        largest = fitting_rows(
+            config, vocab_size, precision, device, config.context,
+            recompute=point.recompute, standing=point.standing(config.context),
+        )  # fmt: skip
     rows = micro_rows(rows, largest)
-    point = step_point(
-        config, vocab_size=vocab_size, source_vocab_size=said.source.vocab_size, precision=precision, device=device
-    )
     needed = Predictor(point).rows_bytes(config.context, rows)
     return {"run": run.id, "bytes": needed, "rows": rows, "context": config.context}

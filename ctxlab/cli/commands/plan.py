@@ -10,11 +10,12 @@ import torch
 from ctxlab.cli.console import progress_bar
 from ctxlab.cli.main import DONE
 from ctxlab.cli.mirror import recording
-from ctxlab.cli.scoring import step_point
+from ctxlab.cli.scoring import step_facts, step_point
 from ctxlab.config import catalog
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.profiling.plan import changes, known_error, planned
+from ctxlab.profiling.point import matmul_rate
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.costs import show_plan
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ctxlab.config.schema import PlanConfig
 
 MEASURED = "memory_scaling"  # the study that holds predictions to measurements, and its file
+RATE_SECONDS = 0.4  # spent on the rate of a matmul
 
 
 def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
@@ -41,7 +43,9 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
         memory = total_memory_bytes(device)
     else:
         raise ConfigError("plan.memory: there is no GPU here whose memory auto could take; give it, e.g. 24GiB")
-    point = step_point(config, vocab_size=config.vocab_size, precision=precision, device=device, memory=memory)
+    point = step_point(
+        config, vocab_size=config.vocab_size, precision=precision, device=device, memory=memory, counted=True
+    )
     contexts = (
         auto_lengths(config.context) if config.plan.contexts == "auto" else tuple(sorted(set(config.plan.contexts)))
     )
@@ -53,11 +57,12 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
                 precision=precision,
                 device=device.type,
                 plugins=run.record.plugins,
-            ).model_copy(update={"resolved": {"memory": memory, "recompute": point.recompute}})
+            ).model_copy(update={"resolved": {"memory": memory, **step_facts(point, config.context)}})
         )
         with progress_bar(invocation.stderr_console) as start:
             advance = start("predicting", len(contexts) + 1 + len(others))
-            rows = planned(point, contexts, memory, others=others, advance=lambda _: advance(1))
+            rate = matmul_rate(precision, device, RATE_SECONDS)["flops_per_second"] if here else None
+            rows = planned(point, contexts, memory, others=others, rate=rate, advance=lambda _: advance(1))
         ways = {str(row.facts["way"]) for row in rows if row.name == "peak_memory_bytes"}
         measured = catalog.conf_dir().parent / "experiments" / MEASURED / "results" / f"{MEASURED}.txt"
         error = known_error(measured, device.type, precision, ways)

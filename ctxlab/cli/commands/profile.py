@@ -10,13 +10,13 @@ from rich.text import Text
 from ctxlab.cli.console import progress_bar
 from ctxlab.cli.main import DIED, DONE
 from ctxlab.cli.mirror import recording
-from ctxlab.cli.scoring import cost_contexts, measure_cost, memory_source, step_point
+from ctxlab.cli.scoring import cost_contexts, measure_cost, memory_source, step_facts, step_point
 from ctxlab.model.attention import native
 from ctxlab.model.base import Parts, native_from
 from ctxlab.profiling.fit import exponents
 from ctxlab.profiling.measure import arithmetic, run_point
 from ctxlab.profiling.plan import part_rows
-from ctxlab.profiling.predict import Predictor
+from ctxlab.profiling.policy import predictor_of
 from ctxlab.records.provenance import collect
 from ctxlab.records.store import Run
 from ctxlab.report.costs import save_scaling, show_profile
@@ -37,7 +37,7 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
     device = resolve_device(config.trainer.accelerator)
     precision = resolve_precision(config.trainer.precision, device)
     with recording(run, config.logger, job_type="profile") as opened:
-        point = step_point(config, vocab_size=config.vocab_size, precision=precision, device=device)
+        point = step_point(config, vocab_size=config.vocab_size, precision=precision, device=device, counted=True)
         run.update(
             provenance=collect(
                 seed=config.seed,
@@ -45,7 +45,7 @@ def run(config: ProfileConfig, run: Run, invocation: Invocation) -> int:
                 device=device.type,
                 memory_source=memory_source(device),
                 plugins=run.record.plugins,
-                resolved={"recompute": point.recompute},
+                resolved=step_facts(point, config.context),
             )
         )
         _prepare_attention(config, device, precision, invocation)
@@ -96,7 +96,7 @@ def _explain(run: Run, point: Point, timeout: float, sink: Sink, invocation: Inv
         advance = start("fitting and splitting", 1 + len(contexts))
         best = run_point(point, "matmul", timeout)
         advance(1)
-        predictor = Predictor(point)
+        predictor = predictor_of(point)
         found = arithmetic(point, measured, best.get("flops_per_second"))
         for context in contexts:
             found += part_rows(predictor.memory(context))

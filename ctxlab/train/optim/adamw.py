@@ -16,6 +16,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101, alg. 2), torch's fused kernel."""
 
     paper = "Loshchilov and Hutter 2019, arXiv:1711.05101"
+    states = 2
 
     class Config(Optimizer.Config):
         name: Literal["adamw"] = "adamw"

@@ -21,6 +21,7 @@ class Optimizer(ABC):
     """Builds a torch optimizer for a model. Each param group carries `peak_lr`, the rate that the schedule scales."""
 
     paper: str = ""
+    states: int = 1  # numbers that are kept of a weight between steps: of most of them, where they differ
 
     class Config(ComponentConfig):
         name: str

@@ -71,7 +71,7 @@ class Predictor:
     def _stretches(self, context: int) -> tuple[Sequence[Mapping[str, float]], str]:
         """The splits at the worst moment of each stretch of a step, and how they were found."""
         process = PROCESS_BYTES if self.point.device == "cpu" else 0
-        start = max(LINE, self._chunk)  # before it the logits, all at once, grow too
+        start = self._start
         try:
             if context <= 2 * start:
                 return [{**split, "process": process} for split in self.moments(context)], "traced"
@@ -96,7 +96,7 @@ class Predictor:
 
         0 where not even 64 tokens fit.
         """
-        low, high = 0, 64
+        low, high = 0, -(-2 * self._start // 64) * 64  # from there on nothing is traced again
         while self.fits(high, memory):
             low, high = high, 2 * high
             if high > 2**40:
@@ -147,6 +147,11 @@ class Predictor:
         """Bytes that the loss of so many tokens holds once: a chunk's logits, in the compute dtype and fp32, and the gradient."""
         each = 8 if self.point.precision == "fp32" else 6
         return self.point.vocab_size * (each * min(tokens, self._chunk) + 4 * self.point.model["d_model"])
+
+    @property
+    def _start(self) -> int:
+        """The context from which on memory goes on as lines: before it the logits, all at once, grow too."""
+        return max(LINE, self._chunk)
 
     @property
     def _chunk(self) -> int:

@@ -140,7 +140,7 @@ def numpy(x: torch.Tensor) -> object:
     return x.numpy()
 
 
-@pytest.mark.parametrize("ask", [torch.Tensor.tolist, torch.Tensor.nonzero, numpy, bool], ids=str)
+@pytest.mark.parametrize("ask", [torch.Tensor.tolist, torch.Tensor.nonzero, numpy, bool], ids=lambda ask: ask.__name__)
 def test_what_asks_for_numbers_is_known_from_what_is_wrong(ask: Callable[[torch.Tensor], object]) -> None:
     with FakeTensorMode(), pytest.raises(RuntimeError) as numbers:
         ask(torch.zeros(1))

@@ -37,7 +37,12 @@ def show_plan(run: Run, console: Console) -> None:
     show_heading(run, console)
     console.print(plan_table(measurements))
     peaks = [m for m in measurements if m.name == "peak_memory_bytes"]
-    for line in (*_ways(peaks, run.record.provenance.device), *policy_lines(run, peaks), *known_error_lines(run)):
+    for line in (
+        *_ways(peaks, run.record.provenance.device),
+        *_traced_kernel(resolved),
+        *policy_lines(run, peaks),
+        *known_error_lines(run),
+    ):
         console.print(Text(line, style="dim"), soft_wrap=False)
     console.print()
     console.print(work_table(measurements))
@@ -265,6 +270,16 @@ def _work_lines(peaks: Sequence[Measurement]) -> list[str]:
     if any("least_seconds" in m.facts for m in peaks):
         return ["at least: if all of a step ran at the rate of a matmul here; the time of a step is unmeasured"]
     return ["the time of a step is unmeasured"]
+
+
+def _traced_kernel(resolved: Mapping[str, Any]) -> list[str]:
+    """Which attention kernel was traced; memory is not the same with another."""
+    if "attention_kernel" not in resolved:
+        return []
+    lines = [f"attention kernel: {resolved['attention_kernel']}"]
+    if "native_kernel" in resolved:
+        lines.append(f"the native one is {resolved['native_kernel']}: ctxlab profile or a long training does it")
+    return lines
 
 
 def _ways(peaks: Sequence[Measurement], device: str | None) -> list[str]:

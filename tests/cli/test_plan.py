@@ -91,3 +91,17 @@ def test_what_cannot_be_frozen_is_refused_before_there_is_a_record(here: Path) -
 def test_no_context_is_refused(here: Path) -> None:
     refused = ctxlab("plan", "plan.contexts=[]")
     assert (refused.code, refused.errors) == (2, ["plan.contexts: expected at least one context, or auto, got []"])
+
+
+def test_it_says_which_attention_kernel_was_traced(
+    here: Path, monkeypatch: pytest.MonkeyPatch, native_kernel: object
+) -> None:
+    """Memory under T5's bias is not the same in torch, and a plan before the first build is one in torch."""
+    words = (*SMALL, "position=t5", "plan.memory=1GiB", "trainer.precision=fp32", "trainer.accelerator=cpu")
+    built = ctxlab(*words).out.splitlines()
+    monkeypatch.setenv("CTXLAB_CACHE", str(here / "empty"))
+    missing = ctxlab(*words).out.splitlines()
+    assert "attention kernel: native" in built
+    assert not any("not built" in line for line in built)
+    assert "attention kernel: torch" in missing
+    assert any(line.startswith("the native one is not built yet") for line in missing)

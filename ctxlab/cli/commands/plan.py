@@ -14,6 +14,8 @@ from ctxlab.cli.scoring import step_facts, step_point
 from ctxlab.config import catalog
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.perplexity import auto_lengths
+from ctxlab.model.attention import native
+from ctxlab.model.base import native_from, read_parts
 from ctxlab.profiling.plan import changes, known_error, planned
 from ctxlab.profiling.point import matmul_rate
 from ctxlab.records.provenance import collect
@@ -25,6 +27,7 @@ from ctxlab.train.precision import resolve_precision
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
     from ctxlab.config.schema import PlanConfig
+    from ctxlab.profiling.measure import Point
 
 MEASURED = "memory_scaling"  # the study that holds predictions to measurements, and its file
 RATE_SECONDS = 0.4  # spent on the rate of a matmul
@@ -62,18 +65,27 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
         with progress_bar(invocation.stderr_console) as start:
             advance = start("predicting", len(contexts) + 1 + len(others))
             rate = matmul_rate(precision, device, RATE_SECONDS)["flops_per_second"] if here else None
+            native.forget()
             rows = planned(point, contexts, memory, others=others, rate=rate, advance=lambda _: advance(1))
         ways = {str(row.facts["way"]) for row in rows if row.name == "peak_memory_bytes"}
         measured = catalog.conf_dir().parent / "experiments" / MEASURED / "results" / f"{MEASURED}.txt"
         error = known_error(measured, device.type, precision, ways)
         provenance = run.record.provenance
-        known = {"known_error": None if error is None else asdict(error)}
+        known = {"known_error": None if error is None else asdict(error), **_kernel(point, max(contexts))}
         run.update(provenance=provenance.model_copy(update={"resolved": {**provenance.resolved, **known}}))
         opened.sink.measure(rows)
         run.finish("done")
     if not invocation.is_child:
         show_plan(run, invocation.stdout_console)
     return DONE
+
+
+def _kernel(point: Point, longest: int) -> dict[str, str]:
+    """What computed attention in the traces, as far as they could be made, and whether it would be another, were that built."""
+    fewest = native_from(read_parts(point.__dict__), point.precision) if point.device == "cpu" else None
+    missing = fewest is not None and fewest <= longest and not native.is_built() and native.why_not() is None
+    found = {"attention_kernel": native.ran()} if native.ran() else {}
+    return {**found, "native_kernel": "not built yet"} if missing else found
 
 
 def planned_device(accelerator: str) -> torch.device:

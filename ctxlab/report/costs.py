@@ -219,7 +219,7 @@ def work_table(measurements: Sequence[Measurement]) -> Grid:
 
 def policy_lines(run: Run, measurements: Sequence[Measurement]) -> list[str]:
     """What recompute=auto is at each context, one line; none where the policy was given."""
-    if run.record.config["trainer"]["recompute"] != "auto":
+    if run.record.config.get("trainer", {}).get("recompute") != "auto":
         return []
     chosen: dict[str, list[str]] = {}
     for m in measurements:

@@ -246,9 +246,10 @@ def test_cells_side_by_side_share_the_cores(
     "launcher",
     [
         ("hydra/launcher=basic",),
-        pytest.param(("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), marks=pytest.mark.slow),
+        ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
     ],
 )
+@pytest.mark.slow
 def test_another_launcher_runs_the_same_cells(launcher: tuple[str, ...], place: Path) -> None:
     """Hydra counts; the cells are those that were written down, and the line's own settings reach the launcher."""
     if launcher[0] != "hydra/launcher=basic":

@@ -56,8 +56,8 @@ def say(made: Block, x: torch.Tensor, encoded: Encoded | None = None, dtype: tor
     return out
 
 
-def rows(n: int) -> tuple[torch.Tensor, Encoded]:
-    made = torch.Generator().manual_seed(1)
+def rows(n: int, seed: int = 1) -> tuple[torch.Tensor, Encoded]:
+    made = torch.Generator().manual_seed(seed)
     return torch.randn(n, 6, D, generator=made), Encoded(torch.randn(n, 7, D, generator=made))
 
 
@@ -95,20 +95,24 @@ def test_a_step_is_what_the_block_is_in_float64(
 @pytest.mark.parametrize("crosses", [False, True])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_in_bf16_it_errs_as_torch_does(kind: dict[str, Any], crosses: bool, steps: list[torch.dtype]) -> None:
-    made = block(crosses=crosses, **kind)
-    x, encoded = rows(MOST_ROWS)
-    with torch.no_grad():
-        expected = exact(made, x, encoded)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = say(made, x, encoded, torch.bfloat16)
-            assert steps == [torch.bfloat16]
-            theirs = say(block(crosses=crosses, kernel="torch", **kind), x, encoded, torch.bfloat16)
-    assert len(steps) == 1
-    assert found.dtype == theirs.dtype == torch.float32
-    error = (theirs - expected).norm()
-    assert 0 < error < 0.05 * expected.norm()
-    assert (found - expected).norm() <= 1.1 * error
-    assert (found - theirs).norm() <= 0.5 * error  # mostly the same roundings
+    """Over 48 rows: roundings are those of autocast, and which way they fall is a matter of the order of sums."""
+    made, torchs = block(crosses=crosses, **kind), block(crosses=crosses, kernel="torch", **kind)
+    squares = torch.zeros(3, dtype=torch.float64)  # of ours and of torch's error, and of what is exact
+    for seed in range(12):
+        x, encoded = rows(MOST_ROWS, seed)
+        with torch.no_grad():
+            expected = exact(made, x, encoded)
+            with torch.autocast("cpu", torch.bfloat16):
+                found = say(made, x, encoded, torch.bfloat16)
+                theirs = say(torchs, x, encoded, torch.bfloat16)
+        assert found.dtype == theirs.dtype == torch.float32
+        squares += torch.stack(
+            [(found - expected).square().sum(), (theirs - expected).square().sum(), expected.square().sum()]
+        )
+    assert steps == 12 * [torch.bfloat16]
+    ours, of_torch, whole = squares.sqrt().tolist()
+    assert 0 < of_torch < 0.05 * whole
+    assert ours <= 1.05 * of_torch
 
 
 def test_threads_change_no_bit() -> None:

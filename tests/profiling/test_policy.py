@@ -100,6 +100,7 @@ def test_the_longest_context_and_the_largest_batch_are_those_of_the_policy_that_
     assert (predictor.longest(2**20), predictor.rows(512, 2**20)) == (0, 0)
 
 
+@pytest.mark.slow
 def test_what_auto_would_not_choose_is_not_what_fits() -> None:
     """Where auto judges by too much memory it recomputes nothing, and only what fits without fits."""
     at = replace(auto(), memory=1 << 50)

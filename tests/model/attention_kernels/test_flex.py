@@ -117,6 +117,7 @@ def test_a_mask_of_a_long_text_is_a_list_of_blocks() -> None:
     assert int((mask.kv_num_blocks + mask.full_kv_num_blocks).max()) == 4096 // flex.BLOCK + 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("backward_on_cpu")
 def test_however_many_kinds_of_call_a_process_makes_all_of_them_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules, batches, lengths with and without gradients, as training and the evaluation behind it bring them."""

@@ -8,6 +8,7 @@ next. The model is as small as a model can be, so that what is measured is every
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -23,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ctxlab.data.corpora.base import CORPORA
 from ctxlab.data.prepare import TextDataset, prepare
+from ctxlab.data.source import SOURCES
 from ctxlab.data.stream import Stage, TrainStream
 from ctxlab.data.tokenizers.base import TOKENIZERS
 from ctxlab.model.attention.base import ATTENTIONS
@@ -34,6 +35,7 @@ from ctxlab.model.transformer import Transformer
 from ctxlab.records.sinks import LoggerConfig, RunSink, open_mirror
 from ctxlab.records.store import RunStore
 from ctxlab.train.loop import TrainSettings, fit
+from ctxlab.train.objectives.causal import Causal
 from ctxlab.train.optim.base import OPTIMIZERS, rate_factor
 from ctxlab.train.settings import TrainerConfig
 from ctxlab.units import format_seconds
@@ -63,7 +65,8 @@ def bare(plan: TrainSettings, text: TextDataset, steps: int) -> list[float]:
     model = Transformer(
         plan.model, plan.position, plan.attention, vocab_size=text.tokenizer.vocab_size, context=CONTEXT
     )
-    stream = TrainStream(text.splits["train"], seed=plan.seed, stages=(Stage(CONTEXT, ROWS, ROWS, steps),))
+    rows_of = functools.partial(Causal(plan.objective).rows, text, seed=plan.seed, packed=False)
+    stream = TrainStream(rows_of, seed=plan.seed, stages=(Stage(CONTEXT, ROWS, ROWS, steps),))
     optimizer = OPTIMIZERS.get("adamw")(plan.optim).build(model)
     seconds, since = [], time.perf_counter()
     for step in range(steps):
@@ -97,7 +100,7 @@ def main() -> None:
     words = sys.argv[1:]
     rounds, steps = (int(word) for word in (words + ["5", "400"][len(words) :])[:2])
     plan = settings(steps)
-    text = prepare(CORPORA.config({"name": "stdlib"}), TOKENIZERS.config({"name": "byte"}))
+    text = prepare(SOURCES.config({"name": "stdlib"}), TOKENIZERS.config({"name": "byte"}))
     found: dict[str, list[float]] = {"bare": [], "run": []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ctxlab.model.attention import native
 from ctxlab.model.attention.base import Attention
-from ctxlab.model.attention.native import loaded
 from ctxlab.model.few import Projection
 
 if TYPE_CHECKING:
@@ -34,13 +34,9 @@ def step_of(block: Block, x: Tensor, frame: Frame, cache: LayerCache | None) -> 
         cache is None
         or x.shape[1] != 1
         or x.shape[0] > MOST_ROWS
-        or type(x) is not Tensor
         or x.dtype != torch.float32
-        or x.device.type != "cpu"
         or block.training
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        or not native.may_read(x)
     ):
         return None
     if cache.step is None or cache.step[0] != frame.dtype:
@@ -51,7 +47,7 @@ def step_of(block: Block, x: Tensor, frame: Frame, cache: LayerCache | None) -> 
 
 def is_plain(block: Block, dtype: torch.dtype) -> bool:
     """Whether a block is of the parts that are compiled, nobody listens to them, and the compiled step is there and wanted."""
-    if dtype not in (torch.float32, torch.bfloat16) or block.attention.mechanism.config.kernel == "torch":
+    if dtype not in native.DTYPES or block.attention.mechanism.config.kernel == "torch":
         return False
     called = {block, *(part for part in block.modules() if isinstance(part, Attention))}  # as ever, hooks and all
     for part in set(block.modules()) - called:
@@ -59,14 +55,14 @@ def is_plain(block: Block, dtype: torch.dtype) -> bool:
         if other or part._forward_hooks or part._forward_pre_hooks:
             return False
     same = all(p.dtype == torch.float32 and p.is_cpu and p.is_contiguous() for p in block.parameters())
-    return same and loaded() is not None
+    return same and native.loaded() is not None
 
 
 class DecodeStep:
     """The weights of a block in `dtype`, and what is called with rows of one token each, x (B,1,d) fp32."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        library = loaded()
+        library = native.loaded()
         assert library is not None, "is_plain comes first"
         self._run = library.decode_step
         self.dtype = dtype

@@ -39,7 +39,7 @@ GENERATION = "generation, batch 1"
 
 ROOM = 2
 """How many times the limit the process may take that times a step on a CPU: the default allocator, which it runs under, keeps
-what a step no longer uses (468 to 614 MB in all were seen where 395 are in use)."""
+what a step no longer uses."""
 
 
 class MeasureConfig(ComponentConfig):

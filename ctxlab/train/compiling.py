@@ -19,7 +19,7 @@ CompileSetting = Literal["auto"] | bool
 SAVED = 1 - 1 / 1.41
 """Share of a training step on a GPU: 1.41 times as fast over 180 models on an A100 (Ansel et al. 2024, ASPLOS, section 6). Of
 our own blocks it has not been measured."""
-SECONDS = 60.0  # that compiling takes on a GPU: on a CPU the blocks of one stack took 7 to 18
+SECONDS = 60.0  # that compiling is taken to need on a GPU
 OPERATIONS_PER_SECOND = 1e14  # of a quick GPU: a run that is worth it there is worth it on a slower one
 
 
@@ -29,9 +29,8 @@ def decide(
     """Whether to compile, and under `auto` why or why not, in words that end a line.
 
     operations: of the whole run, infinite where only the clock ends it. refusal: why the model cannot be compiled.
-    On a CPU `auto` never does: attention and what goes with it run in kernels that are compiled already, and a step of a
-    decoder of 384 x 6 with RoPE takes, compiled, 0.99 of its time at 512 and 2,048 tokens in fp32. Raises ConfigError where it
-    is asked for and there is no compiler.
+    On a CPU `auto` never does: attention and what goes with it run in kernels that are compiled already. Raises ConfigError
+    where it is asked for and there is no compiler.
     """
     if setting is True:
         require_compiler(device)

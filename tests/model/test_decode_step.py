@@ -97,7 +97,9 @@ def test_a_step_is_what_the_block_is_in_float64(
 def test_in_bf16_it_errs_as_torch_does(kind: dict[str, Any], crosses: bool, steps: list[torch.dtype]) -> None:
     """Over 48 rows: roundings are those of autocast, and which way they fall is a matter of the order of sums."""
     made, torchs = block(crosses=crosses, **kind), block(crosses=crosses, kernel="torch", **kind)
-    squares = torch.zeros(3, dtype=torch.float64)  # of ours and of torch's error, and of what is exact
+    squares = torch.zeros(
+        4, dtype=torch.float64
+    )  # of ours and torch's error, what lies between them, and what is exact
     for seed in range(12):
         x, encoded = rows(MOST_ROWS, seed)
         with torch.no_grad():
@@ -106,13 +108,13 @@ def test_in_bf16_it_errs_as_torch_does(kind: dict[str, Any], crosses: bool, step
                 found = say(made, x, encoded, torch.bfloat16)
                 theirs = say(torchs, x, encoded, torch.bfloat16)
         assert found.dtype == theirs.dtype == torch.float32
-        squares += torch.stack(
-            [(found - expected).square().sum(), (theirs - expected).square().sum(), expected.square().sum()]
-        )
+        differences = (found - expected, theirs - expected, found - theirs, expected)
+        squares += torch.stack([x.double().square().sum() for x in differences])
     assert steps == 12 * [torch.bfloat16]
-    ours, of_torch, whole = squares.sqrt().tolist()
+    ours, of_torch, between, whole = squares.sqrt().tolist()
     assert 0 < of_torch < 0.05 * whole
     assert ours <= 1.05 * of_torch
+    assert between < 0.7 * of_torch  # 1 if nothing were rounded, sqrt(2) if all were elsewhere
 
 
 def test_threads_change_no_bit() -> None:

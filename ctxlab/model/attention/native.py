@@ -48,7 +48,7 @@ PAYS_FROM = 1e13
 OPERATIONS_PER_SECOND = 1e11
 """What a machine of two cores does, to tell whether a run of so many seconds is worth it."""
 
-_DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 @_disable_dynamo
@@ -104,6 +104,17 @@ def fewest_queries(dtype: torch.dtype, *, biased: bool) -> int:
     return FEWEST_QUERIES if biased or dtype != torch.float32 else FEWEST_UNBIASED
 
 
+def may_read(x: Tensor) -> bool:
+    """Whether compiled code may read x where it lies, and nobody misses the call: no gradient, no mode that watches."""
+    return (
+        x.is_cpu
+        and type(x) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def note(q: Tensor, ran: str) -> None:
     """Remembers what computed a call, for `ran`."""
     if q.device.type == "cpu":
@@ -125,7 +136,7 @@ def forget() -> None:
 def _unsuited(q: Tensor, scale: float, bias: Bias | None) -> str | None:
     if q.device.type != "cpu":
         return f"on {q.device.type}"
-    if q.dtype not in _DTYPES:
+    if q.dtype not in DTYPES:
         return f"in {str(q.dtype).removeprefix('torch.')}"
     if bias is not None and not isinstance(bias, Compilable):
         return "this position's bias"

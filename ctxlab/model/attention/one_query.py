@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ctxlab.model.attention.bias import LOG2_E, Bias, Span, Tile
-from ctxlab.model.attention.native import Kernel, loaded, note
-
-_DTYPES = (torch.float32, torch.bfloat16)
+from ctxlab.model.attention.native import DTYPES, Kernel, loaded, may_read, note
 
 
 def attend_once(
@@ -33,17 +31,7 @@ def attend_once(
     that reads scores, no compiled kernel.
     """
     B, H, T, D = q.shape
-    if (
-        T != 1
-        or torch.is_grad_enabled()
-        or kernel == "torch"
-        or not q.is_cpu
-        or q.dtype not in _DTYPES
-        or type(q) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or (library := loaded()) is None
-    ):
+    if T != 1 or kernel == "torch" or q.dtype not in DTYPES or not may_read(q) or (library := loaded()) is None:
         return None
     Hkv, S, Dv = k.shape[1], k.shape[2], v.shape[3]
     row, rows, heads = None, 0, 0

@@ -3,11 +3,12 @@
 Every point is a process of its own under a limit of address space: one that needs more ends alone, as a row. A step takes
 8,192 tokens (one row at 8,192 and beyond) through forward, backward and AdamW.
 
-    python experiments/speed/speed.py time [fp32|bf16] [CONTEXT...]      tokens a second, in five rounds of all contestants
-    python experiments/speed/speed.py memory [fp32|bf16] [CONTEXT...]    peaks, and at 32,768 tokens too
-    python experiments/speed/speed.py longest [fp32|bf16] [BYTES]        the longest row whose step takes at most 4GiB
+    python experiments/speed/speed.py time [fp32|bf16] [WORD...]       tokens a second, in five rounds of all contestants
+    python experiments/speed/speed.py memory [fp32|bf16] [WORD...]     peaks, and at 32,768 tokens too
+    python experiments/speed/speed.py longest [fp32|bf16] [WORD...]    the longest row whose step takes at most 4GiB
 
-Without a precision it is the machine's own. Prints a JSON object a line.
+Without a precision it is the machine's own. Words are contexts, names of contestants ('ctxlab rope'), rounds=3, budget=1GiB:
+those only, so many, so much. Prints a JSON object a line.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ctxlab.cli.environment import set_thread_defaults
 
 set_thread_defaults()  # before torch is imported
 
-from contestants import OURS, PEERS, SIZES, VOCAB
+from contestants import CONTESTANTS, OURS, PEERS, SIZES, VOCAB
 
 from ctxlab.errors import ConfigError
 from ctxlab.model.attention import native
@@ -34,7 +36,7 @@ from ctxlab.units import parse_bytes, parse_length
 
 STEP_TOKENS, ROUNDS = 8192, 5
 TIMED, WEIGHED = (512, 2048, 8192), (512, 2048, 8192, 32_768)
-ADDRESS_SPACE = 20 * 2**30
+ADDRESS_SPACE, BUDGET = 20 * 2**30, 4 * 2**30
 TIMEOUT = 3600.0
 SHORTEST, BEYOND, GRAIN = 512, 2**22, 64  # a longest context is looked for in between, in multiples of GRAIN
 
@@ -61,24 +63,53 @@ def show(row: Row) -> Row:
     return row
 
 
-def time_steps(contexts: Iterable[int], precision: str, ask: Callable[..., Row] = ask) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What of it all is measured."""
+
+    contexts: tuple[int, ...] = ()
+    names: tuple[str, ...] = (*OURS, *PEERS)
+    rounds: int = ROUNDS
+    budget: int = BUDGET
+
+    @classmethod
+    def of(cls, words: Iterable[str]) -> Asked:
+        """Raises ConfigError on a word that is none of these."""
+        contexts, names, more = [], [], {}
+        for word in words:
+            key, _, value = word.partition("=")
+            try:
+                if word in CONTESTANTS:
+                    names.append(word)
+                elif key == "rounds" and value.isdecimal() and int(value):
+                    more["rounds"] = int(value)
+                elif key == "budget":
+                    more["budget"] = parse_bytes(value)
+                else:
+                    contexts.append(parse_length(word))
+            except ValueError as error:
+                known = f"a context, rounds=N, budget=BYTES or one of {', '.join(CONTESTANTS)}"
+                raise ConfigError(f"speed: expected {known}; got '{word}'") from error
+        return cls(tuple(contexts), tuple(names) or cls.names, **more)
+
+
+def time_steps(asked: Asked, precision: str, ask: Callable[..., Row] = ask) -> None:
     """A round runs each contestant once; one that ends without a time is in no further round."""
-    for context in contexts:
-        rates: dict[str, list[float]] = {name: [] for name in (*OURS, *PEERS)}
-        for _ in range(ROUNDS):
+    for context in asked.contexts or TIMED:
+        rates: dict[str, list[float]] = {name: [] for name in asked.names}
+        for _ in range(asked.rounds):
             for name in list(rates):
-                found = ask(name, context, "time", precision, rows=max(1, STEP_TOKENS // context))
+                found = show(ask(name, context, "time", precision, rows=max(1, STEP_TOKENS // context)))
                 if found["status"] == "done":
                     rates[name].append(max(1, STEP_TOKENS // context) * context / min(found["seconds"]))
                 else:
-                    show(found)
                     del rates[name]
         for name, each in rates.items():
             show({
                 "contestant": name, "context": context, "precision": precision, "best": max(each),
                 "median": statistics.median(each), "lowest": min(each), "tokens_per_second": each,
             })  # fmt: skip
-        for name in OURS:
+        for name in (name for name in OURS if name in asked.names):
             show({"compared": "time", "ours": name, "context": context, **compared_times(name, rates)})
 
 
@@ -98,14 +129,14 @@ def compared_times(ours: str, rates: Mapping[str, Sequence[float]]) -> Row:
     }
 
 
-def weigh(contexts: Iterable[int], precision: str, ask: Callable[..., Row] = ask) -> None:
-    for context in contexts:
+def weigh(asked: Asked, precision: str, ask: Callable[..., Row] = ask) -> None:
+    for context in asked.contexts or WEIGHED:
         peaks: dict[str, float] = {}
-        for name in (*OURS, *PEERS):
+        for name in asked.names:
             found = show(ask(name, context, "memory", precision, rows=max(1, STEP_TOKENS // context)))
             if found["status"] == "done":
                 peaks[name] = found["peak_bytes"]
-        for name in OURS:
+        for name in (name for name in OURS if name in asked.names):
             show({"compared": "memory", "ours": name, "context": context, **compared_peaks(name, peaks)})
 
 
@@ -118,9 +149,12 @@ def compared_peaks(ours: str, peaks: Mapping[str, float]) -> Row:
     return {"rival": rival, "peak_ratio": peaks[ours] / peaks[rival]}
 
 
-def longest_of_all(budget: int, precision: str) -> None:
+def longest_of_all(asked: Asked, precision: str) -> None:
     """Ours with RoPE and all peers, without recomputation; then those two that can be compared with it."""
+    budget = asked.budget
     for name, recompute in [(n, False) for n in ("ctxlab rope", *PEERS)] + [("ctxlab rope", True), ("HF Llama", True)]:
+        if name not in asked.names:
+            continue
         points: list[Row] = []
 
         def peak(context: int, name: str = name, recompute: bool = recompute, points: list[Row] = points) -> float:
@@ -183,11 +217,11 @@ def main(words: Sequence[str]) -> None:
     precision = resolve_precision(asked, resolve_device("cpu"))
     native.library()  # built once, before anything is timed
     if what == "time":
-        time_steps([parse_length(word) for word in more] or TIMED, precision)
+        time_steps(Asked.of(more), precision)
     elif what == "memory":
-        weigh([parse_length(word) for word in more] or WEIGHED, precision)
+        weigh(Asked.of(more), precision)
     elif what == "longest":
-        longest_of_all(parse_bytes(more[0] if more else "4GiB"), precision)
+        longest_of_all(Asked.of(more), precision)
     else:
         raise ConfigError(f"speed: expected time, memory or longest, got '{what}'")
 

@@ -149,6 +149,9 @@ SKIPPED = {
     "_cuda_single": "needs a CUDA device",
     "_Scratch": "sizes of buffers that are cut to a tile's shape",
     "side": "how large tiles are: those of any size give the same result",
+    "side_of": "how large tiles are",
+    "_blocks": "how large tiles are",
+    "_options": "needs a CUDA device",
 }
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {

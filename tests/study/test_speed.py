@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ctxlab.errors import ConfigError
 from ctxlab.model.generation import DecodingConfig, generate
 from ctxlab.registry import import_file
 from tests.model.builders import tokens
@@ -137,15 +138,42 @@ def test_one_that_dies_is_a_row_and_in_no_further_round(
             return {**here, "status": "out_of_memory", "reason": "no room"}
         return {**here, "status": "done", "seconds": [8.0, 4.0 if contestant == "ctxlab rope" else 16.0]}
 
-    study("speed").time_steps([2048], "fp32", ask)
+    speed = study("speed")
+    speed.time_steps(speed.Asked.of(["2k"]), "fp32", ask)
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert asked.count("x-transformers t5") == 1
     assert asked.count("litgpt") == 5
     assert {"contestant": "x-transformers t5", "context": 2048, "status": "out_of_memory", "reason": "no room"} in rows
-    assert {row["median"] for row in rows if row.get("contestant") == "ctxlab rope"} == {8192 / 4}
+    assert [row["median"] for row in rows if row.get("contestant") == "ctxlab rope" and "median" in row] == [8192 / 4]
+    assert sum("seconds" in row for row in rows) == 8 * 5  # each point, as it is measured
     compared = {row["ours"]: row for row in rows if "compared" in row}
     assert compared["ctxlab rope"]["median_ratio"] == 2.0
     assert compared["ctxlab t5"]["status"] == "skipped"
+
+
+def test_words_say_what_is_measured(study: Callable[[str], Any], capsys: pytest.CaptureFixture[str]) -> None:
+    speed, asked = study("speed"), []
+
+    def ask(contestant: str, context: int, what: str, precision: str, *, rows: int) -> dict[str, Any]:
+        asked.append((contestant, context, what, rows))
+        return {"status": "done", "seconds": [1.0], "peak_bytes": 3.0 if contestant == "litgpt" else 2.0}
+
+    words = speed.Asked.of(["litgpt", "4096", "ctxlab rope", "rounds=2", "budget=2MiB"])
+    assert (words.contexts, words.rounds, words.budget) == ((4096,), 2, 2**21)
+    speed.time_steps(words, "fp32", ask)
+    speed.weigh(words, "fp32", ask)
+    both = ("litgpt", "ctxlab rope")
+    assert asked == [(n, 4096, "time", 2) for n in both * 2] + [(n, 4096, "memory", 2) for n in both]
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (last["ours"], last["rival"], last["peak_ratio"]) == ("ctxlab rope", "litgpt", 2 / 3)
+    nothing = speed.Asked.of([])
+    assert (nothing.contexts, set(nothing.names), nothing.rounds) == ((), set(speed.CONTESTANTS), 5)
+
+
+@pytest.mark.parametrize("word", ["rounds=0", "rounds=few", "litgtp", "budget=much"])
+def test_a_word_that_means_nothing_is_refused(study: Callable[[str], Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word.partition("=")[2] or word):
+        study("speed").Asked.of(["2k", word])
 
 
 @pytest.mark.parametrize(

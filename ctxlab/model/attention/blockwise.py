@@ -19,11 +19,14 @@ from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, ScoreTiles, Spa
 from ctxlab.model.attention.native import Kernel, native_attention, takes
 from ctxlab.model.attention.visible import Visible
 
-BLOCKS = (512, 512)
-"""Queries and keys in a tile."""
+SIDE = 512
+"""Queries and keys in a tile on a CPU."""
 
 TILE_SCORES = 2**20
-"""Scores in a tile over all its heads, at most: its buffers then take some 12 MiB and mostly stay in the cache."""
+"""Scores in a tile over all its heads, at most, on a CPU: its buffers then take some 12 MiB and mostly stay in the cache."""
+
+WIDE_SIDE, WIDE_TILE_SCORES = 2048, 2**24
+"""The same on other devices, where a tile has to keep the whole chip busy for longer than it takes to launch its parts."""
 
 LOWEST = -1e30
 """Stands in for the maximum over no score: finite, so that no difference of two infinities arises."""
@@ -39,7 +42,7 @@ def blockwise_attention(
     bias: Bias | None = None,
     lengths: Tensor | None = None,
     visible: Visible | None = None,
-    blocks: tuple[int, int] = BLOCKS,
+    blocks: tuple[int, int] | None = None,
     kernel: Kernel = "torch",
 ) -> tuple[Tensor, Tensor]:
     """out = softmax(scale q k^T + bias) v and its log-sum-exp, without T x S scores; every tensor gets its gradient.
@@ -55,8 +58,9 @@ def blockwise_attention(
     lse -inf. Tiles that nobody sees are not visited.
     Returns out (B,H,T,Dv) in q's dtype and lse (B,H,T), natural log, fp32 (fp64 for fp64); both carry gradients.
     Scores and all sums over tiles are fp32 (fp64 for fp64); weights and their gradients are rounded to q's dtype.
-    blocks: queries and keys in a tile; any sizes give the same result. kernel: whether native.py computes where it can. On
-    CUDA, biases that FlexAttention can state run there (see flex.py). Raises ValueError on shapes that do not fit.
+    blocks: queries and keys in a tile, None: by the device; any sizes give the same result. kernel: whether native.py
+    computes where it can. On CUDA, biases that FlexAttention can state run there (see flex.py). Raises ValueError on shapes
+    that do not fit.
     """
     q, k, v = autocast(q, k, v)
     check(q, k, v, causal)
@@ -73,6 +77,7 @@ def blockwise_attention(
             )  # fmt: skip
     tensors = () if bias is None else bias.tensors
     counts = None if lengths is None else tuple(int(n) for n in lengths.tolist())
+    blocks = blocks or _blocks(q)
     with torch.autocast(q.device.type, enabled=False):
         return _Blockwise.apply(q, k, v, scale, causal, bias, visible, counts, blocks, *tensors)
 
@@ -94,6 +99,18 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
         raise ValueError(f"attention: more queries than keys ({q.shape[2]} > {k.shape[2]})")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q, k and v differ in dtype ({q.dtype}, {k.dtype}, {v.dtype})")
+
+
+def side_of(device: torch.device) -> int:
+    """Queries, and keys, in a tile where there are many of both."""
+    return SIDE if device.type == "cpu" else WIDE_SIDE
+
+
+def _blocks(q: Tensor) -> tuple[int, int]:
+    """Queries and keys in a tile: few queries, as in decoding, get the more keys where launches are what costs."""
+    side = side_of(q.device)
+    rows = min(q.shape[2], side)
+    return side, side if q.device.type == "cpu" else side * side // rows
 
 
 class _Part(NamedTuple):
@@ -119,7 +136,8 @@ class _Plan(NamedTuple):
     def parts(self) -> Iterator[_Part]:
         """As many rows of the batch, or else heads, together as fit one tile's buffers."""
         span = self.span
-        fit = max(TILE_SCORES // (self.G * min(span.rows, span.T) * min(self.n_cols, span.S)), 1)
+        most = TILE_SCORES if span.device.type == "cpu" else WIDE_TILE_SCORES
+        fit = max(most // (self.G * min(span.rows, span.T) * min(self.n_cols, span.S)), 1)
         n_kv = -(-self.Hkv // -(-self.Hkv // fit))  # in equal shares, as few as fit
         n_rows = max(fit // self.Hkv, 1)
         for row in range(0, self.B, n_rows):

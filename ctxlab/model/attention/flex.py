@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from ctxlab.model.attention.bias import Bias, Toeplitz
@@ -17,18 +18,33 @@ from ctxlab.model.attention.visible import Visible
 BLOCK = 128
 """Queries and keys in a block that is visited or not."""
 
+MOST_BLOCKS = 2048
+"""Rows of blocks at most: the lists of a longer text are of larger blocks, or would take more room than the text."""
+
+MASKS = 64
+"""Lists of blocks that are kept: a model asks for the same one in every layer of every step."""
+
 COMPILATIONS = 128
 """Kinds of call in one process, at most; torch's own limit is 8, and what it does beyond needs T x S scores."""
+
+
+def _options(width: int) -> Any:
+    """How a kernel with a bias is cut. It fetches blocks ahead in stages, and the biases of a whole block of scores with them:
+    in torch's own sizes those do not fit into a chip's shared memory."""
+    if width > 64:
+        return {"num_stages": 1}
+    return {"fwd_num_stages": 2, "fwd_BLOCK_N": 64, "bwd_num_stages": 1}
 
 
 def can_flex(q: Tensor, v: Tensor, bias: Bias | None) -> bool:
     """Whether FlexAttention takes a problem: on CUDA, in its dtypes and widths, under a bias of the distance alone.
 
-    Biases with sums over tiles, or of higher precision than the scores, have no place in it.
+    Biases with sums over tiles, or of higher precision than the scores, have no place in it. Fewer queries than a block has,
+    as in decoding, are quicker in one tile than the list of blocks is made.
     """
     simple = bias is None or isinstance(bias, Toeplitz)
     small = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 16 <= q.shape[3] == v.shape[3] <= 256
-    return q.device.type == "cuda" and simple and small
+    return q.device.type == "cuda" and simple and small and q.shape[2] >= BLOCK
 
 
 def flexible_attention(
@@ -51,17 +67,28 @@ def flexible_attention(
     After a few of them it would go on with a formula that holds all scores; here there may be many, and too many is an error.
     """
     assert bias is None or isinstance(bias, Toeplitz), "can_flex comes first"
-    mask = _block_mask(q.shape[2], k.shape[2], causal, lengths, visible, q.device)
+    T, S = q.shape[2], k.shape[2]
+    mask = (_block_mask if lengths is not None else _kept_mask)(T, S, causal, lengths, visible, q.device)
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True):
         out, aux = _compiled()(
             q, k, v,
-            score_mod=None if bias is None else _added(bias, q.shape[2], k.shape[2]),
+            score_mod=None if bias is None else _added(bias, T, S),
             block_mask=mask,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=True),
+            kernel_options=None if bias is None else _options(q.shape[3]),
         )  # fmt: skip
     return out, aux.lse
+
+
+@_disable_dynamo
+@functools.lru_cache(MASKS)
+def _kept_mask(
+    T: int, S: int, causal: bool, lengths: None, visible: Visible | None, device: torch.device
+) -> BlockMask | None:
+    with torch.inference_mode(False):  # the next to ask may be a training
+        return _block_mask(T, S, causal, lengths, visible, device)
 
 
 @functools.cache
@@ -70,12 +97,19 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _added(bias: Toeplitz, T: int, S: int) -> Callable[..., Tensor]:
-    """The bias as FlexAttention asks for it, score by score."""
-    values, before = bias.values, S - T - bias.first
-    last = values.shape[1] - 1 if bias.constant_from is None else bias.constant_from - bias.first
+    """The bias as FlexAttention asks for it, score by score.
+
+    Every distance has a number of its own, those that share a value too: gradients are added up where they were read, one
+    at a time, and half of all scores may be beyond the last bucket.
+    """
+    values, before = bias.values.float(), S - T - bias.first
+    n_own = values.shape[1] if bias.constant_from is None else bias.constant_from - bias.first + 1
+    own = values[:, :n_own]
+    n = max(n_own, S - bias.first)
+    line = torch.cat([own, own[:, -1:].expand(-1, n - n_own)], dim=1)  # (H,n)
 
     def modified(score: Tensor, b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-        return score + values[h, (t + before - j).clamp(0, last)]  # hidden pairs may lie outside; the mask hides them
+        return score + line[h, (t + before - j).clamp(0, n - 1)]  # hidden pairs may lie outside; the mask hides them
 
     return modified
 
@@ -95,28 +129,32 @@ def _block_mask(
             shown = shown & visible.sees(i, j)
         return shown if lengths is None else shown & (j < lengths[b])
 
-    rows, columns = -(-T // BLOCK), -(-S // BLOCK)
-    partial, whole = [], []
-    for row in range(rows):
-        first, last = before + row * BLOCK, before + min((row + 1) * BLOCK, T) - 1  # positions
+    side = BLOCK
+    while max(T, S) > side * MOST_BLOCKS:
+        side *= 2
+    visited, whole = [], []  # of each row, from one block up to another
+    for row in range(-(-T // side)):
+        first, last = before + row * side, before + min((row + 1) * side, T) - 1  # positions
         low = 0 if visible is None else visible.low(first)
         high = S if visible is None else min(S, visible.high(last))
         high = min(high, last + 1) if causal else high
-        visited = range(low // BLOCK, -(-high // BLOCK))
+        visited.append((low // side, -(-high // side)))
         # Keys that every query of the block sees: behind the last one's first, before the first one's last.
         inner = 0 if visible is None else visible.low(last)
         outer = S if visible is None else min(S, visible.high(first))
         outer = min(outer, first + 1) if causal else outer
-        full = range(-(-inner // BLOCK), outer // BLOCK) if lengths is None else range(0)
-        whole.append(list(full))
-        partial.append([column for column in visited if column not in full])
-    return BlockMask.from_kv_blocks(
-        *_listed(partial, columns, device), *_listed(whole, columns, device), BLOCK, seen, (T, S)
-    )
+        full = (-(-inner // side), outer // side)
+        whole.append(full if lengths is None and full[0] < full[1] else (low // side, low // side))
+    columns = torch.arange(-(-S // side))  # all of it is made on the host: small parts, many of them
+    (low, high), (inner, outer) = (torch.tensor(ends).T[..., None] for ends in (visited, whole))  # (rows,1) each
+    partial = columns + low + torch.where(columns + low >= inner, outer - inner, 0)
+    lists = _listed(partial, high - low - (outer - inner)), _listed(columns + inner, outer - inner)
+    (counts, blocks), (full_counts, full_blocks) = (tuple(part.to(device) for part in pair) for pair in lists)
+    return BlockMask.from_kv_blocks(counts, blocks, full_counts, full_blocks, side, seen, (T, S))
 
 
-def _listed(blocks: list[list[int]], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks each row visits, (1,1,rows), and which, (1,1,rows,columns) filled up with 0."""
-    counts = torch.tensor([len(row) for row in blocks], dtype=torch.int32, device=device)
-    padded = [row + [0] * (columns - len(row)) for row in blocks]
-    return counts[None, None], torch.tensor(padded, dtype=torch.int32, device=device)[None, None]
+def _listed(blocks: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """From blocks (rows,columns) of which the first counts (rows,1) are meant: how many, (1,1,rows), and which, filled up
+    with 0, (1,1,rows,columns)."""
+    meant = torch.arange(blocks.shape[1]) < counts
+    return counts[None, None, :, 0].int(), blocks.masked_fill(~meant, 0)[None, None].int()

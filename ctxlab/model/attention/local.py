@@ -11,7 +11,7 @@ from torch import Tensor
 from ctxlab.fields import OrNone
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.attention.bias import Bias
-from ctxlab.model.attention.blockwise import BLOCKS, blockwise_attention
+from ctxlab.model.attention.blockwise import blockwise_attention, side_of
 from ctxlab.model.attention.full import attend_to_all
 from ctxlab.model.attention.visible import Visible
 from ctxlab.model.config import ModelConfig
@@ -55,7 +55,7 @@ class Local(Attention):
                 q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, lse_gradient=self.sink is not None,
                 kernel=self.config.kernel,
             )  # fmt: skip
-        side = max(_FEWEST, min(BLOCKS[0], 1 << (self.config.size - 1).bit_length()))
+        side = max(_FEWEST, min(side_of(q.device), 1 << (self.config.size - 1).bit_length()))
         return blockwise_attention(
             q, k, v, scale=scale, causal=causal, bias=bias, lengths=None if causal else lengths,
             visible=self.rule, blocks=(side, side), kernel=self.config.kernel,

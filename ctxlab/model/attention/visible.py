@@ -14,6 +14,8 @@ from ctxlab.model.attention.bias import Tile
 class Visible(Protocol):
     """A rule of visibility by position. Causality is not its business."""
 
+    def __hash__(self) -> int: ...  # equal rules share what is made of them
+
     @property
     def most(self) -> int:
         """How many keys a causal query sees at most."""

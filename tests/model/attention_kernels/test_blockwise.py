@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from ctxlab.model.attention import blockwise
 from ctxlab.model.attention.bias import BlockBias, Tile, Toeplitz
 from ctxlab.model.attention.blockwise import blockwise_attention
 from ctxlab.model.attention.visible import Chunk, Visible, Window
@@ -83,6 +84,22 @@ def test_splitting_heads_and_rows_over_tiles_does_not_change_the_result(
         results.append([out, lse, *torch.autograd.grad(out, [q, k, v, values], grad)])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("T", [1, 5, 700, 5000])
+def test_where_launches_cost_few_queries_meet_the_more_keys(T: int) -> None:
+    rows, columns = blockwise._blocks(torch.empty(1, 2, T, 8, device="meta"))
+    assert min(T, rows) * columns <= blockwise.WIDE_SIDE**2 < min(T, rows) * (columns + 1)
+    assert blockwise._blocks(torch.empty(1, 2, T, 8)) == (512, 512)
+
+
+def test_on_tiles_of_another_device_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = operands(1, 4, 2, 130, 300, 8, 8)
+    expected = blockwise_attention(q, k, v, scale=0.3, causal=True)
+    monkeypatch.setattr(blockwise, "_blocks", lambda q, blocks=blockwise._blocks: blocks(q.to("meta")))
+    found = blockwise_attention(q, k, v, scale=0.3, causal=True)
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_later_chunk_equals_rows_of_the_whole() -> None:

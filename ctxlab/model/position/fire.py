@@ -15,7 +15,8 @@ from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 
 _EPSILON = 1e-6  # added to the normalizer, as in the authors' code
-_FEATURES = 2**21  # numbers in the features of some rows of a tile, at most
+_FEATURES = 2**21  # numbers in the features of some rows of a tile, at most, on a CPU
+_WIDE_FEATURES = 2**25  # and where tiles are wide
 
 
 @POSITIONS.register("fire")
@@ -245,7 +246,8 @@ class _PiecewiseTiles:
         )
 
     def _parts(self, u: Tensor, knots: Tensor) -> list[slice]:
-        step = max(1, _FEATURES // ((1 + len(knots)) * u.shape[1]))
+        most = _FEATURES if u.device.type == "cpu" else _WIDE_FEATURES
+        step = max(1, most // ((1 + len(knots)) * u.shape[1]))
         return [slice(r, min(r + step, u.shape[0])) for r in range(0, u.shape[0], step)]
 
     def _features(self, u: Tensor, knots: Tensor) -> Tensor:

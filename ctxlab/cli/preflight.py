@@ -19,12 +19,14 @@ def check(config: Any, progress: Progress) -> None:
     from ctxlab.data.prepare import default_cache
     from ctxlab.data.source import SOURCES
     from ctxlab.evaluation.harness import check_harness
+    from ctxlab.model.offload import require_elsewhere
     from ctxlab.records.sinks import check_mirror
     from ctxlab.train.lora import check_installed
     from ctxlab.train.precision import resolve_device
 
     if hasattr(config, "trainer") and not hasattr(config, "plan"):  # a device that is planned for need not be here
-        resolve_device(config.trainer.accelerator)
+        device = resolve_device(config.trainer.accelerator)
+        require_elsewhere(getattr(config.trainer, "offload", "none"), device)
     if hasattr(config, "logger"):
         check_mirror(config.logger)
     if getattr(getattr(getattr(config, "trainer", None), "lora", None), "r", "none") != "none":

@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ctxlab.cli.environment import set_thread_defaults
 
@@ -22,12 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ctxlab.model.attention.base import ATTENTIONS
-from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS
-from ctxlab.model.transformer import Transformer
+from ctxlab.profiling.fit import OTHERS
 from ctxlab.profiling.measure import Point, run_point, steps_in_turns
-from ctxlab.train.optim.base import OPTIMIZERS
+from ctxlab.profiling.predict import Predictor
 from ctxlab.train.precision import resolve_device, resolve_precision
 
 CONTEXTS, ROUNDS = (512, 2048, 8192), 5
@@ -86,35 +85,27 @@ def compare(schemes: Sequence[str]) -> None:
 
 
 def longest(schemes: Sequence[str]) -> None:
-    """Memory of one step with recomputed blocks: at 65,536 tokens, or at 32,768 with its growth from 16,384 on."""
+    """Memory of one step with recomputed blocks: at 65,536 tokens, or at 32,768 with the growth of activations from 16,384 on.
+
+    What is no activation is left out as it is predicted, at each context by itself: a learned table has as many rows.
+    """
     for name in schemes:
-        if name in LONGEST:
-            row = {"position": name, "context": 65_536, "peak_bytes": peak(point(name, 65_536, recompute="block"))}
-        else:
-            half, whole = (peak(point(name, c, recompute="block")) for c in (16_384, 32_768))
-            activations = whole - standing_bytes(name)
-            times = activations / (half - standing_bytes(name))
-            row = {
-                "position": name,
-                "context": 32_768,
-                "peak_bytes": whole,
-                "activation_bytes": activations,
-                "times": times,
-            }
+        context = 65_536 if name in LONGEST else 32_768
+        at = point(name, context, recompute="block")
+        row = {"position": name, "context": context, "precision": at.precision, "peak_bytes": peak(at)}
+        if name not in LONGEST:
+            half = replace(at, context=context // 2)
+            row["half_peak_bytes"] = peak(half)
+            row |= growth(at, row["peak_bytes"], row["half_peak_bytes"])
         print(json.dumps(row), flush=True)
 
 
-def standing_bytes(position: str) -> int:
-    """Weights, gradients and optimizer state: what of a step's memory is there whatever the context."""
-    at = point(position, 8)
-    config = ModelConfig.model_validate(at.model)
-    attention = ATTENTIONS.config(at.attention)
-    model = Transformer(config, POSITIONS.config(at.position), attention, vocab_size=at.vocab_size, context=32_768)
-    optimizer = OPTIMIZERS.get("muon")(OPTIMIZERS.config(at.optim)).build(model)
-    model(torch.zeros(1, 8, dtype=torch.int64)).sum().backward()
-    optimizer.step()
-    state = [t for entry in optimizer.state.values() for t in entry.values() if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.parameters(), *state])
+def growth(at: Point, whole: int, half: int) -> dict[str, float]:
+    """Activations of a step and of one of half as many tokens, from their peaks, and how many times as much the one is."""
+    predictor = Predictor(at)
+    standing = {c: sum(predictor.memory(c).split[kind] for kind in OTHERS) for c in (at.context, at.context // 2)}
+    activations, fewer = whole - standing[at.context], half - standing[at.context // 2]
+    return {"activation_bytes": round(activations), "times": round(activations / fewer, 4)}
 
 
 def main() -> None:
@@ -125,4 +116,5 @@ def main() -> None:
         compare(words or POSITIONS.names())
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -234,6 +234,10 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "sweep of texts": (("generate", "-m", "run=last"), (r"-m: ctxlab generate makes no record",)),
     "no such sweep": (("train", "sweep.resume=position-0000"), (r"sweep.resume: there is no sweep 'position-0000'",)),
     # machine and mirror
+    "no host beside the device": (
+        (*TRAIN, "trainer.accelerator=cpu", "trainer.offload=cpu"),
+        (r"trainer.offload: on a CPU what backward needs is in its memory already; use none",),
+    ),
     "no GPU": ((*TRAIN, "trainer.accelerator=gpu"), (r"trainer.accelerator: no CUDA device is available here",)),
     "online without a key": (
         (*TRAIN, "logger.mode=online"),

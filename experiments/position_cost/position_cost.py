@@ -2,16 +2,16 @@
 
 A row is a scheme: its step runs in turns with RoPE's, one step each, and the two peaks come from processes of their own.
 
-    python experiments/position_cost/position_cost.py              every scheme at 512, 2,048 and 8,192 tokens
-    python experiments/position_cost/position_cost.py long         memory of one step at 65,536 tokens, and at 32,768
-    python experiments/position_cost/position_cost.py long NAME    of some schemes only
+    python experiments/position_cost/position_cost.py          every scheme at 512, 2,048 and 8,192 tokens
+    python experiments/position_cost/position_cost.py long     memory of one step at 65,536 tokens, and at 32,768
+
+Words behind these measure less: names of schemes, and of the first line contexts (`alibi t5 8192`).
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,6 +27,7 @@ from ctxlab.model.position.base import POSITIONS
 from ctxlab.profiling.fit import OTHERS
 from ctxlab.profiling.measure import Point, run_point, steps_in_turns
 from ctxlab.profiling.predict import Predictor
+from ctxlab.study.script import run_script
 from ctxlab.train.precision import resolve_device, resolve_precision
 
 CONTEXTS, ROUNDS = (512, 2048, 8192), 5
@@ -59,11 +60,11 @@ def peak(at: Point) -> int:
     return int(result["peak_memory_bytes"])
 
 
-def compare(schemes: Sequence[str]) -> None:
+def compare(schemes: Sequence[str], contexts: Sequence[int]) -> None:
     """Time in turns with RoPE and memory, relative to RoPE, at each context."""
-    console, table = Console(), Table("position", *(f"{c:,}: time, memory" for c in CONTEXTS))
+    console, table = Console(), Table("position", *(f"{c:,}: time, memory" for c in contexts))
     cells: dict[str, list[str]] = {name: [] for name in schemes}
-    for context in CONTEXTS:
+    for context in contexts:
         base, base_peak = point("rope", context), peak(point("rope", context))
         for name in schemes:
             # A learned table has as many rows as the trained context: here that is the context of the step.
@@ -72,7 +73,7 @@ def compare(schemes: Sequence[str]) -> None:
             ratio = statistics.median(a / b for a, b in zip(mine, theirs))
             cells[name].append(f"{ratio:5.2f} {used / base_peak:6.2f}")
             row = {
-                "position": name, "context": context, "time": ratio,
+                "position": name, "context": context, "precision": base.precision, "time": ratio,
                 "median_seconds": statistics.median(mine), "best_seconds": min(mine), "peak_bytes": used,
                 "rope_median_seconds": statistics.median(theirs), "rope_best_seconds": min(theirs), "rope_peak_bytes": base_peak,
             }  # fmt: skip
@@ -108,13 +109,17 @@ def growth(at: Point, whole: int, half: int) -> dict[str, float]:
     return {"activation_bytes": round(activations), "times": round(activations / fewer, 4)}
 
 
-def main() -> None:
-    words = sys.argv[1:]
-    if words[:1] == ["long"]:
-        longest(words[1:] or [*LONGEST, *(n for n in POSITIONS.names() if n not in LONGEST)])
+def main(words: Sequence[str]) -> None:
+    asks_for_long = words[:1] == ["long"]
+    contexts = [int(word) for word in words if word.isdecimal()]
+    names = [word for word in words[asks_for_long:] if not word.isdecimal()]
+    for name in names:
+        POSITIONS.get(name)  # says what there is, before anything is measured
+    if asks_for_long:
+        longest(names or [*LONGEST, *(n for n in POSITIONS.names() if n not in LONGEST)])
     else:
-        compare(words or POSITIONS.names())
+        compare(names or POSITIONS.names(), contexts or CONTEXTS)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

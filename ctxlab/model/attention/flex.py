@@ -21,7 +21,7 @@ BLOCK = 128
 MOST_BLOCKS = 2048
 """Rows of blocks at most: the lists of a longer text are of larger blocks, or would take more room than the text."""
 
-MASKS = 64
+MASKS = 16
 """Lists of blocks that are kept: a model asks for the same one in every layer of every step."""
 
 COMPILATIONS = 128

@@ -28,14 +28,6 @@ COMPILATIONS = 128
 """Kinds of call in one process, at most; torch's own limit is 8, and what it does beyond needs T x S scores."""
 
 
-def _options(width: int) -> Any:
-    """How a kernel with a bias is cut. It fetches blocks ahead in stages, and the biases of a whole block of scores with them:
-    in torch's own sizes those do not fit into a chip's shared memory."""
-    if width > 64:
-        return {"num_stages": 1}
-    return {"fwd_num_stages": 2, "fwd_BLOCK_N": 64, "bwd_num_stages": 1}
-
-
 def can_flex(q: Tensor, v: Tensor, bias: Bias | None) -> bool:
     """Whether FlexAttention takes a problem: on CUDA, in its dtypes and widths, under a bias of the distance alone.
 
@@ -94,6 +86,14 @@ def _kept_mask(
 @functools.cache
 def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)
+
+
+def _options(width: int) -> Any:
+    """How a kernel with a bias is cut. It fetches blocks ahead in stages, and the biases of a whole block of scores with them:
+    in torch's own sizes those do not fit into a chip's shared memory."""
+    if width > 64:
+        return {"num_stages": 1}
+    return {"fwd_num_stages": 2, "fwd_BLOCK_N": 64, "bwd_num_stages": 1}
 
 
 def _added(bias: Toeplitz, T: int, S: int) -> Callable[..., Tensor]:

@@ -85,7 +85,11 @@ def test_a_bias_that_is_constant_from_a_distance_on_gets_its_whole_gradient(caus
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("T", "S"), [(700, 700), (130, 700)])
-def test_visits_the_blocks_that_somebody_sees_and_no_other(rule: str, causal: bool, T: int, S: int) -> None:
+@pytest.mark.parametrize(("most", "side"), [(flex.MOST_BLOCKS, flex.BLOCK), (3, 2 * flex.BLOCK)])
+def test_visits_the_blocks_that_somebody_sees_and_no_other(
+    rule: str, causal: bool, T: int, S: int, most: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex, "MOST_BLOCKS", most)
     visible = RULES[rule]
     mask = flex._block_mask(T, S, causal, None, visible, torch.device("cpu"))
     i, j = torch.arange(S - T, S)[:, None], torch.arange(S)[None, :]
@@ -95,9 +99,11 @@ def test_visits_the_blocks_that_somebody_sees_and_no_other(rule: str, causal: bo
         assert seen.all()
         return
 
+    assert set(mask.BLOCK_SIZE) == {side}
+
     def blocks(pairs: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(pairs, (0, -S % flex.BLOCK, 0, -T % flex.BLOCK))
-        return padded.unflatten(0, (-1, flex.BLOCK)).unflatten(2, (-1, flex.BLOCK))
+        padded = torch.nn.functional.pad(pairs, (0, -S % side, 0, -T % side))
+        return padded.unflatten(0, (-1, side)).unflatten(2, (-1, side))
 
     parts = blocks(seen)
     visited = mask.to_dense()[0, 0].bool()
@@ -148,11 +154,22 @@ def test_however_many_kinds_of_call_a_process_makes_all_of_them_are_compiled(mon
     assert ran == calls
 
 
+def test_a_list_of_blocks_is_made_once_and_serves_training_after_inference() -> None:
+    rule, cpu = Window(50), torch.device("cpu")
+    with torch.inference_mode():
+        first = flex._kept_mask(300, 300, True, None, rule, cpu)
+    assert first is flex._kept_mask(300, 300, True, None, Window(50), cpu)
+    assert first is not flex._kept_mask(300, 300, True, None, Window(51), cpu)
+    assert first is not None
+    assert not first.kv_indices.is_inference()
+
+
 def test_what_it_cannot_state_goes_blockwise() -> None:
     on = "cuda" if torch.cuda.is_available() else "meta"
-    q = torch.empty(1, 2, 8, 64, dtype=torch.bfloat16, device=on)
+    q = torch.empty(1, 2, flex.BLOCK, 64, dtype=torch.bfloat16, device=on)
     assert can_flex(q, q, None) == (on == "cuda")
-    cpu = torch.empty(1, 2, 8, 64)
+    assert not can_flex(q[:, :, 1:], q, None)
+    cpu = torch.empty(1, 2, flex.BLOCK, 64)
     assert not can_flex(cpu, cpu, None)
     assert not can_flex(q.double(), q.double(), None)
     assert not can_flex(q, q, BlockBias(lambda tile: cpu, ()))

@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ctxlab.errors import ConfigError
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.profiling.fit import OTHERS
 from ctxlab.profiling.measure import Point, run_point, steps_in_turns
@@ -115,6 +116,8 @@ def main(words: Sequence[str]) -> None:
     names = [word for word in words[asks_for_long:] if not word.isdecimal()]
     for name in names:
         POSITIONS.get(name)  # says what there is, before anything is measured
+    if asks_for_long and contexts:
+        raise ConfigError(f"position_cost: long has contexts of its own; got '{contexts[0]}'")
     if asks_for_long:
         longest(names or [*LONGEST, *(n for n in POSITIONS.names() if n not in LONGEST)])
     else:

@@ -235,7 +235,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "no such sweep": (("train", "sweep.resume=position-0000"), (r"sweep.resume: there is no sweep 'position-0000'",)),
     # machine and mirror
     "no host beside the device": (
-        (*TRAIN, "trainer.accelerator=cpu", "trainer.offload=cpu"),
+        (*TRAIN, "trainer.accelerator=cpu", "trainer.offload=cpu", "data.path=nowhere.txt"),  # before any text is read
         (r"trainer.offload: on a CPU what backward needs is in its memory already; use none",),
     ),
     "no GPU": ((*TRAIN, "trainer.accelerator=gpu"), (r"trainer.accelerator: no CUDA device is available here",)),

@@ -11,9 +11,10 @@ from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.cache import KVCache
 from ctxlab.model.transformer import Transformer
 from tests.conformance.test_native import CASES, T
-from tests.model.builders import build, tokens
+from tests.model.builders import VOCAB, build, tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DEVICE = "cuda"
 cases = pytest.mark.parametrize(("position", "attention", "settings"), CASES)
 
 
@@ -50,6 +51,22 @@ def test_in_bf16_it_is_what_it_is_in_float64_but_for_rounding(
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         found = model_of(position, attention, settings).cuda()(tokens(2, T).cuda())
     assert 1e-3 < distance(found, expected) < 0.03
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("position", ["t5", "kerple", "sandwich"])
+def test_biases_of_the_distance_train_in_bf16_at_real_widths(position: str, width: int) -> None:
+    """Here torch's own sizes of a kernel's blocks found no room in the chip's shared memory."""
+    exact = build(position, context=600, head_dim=width).double()
+    ours = build(position, context=600, head_dim=width).to(DEVICE)
+    x = tokens(2, 600)
+    upstream = torch.randn(2, 600, VOCAB, generator=torch.Generator().manual_seed(1))
+    theirs = torch.autograd.grad(exact(x), list(exact.parameters()), upstream.double())
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = ours(x.to(DEVICE))
+    mine = torch.autograd.grad(found, list(ours.parameters()), upstream.to(found))
+    for (name, _), a, b in zip(ours.named_parameters(), mine, theirs):
+        assert distance(a, b) < 0.05, name
 
 
 @cases

@@ -97,9 +97,8 @@ def test_a_step_is_what_the_block_is_in_float64(
 def test_in_bf16_it_errs_as_torch_does(kind: dict[str, Any], crosses: bool, steps: list[torch.dtype]) -> None:
     """Over 48 rows: roundings are those of autocast, and which way they fall is a matter of the order of sums."""
     made, torchs = block(crosses=crosses, **kind), block(crosses=crosses, kernel="torch", **kind)
-    squares = torch.zeros(
-        4, dtype=torch.float64
-    )  # of ours and torch's error, what lies between them, and what is exact
+    # Of our error and of torch's, of what lies between the two, and of what is exact.
+    squares = torch.zeros(4, dtype=torch.float64)
     for seed in range(12):
         x, encoded = rows(MOST_ROWS, seed)
         with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ctxlab.errors import ConfigError
 from ctxlab.registry import import_file
 
 SCRIPT = Path(__file__).parents[2] / "experiments/position_cost/position_cost.py"
@@ -36,6 +37,8 @@ def test_words_name_schemes_and_contexts(study: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(study, "longest", lambda *what: asked.append(what))
     for line in ("", "alibi 8192 t5", "8192", "long", "long alibi"):
         study.main(line.split())
+    with pytest.raises(ConfigError, match=r"long has contexts of its own; got '8192'"):
+        study.main(["long", "8192"])
     everything = study.POSITIONS.names()
     assert asked[:3] == [(everything, (512, 2048, 8192)), (["alibi", "t5"], [8192]), (everything, [8192])]
     assert sorted(asked[3][0]) == sorted(everything)

@@ -60,7 +60,10 @@ def flexible_attention(
     """
     assert bias is None or isinstance(bias, Toeplitz), "can_flex comes first"
     T, S = q.shape[2], k.shape[2]
-    mask = (_block_mask if lengths is not None else _kept_mask)(T, S, causal, lengths, visible, q.device)
+    if lengths is None:
+        mask = _kept_mask(T, S, causal, visible, q.device)
+    else:
+        mask = _block_mask(T, S, causal, lengths, visible, q.device)
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True):
         out, aux = _compiled()(
             q, k, v,
@@ -76,11 +79,9 @@ def flexible_attention(
 
 @_disable_dynamo
 @functools.lru_cache(MASKS)
-def _kept_mask(
-    T: int, S: int, causal: bool, lengths: None, visible: Visible | None, device: torch.device
-) -> BlockMask | None:
+def _kept_mask(T: int, S: int, causal: bool, visible: Visible | None, device: torch.device) -> BlockMask | None:
     with torch.inference_mode(False):  # the next to ask may be a training
-        return _block_mask(T, S, causal, lengths, visible, device)
+        return _block_mask(T, S, causal, None, visible, device)
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def _options(width: int) -> Any:
+def _options(width: int) -> Any:  # torch's own type for it knows no pass
     """How a kernel with a bias is cut. It fetches blocks ahead in stages, and the biases of a whole block of scores with them:
     in torch's own sizes those do not fit into a chip's shared memory."""
     if width > 64:

@@ -157,9 +157,9 @@ def test_however_many_kinds_of_call_a_process_makes_all_of_them_are_compiled(mon
 def test_a_list_of_blocks_is_made_once_and_serves_training_after_inference() -> None:
     rule, cpu = Window(50), torch.device("cpu")
     with torch.inference_mode():
-        first = flex._kept_mask(300, 300, True, None, rule, cpu)
-    assert first is flex._kept_mask(300, 300, True, None, Window(50), cpu)
-    assert first is not flex._kept_mask(300, 300, True, None, Window(51), cpu)
+        first = flex._kept_mask(300, 300, True, rule, cpu)
+    assert first is flex._kept_mask(300, 300, True, Window(50), cpu)
+    assert first is not flex._kept_mask(300, 300, True, Window(51), cpu)
     assert first is not None
     assert not first.kv_indices.is_inference()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,14 @@ def resolve_precision(setting: str, device: torch.device) -> Precision:
     if setting == "bf16":
         return "bf16"
     return "bf16" if multiplies_bf16(device) else "fp32"
+
+
+def precision_of_runs(setting: str, device: torch.device, trained: Iterable[str | None]) -> Precision:
+    """For runs that are used again: as `resolve_precision`, but where one was trained in fp32, `auto` is fp32 for all.
+
+    `trained` is what they were trained in, None where that is not known. So a run is scored as it was at the end of its training.
+    """
+    return "fp32" if setting == "auto" and "fp32" in trained else resolve_precision(setting, device)
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

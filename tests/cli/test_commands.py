@@ -226,7 +226,10 @@ def test_generate_prints_the_text_and_nothing_else(place: Path) -> None:
 def test_generate_goes_on_from_every_line_of_a_file(place: Path) -> None:
     prompts = ["To be", "Je ne parle pas français: «it's, a=b ${5}»", "", "x"]
     Path("prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    settings = ("decoding.max_new_tokens=30", "decoding.top_k=20", "decoding.repetition_penalty=1.2")
+    settings = (
+        "decoding.max_new_tokens=30", "decoding.top_k=20", "decoding.repetition_penalty=1.2",
+        "trainer.precision=fp32",  # in bf16 what a product of two rows rounds is not what that of one does
+    )  # fmt: skip
     done = ctxlab("generate", "last", "prompts_file=prompts.txt", "batch=2", "seed=5", *settings)
     assert done.code == 0, done.err
     alone = [ctxlab("generate", "last", f"prompt={p}", f"seed={5 + n}", *settings) for n, p in enumerate(prompts)]

@@ -100,13 +100,15 @@ def test_memory_is_what_closed_forms_add_up_to(start: Start) -> None:
     """mini at 512, 11.4M weights: the peak stands where the backward pass begins.
 
     There weights, both moments and all activations are alive, and of the gradients only the head's; each further
-    gradient comes as a block's activations go. So the sum of all four is an upper bound, and the sum without gradients
-    is met within 5%: the head's gradient and the code of the kernels are 4% here.
+    gradient comes as a block's activations go. So the sum of all four is an upper bound, and the sum with the head's
+    gradient alone is met within 4.5%: the code of the kernels is 2% to 4% here, by the width of the processor's vectors.
     """
-    result = start(point("mini", 512)).result()
-    parts = closed(point("mini", 512))
+    at = point("mini", 512)
+    result = start(at).result()
+    parts = closed(at)
+    head = 4 * at.vocab_size * at.model["d_model"]
     assert result["peak_memory_bytes"] < parts.all
-    assert result["peak_memory_bytes"] == pytest.approx(parts.all - parts.gradients, rel=0.05)
+    assert result["peak_memory_bytes"] == pytest.approx(parts.all - parts.gradients + head, rel=0.045)
     assert result["total_bytes"] - result["peak_memory_bytes"] > 100 * MIB, "torch takes more than that"
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ctxlab.errors import ConfigError
 from ctxlab.train import precision
-from ctxlab.train.precision import resolve_device, resolve_precision
+from ctxlab.train.precision import precision_of_runs, resolve_device, resolve_precision
 
 CPU = torch.device("cpu")
 X86 = "processor\t: 0\nmodel name\t: {}\nflags\t\t: fpu sse2 avx2 avx512f avx512_vnni {}\nbogomips\t: 4400.00\n"
@@ -48,3 +48,13 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match=r"^trainer.accelerator: no CUDA device is available here"):
         resolve_device("gpu")
     assert resolve_device("auto") == resolve_device("cpu") == CPU
+
+
+def test_a_run_trained_in_fp32_is_used_again_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : amx_bf16\n")
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
+    assert precision_of_runs("auto", CPU, ["bf16", None]) == "bf16"
+    assert precision_of_runs("auto", CPU, ["bf16", "fp32"]) == "fp32"
+    assert precision_of_runs("bf16", CPU, ["fp32"]) == "bf16"
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "nothing")
+    assert precision_of_runs("auto", CPU, ["bf16"]) == "fp32"

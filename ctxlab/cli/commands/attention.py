@@ -26,7 +26,7 @@ from ctxlab.report.attention_page import page
 from ctxlab.report.plots import save
 from ctxlab.train.checkpoint import LoadedRun, open_run
 from ctxlab.train.pairs import encode
-from ctxlab.train.precision import autocast, resolve_device, resolve_precision
+from ctxlab.train.precision import autocast, precision_of_runs, resolve_device
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -63,8 +63,8 @@ class _Reading:
 def run(config: AttentionConfig, invocation: Invocation) -> int:
     """Draws the heads that are asked for. Raises ConfigError for what the run does not have, and for a file of another kind."""
     device = resolve_device(config.trainer.accelerator)
-    precision = resolve_precision(config.trainer.precision, device)
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
+    precision = precision_of_runs(config.trainer.precision, device, [loaded.run.record.provenance.precision])
     loaded.model = loaded.model.as_ours()  # what somebody else computes cannot be looked into
     files = _files(config.file, loaded.run.id)
     kinds = _kinds(loaded, config)

@@ -23,7 +23,7 @@ from ctxlab.report.tables import show_evaluation
 from ctxlab.train.checkpoint import open_run
 from ctxlab.train.objectives.base import OBJECTIVES
 from ctxlab.train.optim.base import OPTIMIZERS
-from ctxlab.train.precision import Precision, resolve_device, resolve_precision
+from ctxlab.train.precision import Precision, precision_of_runs, resolve_device
 from ctxlab.train.settings import TrainerConfig
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 def run(config: EvalConfig, run: Run, invocation: Invocation) -> int:
     """Evaluates each run of the config and prints the table: of one run, or of all side by side."""
     device = resolve_device(config.trainer.accelerator)
-    precision = resolve_precision(config.trainer.precision, device)
     parents = [invocation.store.open(run_id) for run_id in config.run]
+    precision = precision_of_runs(config.trainer.precision, device, [p.record.provenance.precision for p in parents])
     evaluations = same_lengths(config.eval, parents)
     for parent in parents:  # before anything is scored
         config.profile.generates(architecture_of(parent.record.config["model"]))

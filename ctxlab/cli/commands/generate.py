@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING
 
 from ctxlab.errors import ConfigError, UndefinedBeyondTraining
 from ctxlab.train.checkpoint import open_run
-from ctxlab.train.precision import autocast, resolve_device, resolve_precision
+from ctxlab.train.precision import autocast, precision_of_runs, resolve_device
 
 if TYPE_CHECKING:
     from ctxlab.cli.invocation import Invocation
@@ -20,8 +20,8 @@ _BATCHES = 8  # lines of a file that are sorted by length together
 def run(config: GenerateConfig, invocation: Invocation) -> int:
     """Prints the prompt and what follows it, or its translation, piece by piece."""
     device = resolve_device(config.trainer.accelerator)
-    precision = resolve_precision(config.trainer.precision, device)
     loaded = open_run(invocation.store.resolve(config.run), checkpoint=config.checkpoint, device=device)
+    precision = precision_of_runs(config.trainer.precision, device, [loaded.run.record.provenance.precision])
     out = invocation.stdout_console.file  # not through the console, which would turn tabs into spaces
     if config.prompts_file != "none":
         with autocast(precision, device):

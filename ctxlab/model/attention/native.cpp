@@ -90,7 +90,18 @@ namespace {
 
 inline float bits_to_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
 
-// Two rows rounded to bf16 (nearest, ties to even), a word a column: the first in the lower half.
+// Two vectors rounded to bf16 (nearest, ties to even): one after the other, or a word a column, the first in the lower half.
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+inline __m512i narrowed(Floats first, Floats second) { return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)); }
+inline void store_narrow(BFloat16 *to, Floats first, Floats second) { _mm512_storeu_si512(to, narrowed(first, second)); }
+inline void store_narrow(BFloat16 *to, Floats x) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x))); }
+inline Words paired(Floats first, Floats second) {
+  const __m512i columns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(columns, narrowed(first, second));
+}
+#else
+inline void store_narrow(BFloat16 *to, Floats first, Floats second) { at::vec::convert_from_float<BFloat16>(first, second).store(to); }
+inline void store_narrow(BFloat16 *to, Floats x) { at::vec::convert_from_float<BFloat16>(x, Floats(0.f)).store(to, WIDTH); }
 inline Words paired(Floats first, Floats second) {
   const Words half(0x7fff), one(1), low(0xffff), high(static_cast<int32_t>(0xffff0000u));
   Words a = at::vec::cast<int32_t>(first), b = at::vec::cast<int32_t>(second);
@@ -98,20 +109,7 @@ inline Words paired(Floats first, Floats second) {
   b = b + half + ((b >> Words(16)) & one);
   return ((a >> Words(16)) & low) | (b & high);
 }
-
-// A row of a tile in the operands' dtype.
-inline void store_row(float *to, const float *from, Index n) {
-  if (to != from) std::memcpy(to, from, n * sizeof(float));
-}
-inline void store_row(BFloat16 *to, const float *from, Index n) {
-  for (Index i = 0; i < n; i += 2 * WIDTH) {
-    if (i + 2 * WIDTH <= n) {
-      at::vec::convert_from_float<BFloat16>(Floats::loadu(from + i), Floats::loadu(from + i + WIDTH)).store(to + i);
-    } else {
-      at::vec::convert_from_float<BFloat16>(Floats::loadu(from + i), Floats(0.f)).store(to + i, WIDTH);
-    }
-  }
-}
+#endif
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
@@ -150,6 +148,9 @@ void multiply_columns(Index M, Index K, const BFloat16 *a, Index lda, const uint
 struct Single {
   using Number = float;
   static constexpr Index PAIR = 1; // rows of B to a word
+  static constexpr float UNIT = 1.f; // a nat, in what scores are counted in for `weight`
+
+  static Floats weight(Floats x) { return exponential(x); }
 
   void multiply(Index M, Index N, Index K, const float *a, Index lda, const float *b, Index ldb, float *c, Index ldc, bool add) const {
     at::native::cpublas::brgemm(M, N, K, lda, ldb, ldc, add, a, b, c, false);
@@ -161,7 +162,10 @@ struct Single {
 struct Half {
   using Number = BFloat16;
   static constexpr Index PAIR = 2;
+  static constexpr float UNIT = LOG2_E;
   bool library;
+
+  static Floats weight(Floats x) { return power_of_two(x); }
 
   void multiply(Index M, Index N, Index K, const BFloat16 *a, Index lda, const BFloat16 *b, Index ldb, float *c, Index ldc, bool add) const {
     if (library) {
@@ -344,14 +348,15 @@ Operand<Number> padded_rows(const Number *x, Index stride, Index n, Index rows, 
 }
 
 // Sums of rows that lie shifted against one another by one float a row, as the distances of a tile do. Rows whose shifts
-// differ by whole vectors go to one of WIDTH accumulators, where what was stored is loaded again in the same pieces.
+// differ by whole vectors go to one of WIDTH lines, in whose terms they are the same pieces.
 class Diagonals {
  public:
-  void clear() { std::fill(&sums_[0][0], &sums_[0][0] + WIDTH * LENGTH, 0.f); }
   void add(Index j, Index t, Floats x) {
-    float *at = &sums_[j % WIDTH][COLUMNS - j / WIDTH * WIDTH + t];
+    float *at = piece(j % WIDTH, t - j / WIDTH * WIDTH);
     (Floats::loadu(at) + x).store(at);
   }
+  // All of line r at once, from columns that are `shift` ahead of the first of its rows.
+  void put(Index r, Index shift, Floats x) { x.store(piece(r, shift)); }
   // line[t - j] += the sum over all rows j and columns t.
   void take(float *line, Index rows, Index columns) const {
     for (Index r = 0; r < std::min(WIDTH, rows); r++) {
@@ -362,96 +367,139 @@ class Diagonals {
 
  private:
   static constexpr Index LENGTH = COLUMNS + ROWS;
+  float *piece(Index r, Index shift) { return &sums_[r][COLUMNS + shift]; }
   alignas(64) float sums_[WIDTH][LENGTH];
 };
 
-// Where a tile lies, and the bias of its row j in columns t: at[j * step + t], nothing where at is null.
+// Where a tile lies, and its bias: `line`, from the distance of the first query to the first key on, times `gain` of the query
+// where there is one, and `level` added to all; none where there is no line.
 struct Tile {
   Index b, h, x, c;
   Index rows, columns; // keys and queries, rounded up
   Index distance;      // of the first query to the first key
-  const float *at = nullptr;
-  Index step = 0;
+  const float *line = nullptr;
+  const float *gain = nullptr; // (columns)
+  float level = 0.f;
 };
 
-// FIRE's bias. Of a strip of a tile's rows only the knots that lie between its smallest and its largest u are looked at.
+// FIRE's bias: psi times what belongs to the query, with the slope and the level of the piece where the tile's least u lies;
+// squares of it where further knots are passed have more on top.
 class Piecewise {
  public:
-  explicit Piecewise(const Problem &p) : p(p), bias_(COLUMNS * PITCH), sums_(4 * (p.K + 1), 0.0) {}
+  explicit Piecewise(const Problem &p) : p(p), sums_(4 * (p.K + 1), 0.0) {}
 
-  void write(Tile &tile) {
-    strips(tile, [&](Index j0, Index j1, Index passed, Index stop) {
-      const float *line = p.straight + (tile.h * (p.K + 1) + passed) * 2, *bends = p.bends + tile.h * p.K;
-      for (Index j = j0; j < j1; j++)
-        for (Index t = 0; t < tile.columns; t += WIDTH) {
-          const Floats u = at(tile, j, t);
-          Floats sum = at::vec::fmadd(Floats(line[1]), u, Floats(line[0]));
-          for (Index k = passed; k < stop; k++)
-            sum = at::vec::fmadd(Floats(bends[k]), at::vec::maximum(u - Floats(p.knots[k]), Floats(0.f)), sum);
-          sum.store(bias_ + j * PITCH + t);
-        }
-    });
-    tile.at = bias_, tile.step = PITCH;
+  // The line of a tile. What is asked for later is of the tile that was the last here.
+  void enter(Tile &tile) {
+    const Index t0 = tile.x * ROWS, n = std::min(ROWS, p.T - t0), vectors = tile.columns / WIDTH;
+    if (tile.x != x_) {
+      x_ = tile.x;
+      for (Index i = 0; i < ROWS; i++) by_[i] = p.inverse[t0 + std::min(i, n - 1)];
+      for (Index t = 0; t < ROWS; t += WIDTH) {
+        const auto [least, most] = std::minmax_element(by_ + t, by_ + t + WIDTH);
+        least_[t / WIDTH] = *least, most_[t / WIDTH] = *most;
+      }
+    }
+    const float low = psi(tile.distance - tile.rows + 1) * *std::min_element(least_, least_ + vectors);
+    const float high = psi(tile.distance + tile.columns - 1) * *std::max_element(most_, most_ + vectors);
+    first_ = std::upper_bound(p.knots, p.knots + p.K, low) - p.knots;
+    last_ = std::max<Index>(std::lower_bound(p.knots, p.knots + p.K, high) - p.knots, first_);
+    pieces_ = p.straight + tile.h * (p.K + 1) * 2, bends_ = p.bends + tile.h * p.K;
+    for (Index t = 0; t < tile.columns; t += WIDTH) (Floats::loadu(by_ + t) * Floats(slope(first_))).store(gain_ + t);
+    tile.line = p.psi + p.pad + tile.distance, tile.gain = gain_, tile.level = level(first_);
   }
 
-  // Takes the gradient of a tile's scores: of psi along the diagonals, of 1 / normalizer down the columns, of the pieces.
+  // Adds what the line leaves out to scores, which are multiplied by `scale` later.
+  void bend(const Tile &tile, float scale, float *scores) const {
+    if (first_ == last_) return;
+    const Floats rate(1.f / scale);
+    squares(tile, [&](const Square &at) {
+      if (at.stop == first_) return;
+      const Floats more((level(at.passed) - level(first_)) / scale), steeper = Floats((slope(at.passed) - slope(first_)) / scale) * at.by;
+      for (Index j = at.j0; j < at.j1; j++) {
+        float *score = scores + j * PITCH + at.t;
+        const Floats psi = distances(tile, j, at.t);
+        Floats sum = at::vec::fmadd(steeper, psi, more);
+        for (Index k = at.passed; k < at.stop; k++)
+          sum = at::vec::fmadd(Floats(bends_[k]) * rate, at::vec::clamp_min(at::vec::fmsub(psi, at.by, Floats(p.knots[k])), Floats(0.f)), sum);
+        (Floats::loadu(score) + sum).store(score);
+      }
+    });
+  }
+
+  // Takes the gradient of a tile's scores: of 1 / normalizer down the columns, of the pieces, and of psi along the diagonals
+  // what the line leaves out.
   void collect(const Tile &tile, const float *ds, Diagonals &diagonals, float *d_inverse) {
-    strips(tile, [&](Index j0, Index j1, Index passed, Index stop) {
-      const float *bends = p.bends + tile.h * p.K;
-      const Floats slope(p.straight[(tile.h * (p.K + 1) + passed) * 2 + 1]);
-      Floats total(0.f), moment(0.f);
-      for (Index j = j0; j < j1; j++)
-        for (Index t = 0; t < tile.columns; t += WIDTH) {
-          const Floats psi = distances(tile, j, t), u = psi * inverse(tile, t), g = Floats::loadu(ds + j * PITCH + t);
-          total = total + g;
-          moment = at::vec::fmadd(g, u, moment);
-          Floats rise = slope;
-          for (Index k = passed; k < stop; k++)
-            rise = rise + Floats::blendv(Floats(0.f), Floats(bends[k]), u > Floats(p.knots[k]));
-          const Floats du = g * rise;
-          diagonals.add(j, t, du * inverse(tile, t));
-          at::vec::fmadd(du, psi, Floats::loadu(d_inverse + t)).store(d_inverse + t);
+    Floats total(0.f), moment(0.f); // of ds and of ds u, where `piece` knots are passed
+    Index piece = first_;
+    const auto leave = [&](Index next) {
+      sums_[piece] += sum(total);
+      sums_[p.K + 1 + piece] += sum(moment);
+      piece = next, total = moment = Floats(0.f);
+    };
+    squares(tile, [&](const Square &at) {
+      if (at.passed != piece) leave(at.passed);
+      Floats all(0.f), along(0.f);
+      for (Index j = at.j0; j < at.j1; j++) {
+        const Floats g = Floats::loadu(ds + j * PITCH + at.t);
+        all = all + g;
+        along = at::vec::fmadd(g, distances(tile, j, at.t), along);
+      }
+      total = total + all;
+      moment = at::vec::fmadd(along, at.by, moment);
+      Floats d_by = along * Floats(slope(at.passed));
+      if (at.passed != first_) {
+        const Floats steeper = Floats(slope(at.passed) - slope(first_)) * at.by;
+        for (Index j = at.j0; j < at.j1; j++) diagonals.add(j, at.t, Floats::loadu(ds + j * PITCH + at.t) * steeper);
+      }
+      for (Index k = at.passed; k < at.stop; k++) {
+        const Floats knot(p.knots[k]), bend(bends_[k]), steeper = bend * at.by;
+        Floats hinge(0.f), beyond(0.f), by(0.f);
+        for (Index j = at.j0; j < at.j1; j++) {
+          const Floats psi = distances(tile, j, at.t), over = at::vec::fmsub(psi, at.by, knot);
+          const Floats g = Floats::loadu(ds + j * PITCH + at.t) & (over > Floats(0.f));
+          beyond = beyond + g;
+          hinge = at::vec::fmadd(g, over, hinge);
+          by = at::vec::fmadd(g, psi, by);
+          diagonals.add(j, at.t, g * steeper);
         }
-      sums_[passed] += sum(total);
-      sums_[p.K + 1 + passed] += sum(moment);
-      for (Index k = passed; k < stop; k++) {
-        Floats hinge(0.f), beyond(0.f);
-        const Floats knot(p.knots[k]);
-        for (Index j = j0; j < j1; j++)
-          for (Index t = 0; t < tile.columns; t += WIDTH) {
-            const Floats u = at(tile, j, t), g = Floats::blendv(Floats(0.f), Floats::loadu(ds + j * PITCH + t), u > knot);
-            beyond = beyond + g;
-            hinge = at::vec::fmadd(g, u - knot, hinge);
-          }
+        d_by = at::vec::fmadd(by, bend, d_by);
         sums_[2 * (p.K + 1) + k] += sum(hinge);
         sums_[3 * (p.K + 1) + k] += sum(beyond);
       }
+      (Floats::loadu(d_inverse + at.t) + d_by).store(d_inverse + at.t);
     });
+    leave(first_);
   }
   std::vector<double> &sums() { return sums_; }
 
  private:
-  static constexpr Index STRIP = 16;
+  static constexpr Index SIDE = 16;
+
+  struct Square {
+    Index j0, j1, t;     // rows, and the first of a vector of columns
+    Index passed, stop;  // knots below all of its u, and up to where there are some among them
+    Floats by;           // 1 / normalizer
+  };
 
   template <typename Use>
-  void strips(const Tile &tile, const Use &use) const {
-    const float *row = p.inverse + tile.x * ROWS;
-    const Index n = std::min(ROWS, p.T - tile.x * ROWS);
-    const float least = *std::min_element(row, row + n), most = *std::max_element(row, row + n);
-    for (Index j0 = 0; j0 < tile.rows; j0 += STRIP) {
-      const Index j1 = std::min(j0 + STRIP, tile.rows);
-      const float low = p.psi[p.pad + std::max<Index>(tile.distance - (j1 - 1), 0)] * least;
-      const float high = p.psi[p.pad + std::max<Index>(tile.distance - j0 + n - 1, 0)] * most;
-      const Index passed = std::upper_bound(p.knots, p.knots + p.K, low) - p.knots;
-      use(j0, j1, passed, std::max<Index>(std::lower_bound(p.knots, p.knots + p.K, high) - p.knots, passed));
+  void squares(const Tile &tile, const Use &use) const {
+    for (Index t = 0; t < tile.columns; t += WIDTH) {
+      const Floats by = Floats::loadu(by_ + t);
+      Index stop = last_;
+      for (Index j0 = 0; j0 < tile.rows; j0 += SIDE) { // u falls from one to the next, and with it what is passed
+        const Index j1 = std::min(j0 + SIDE, tile.rows);
+        const float low = psi(tile.distance - (j1 - 1) + t) * least_[t / WIDTH], high = psi(tile.distance - j0 + t + WIDTH - 1) * most_[t / WIDTH];
+        while (stop > first_ && p.knots[stop - 1] >= high) stop--;
+        Index passed = stop;
+        while (passed > first_ && p.knots[passed - 1] > low) passed--;
+        use({j0, j1, t, passed, stop, by});
+      }
     }
   }
+  float level(Index passed) const { return pieces_[2 * passed]; }
+  float slope(Index passed) const { return pieces_[2 * passed + 1]; }
+  float psi(Index distance) const { return p.psi[p.pad + std::max<Index>(distance, 0)]; }
   Floats distances(const Tile &tile, Index j, Index t) const { return Floats::loadu(p.psi + p.pad + tile.distance - j + t); }
-  Floats inverse(const Tile &tile, Index t) const {
-    const Index at = tile.x * ROWS + t;
-    return at + WIDTH <= p.T ? Floats::loadu(p.inverse + at) : at < p.T ? Floats::loadu(p.inverse + at, p.T - at) : Floats(0.f);
-  }
-  Floats at(const Tile &tile, Index j, Index t) const { return distances(tile, j, t) * inverse(tile, t); }
   static double sum(Floats x) {
     alignas(64) float each[WIDTH];
     x.store(each);
@@ -461,18 +509,19 @@ class Piecewise {
   }
 
   const Problem &p;
-  Buffer<float> bias_;
   std::vector<double> sums_;
+  const float *pieces_ = nullptr, *bends_ = nullptr; // of the head
+  Index x_ = -1, first_ = 0, last_ = 0; // knots passed by the tile's least u, and by its largest
+  alignas(64) float by_[ROWS], gain_[ROWS]; // 1 / normalizer (where no query is, the last one's), and times the slope
+  float least_[ROWS / WIDTH], most_[ROWS / WIDTH]; // of a vector of the former
 };
 
 Tile tile_at(const Problem &p, const Blocks &blocks, Index b, Index h, Index x, Index c, Piecewise *piecewise) {
   Tile tile{b, h, x, c, blocks.width(c), round_up(blocks.row_stop(x) - x * ROWS, LINE), p.S - p.T + x * ROWS - c * COLUMNS};
-  if (p.line != nullptr && tile.distance - (blocks.column_stop(c) - c * COLUMNS) + 1 < p.tail) {
-    tile.at = p.line + (p.line_heads == 1 ? 0 : h) * p.line_length + tile.distance - p.line_first;
-    tile.step = -1;
-  } else if (piecewise != nullptr) {
-    piecewise->write(tile);
-  }
+  if (p.line != nullptr && tile.distance - (blocks.column_stop(c) - c * COLUMNS) + 1 < p.tail)
+    tile.line = p.line + (p.line_heads == 1 ? 0 : h) * p.line_length + tile.distance - p.line_first;
+  else if (piecewise != nullptr)
+    piecewise->enter(tile);
   return tile;
 }
 
@@ -483,38 +532,34 @@ Index heads_together(const Problem &p, Index floats_a_head) {
 
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// P' from S' in place, column by column: the running maximum and sum go on, `decay` is what earlier sums shrink by. The
-// pairs of rows of P' are written to `packed` where B is made of pairs.
-template <bool biased, bool paired_rows>
+// P' from S', column by column: the running maximum (in the format's units) and sum go on, `decay` is what earlier sums
+// shrink by. P' takes the place of S', or its pairs of rows are written to `packed` where B is made of pairs.
+template <typename Format, bool biased>
 bool soften(const Tile &tile, float scale, float *scores, uint32_t *packed, float *top, float *total, float *decay) {
-  const Floats factor(scale);
+  const Floats factor(scale * Format::UNIT), level(tile.level * Format::UNIT);
   bool shrinks = false;
   for (Index t = 0; t < tile.columns; t += WIDTH) {
-    const Floats before = Floats::loadu(top + t);
-    Floats most = before, other = before;
+    const Floats rate = (tile.gain ? Floats::loadu(tile.gain + t) : Floats(1.f)) / Floats(scale);
+    const auto score = [&](Index j) { // over scale, without the level
+      const Floats s = Floats::loadu(scores + j * PITCH + t);
+      if constexpr (biased) return at::vec::fmadd(Floats::loadu(tile.line - j + t), rate, s);
+      return s;
+    };
+    Floats most(HIDDEN), other(HIDDEN);
     for (Index j = 0; j < tile.rows; j += 2) {
-      Floats s = Floats::loadu(scores + j * PITCH + t) * factor, r = Floats::loadu(scores + (j + 1) * PITCH + t) * factor;
-      if constexpr (biased) {
-        s = s + Floats::loadu(tile.at + j * tile.step + t);
-        r = r + Floats::loadu(tile.at + (j + 1) * tile.step + t);
-      }
-      most = at::vec::maximum(most, s);
-      other = at::vec::maximum(other, r);
+      most = at::vec::clamp_min(score(j), most);
+      other = at::vec::clamp_min(score(j + 1), other);
     }
-    most = at::vec::maximum(most, other);
-    const Floats shrink = exponential(before - most);
+    const Floats before = Floats::loadu(top + t);
+    most = at::vec::maximum(at::vec::fmadd(at::vec::maximum(most, other), factor, level), before);
+    const Floats shrink = Format::weight(before - most), less = level - most;
     Floats sum(0.f), sums(0.f);
     for (Index j = 0; j < tile.rows; j += 2) {
-      Floats s = Floats::loadu(scores + j * PITCH + t) * factor, r = Floats::loadu(scores + (j + 1) * PITCH + t) * factor;
-      if constexpr (biased) {
-        s = s + Floats::loadu(tile.at + j * tile.step + t);
-        r = r + Floats::loadu(tile.at + (j + 1) * tile.step + t);
-      }
-      s = exponential(s - most);
-      r = exponential(r - most);
+      const Floats s = Format::weight(at::vec::fmadd(score(j), factor, less));
+      const Floats r = Format::weight(at::vec::fmadd(score(j + 1), factor, less));
       sum = sum + s;
       sums = sums + r;
-      if constexpr (paired_rows) {
+      if constexpr (Format::PAIR == 2) {
         paired(s, r).store(packed + j / 2 * PITCH + t);
       } else {
         s.store(scores + j * PITCH + t);
@@ -568,11 +613,12 @@ void forward(const Problem &p, const Format &format) {
           Operand<Number> k{at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS), p.k_stride[2]};
           if (c == last && tile.rows != p.S - tail) k = {ends + w * COLUMNS * p.D, p.D};
           format.multiply(tile.rows, columns, p.D, k.data, k.stride, queries, PITCH, scores, PITCH, false);
+          if (piecewise) piecewise->bend(tile, p.scale, scores);
           if (!blocks.whole(b, x, c)) blocks.hide(scores, b, x, c);
           uint32_t *packed = reinterpret_cast<uint32_t *>(static_cast<Number *>(weights));
           constexpr bool pairs = Format::PAIR == 2;
-          const bool shrinks = tile.at ? soften<true, pairs>(tile, p.scale, scores, packed, top, total, decay)
-                                       : soften<false, pairs>(tile, p.scale, scores, packed, top, total, decay);
+          const bool shrinks = tile.line ? soften<Format, true>(tile, p.scale, scores, packed, top, total, decay)
+                                       : soften<Format, false>(tile, p.scale, scores, packed, top, total, decay);
           const bool adds = c > seen.first;
           if (adds && shrinks)
             for (Index d = 0; d < p.Dv; d++)
@@ -587,7 +633,7 @@ void forward(const Problem &p, const Format &format) {
           Number *out = at_token<Number>(p.out, p.out_stride, b, h, t0 + t);
           const float share_of = any ? 1.f / total[t] : 0.f;
           for (Index d = 0; d < p.Dv; d++) out[d] = static_cast<Number>(any ? mean[d * PITCH + t] * share_of : 0.f);
-          p.lse[(b * p.H + h) * p.T + t0 + t] = any ? top[t] + std::log(total[t]) : HIDDEN;
+          p.lse[(b * p.H + h) * p.T + t0 + t] = any ? top[t] / Format::UNIT + std::log(total[t]) : HIDDEN;
         }
       }
       format.release();
@@ -597,30 +643,70 @@ void forward(const Problem &p, const Format &format) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-// P' and dS' of a tile from S' and A', in place, and in the operands' dtype and in pairs of rows where these differ.
-template <bool biased, typename Number>
-void differentiate(const Tile &tile, float scale, float *scores, float *products, const float *lse, const float *delta,
-                   Number *weights, Number *gradient, uint32_t *packed, Diagonals *diagonals) {
-  const Floats factor(scale);
-  const auto at = [&](Index j, Index t) {
-    Floats s = at::vec::fmadd(Floats::loadu(scores + j * PITCH + t), factor, Floats(0.f) - Floats::loadu(lse + t));
-    if constexpr (biased) s = s + Floats::loadu(tile.at + j * tile.step + t);
-    const Floats weight = exponential(s);
-    weight.store(scores + j * PITCH + t);
+// P' and dS' of a tile from S' and A': in place where B is made as A is, else as rows in the operands' dtype, dS' in pairs of
+// rows too, and in place where `keeps`. `norm` is the log-sum-exp in the format's units; diagonals are those of the line.
+template <typename Format, bool biased, bool gained>
+void differentiate(const Tile &tile, float scale, float *scores, float *products, const float *norm, const float *delta,
+                   typename Format::Number *weights, typename Format::Number *gradient, uint32_t *packed, Diagonals *diagonals, bool keeps) {
+  constexpr bool pairs = Format::PAIR == 2;
+  const Floats factor(scale * Format::UNIT), unit(Format::UNIT);
+  alignas(64) float less[ROWS], gain[ROWS];
+  for (Index t = 0; t < tile.columns; t += WIDTH) {
+    (Floats::loadu(norm + t) - Floats(tile.level) * unit).store(less + t);
+    if constexpr (gained) (Floats::loadu(tile.gain + t) * unit).store(gain + t);
+  }
+  const auto at = [&](Index j, Index t, Floats &weight) {
+    Floats s = at::vec::fmsub(Floats::loadu(scores + j * PITCH + t), factor, Floats::loadu(less + t));
+    if constexpr (biased) s = at::vec::fmadd(Floats::loadu(tile.line - j + t), gained ? Floats::loadu(gain + t) : unit, s);
+    weight = Format::weight(s);
     const Floats ds = weight * (Floats::loadu(products + j * PITCH + t) - Floats::loadu(delta + t));
-    ds.store(products + j * PITCH + t);
-    if (diagonals) diagonals->add(j, t, ds);
+    if constexpr (!pairs) weight.store(scores + j * PITCH + t);
+    if (!pairs || keeps) ds.store(products + j * PITCH + t);
     return ds;
   };
-  for (Index j = 0; j < tile.rows; j += 2) {
-    for (Index t = 0; t < tile.columns; t += WIDTH) {
-      const Floats even = at(j, t), odd = at(j + 1, t);
-      if constexpr (sizeof(Number) == 2) paired(even, odd).store(packed + j / 2 * PITCH + t);
-    }
-    for (Index r = j; r < j + 2; r++) {
-      store_row(weights + r * PITCH, scores + r * PITCH, tile.columns);
-      store_row(gradient + r * PITCH, products + r * PITCH, tile.columns);
-    }
+  if (diagonals) { // along them, so that their sums stay at hand
+    for (Index r = 0; r < WIDTH; r += 2)
+      for (Index shift = WIDTH - tile.rows; shift < tile.columns; shift += WIDTH) {
+        Floats even(0.f), odd(0.f);
+        for (Index t = std::max<Index>(shift, 0); t < std::min(tile.columns, shift + tile.rows); t += WIDTH) {
+          const Index j = r + t - shift;
+          Floats weight[2];
+          const Floats ds = at(j, t, weight[0]), other = at(j + 1, t, weight[1]);
+          if constexpr (gained) {
+            even = at::vec::fmadd(ds, Floats::loadu(tile.gain + t), even);
+            odd = at::vec::fmadd(other, Floats::loadu(tile.gain + t), odd);
+          } else {
+            even = even + ds;
+            odd = odd + other;
+          }
+          if constexpr (pairs) {
+            store_narrow(weights + j * PITCH + t, weight[0]);
+            store_narrow(weights + (j + 1) * PITCH + t, weight[1]);
+            store_narrow(gradient + j * PITCH + t, ds);
+            store_narrow(gradient + (j + 1) * PITCH + t, other);
+            paired(ds, other).store(packed + j / 2 * PITCH + t);
+          }
+        }
+        diagonals->put(r, shift, even);
+        diagonals->put(r + 1, shift, odd);
+      }
+  } else {
+    for (Index j = 0; j < tile.rows; j += 2)
+      for (Index t = 0; t < tile.columns; t += 2 * WIDTH) {
+        const bool more = t + WIDTH < tile.columns;
+        Floats ds[2][2];
+        for (Index r = 0; r < 2; r++) {
+          Floats weight, other(0.f);
+          ds[r][0] = at(j + r, t, weight);
+          ds[r][1] = more ? at(j + r, t + WIDTH, other) : Floats(0.f);
+          if constexpr (pairs) {
+            store_narrow(weights + (j + r) * PITCH + t, weight, other);
+            store_narrow(gradient + (j + r) * PITCH + t, ds[r][0], ds[r][1]);
+          }
+        }
+        if constexpr (pairs)
+          for (Index i = 0; i < 2; i++) paired(ds[0][i], ds[1][i]).store(packed + j / 2 * PITCH + t + i * WIDTH);
+      }
   }
 }
 
@@ -668,7 +754,7 @@ void backward(const Problem &p, const Format &format) {
       Buffer<float> scores(COLUMNS * PITCH), products(COLUMNS * PITCH), d_query(p.D * PITCH), norm(ROWS), delta(ROWS), d_inverse(ROWS);
       Buffer<Number> queries(p.D * PITCH), grads(p.Dv * PITCH), by_row(ROWS * wide);
       Buffer<Number> weights(pairs ? COLUMNS * PITCH : 0), gradient(pairs ? COLUMNS * PITCH : 0), packed(pairs ? COLUMNS * PITCH : 0);
-      std::vector<float> line(p.d_line ? p.line_length : p.psi ? p.S + 2 * p.pad : 0);
+      std::vector<float> line(p.d_line ? p.line_length : p.d_psi ? p.S + 2 * p.pad : 0);
       std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
       std::unique_ptr<Diagonals> diagonals(p.d_line || p.d_psi ? new Diagonals : nullptr);
       for (Index job; (job = shift.next()) >= 0;) {
@@ -689,7 +775,7 @@ void backward(const Problem &p, const Format &format) {
           float sum = 0.f;
           for (Index d = 0; d < p.Dv; d++) sum += static_cast<float>(out[d]) * static_cast<float>(of[d]);
           delta[t] = sum - (p.grad_lse ? p.grad_lse[along + t] : 0.f);
-          if (p.lse[along + t] != HIDDEN) norm[t] = p.lse[along + t];
+          if (p.lse[along + t] != HIDDEN) norm[t] = p.lse[along + t] * Format::UNIT;
         }
         if (!line.empty()) std::fill(line.begin(), line.end(), 0.f);
         if (piecewise) std::fill(piecewise->sums().begin(), piecewise->sums().end(), 0.0);
@@ -700,18 +786,17 @@ void backward(const Problem &p, const Format &format) {
           if (c == last && rounded) k = {ends + w * COLUMNS * wide, p.D}, v = {ends + w * COLUMNS * wide + COLUMNS * p.D, p.Dv};
           format.multiply(tile.rows, columns, p.D, k.data, k.stride, queries, PITCH, scores, PITCH, false);
           format.multiply(tile.rows, columns, p.Dv, v.data, v.stride, grads, PITCH, products, PITCH, false);
+          if (piecewise) piecewise->bend(tile, p.scale, scores);
           if (!blocks.whole(b, x, c)) blocks.hide(scores, b, x, c);
-          const bool learns = p.d_line && tile.at;
-          if (diagonals) diagonals->clear();
+          const bool learns = !line.empty() && tile.line;
           Number *lowered = weights, *d_lowered = gradient;
           const Number *d_packed = packed;
           if constexpr (!pairs) lowered = scores, d_lowered = products, d_packed = products;
           uint32_t *words = reinterpret_cast<uint32_t *>(static_cast<Number *>(packed));
-          (tile.at ? differentiate<true, Number> : differentiate<false, Number>)(
-              tile, p.scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr);
+          (tile.gain ? differentiate<Format, true, true> : tile.line ? differentiate<Format, true, false> : differentiate<Format, false, false>)(
+              tile, p.scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr, p.d_psi != nullptr);
           if (p.d_psi) piecewise->collect(tile, products, *diagonals, d_inverse);
-          if (learns) diagonals->take(line.data() + tile.distance - p.line_first, tile.rows, columns);
-          if (p.d_psi) diagonals->take(line.data() + tile.distance + p.pad, tile.rows, columns);
+          if (learns) diagonals->take(line.data() + tile.distance + (p.d_line ? -p.line_first : p.pad), tile.rows, columns);
           format.multiply(p.D, columns, tile.rows, turned + (w * keys + c * COLUMNS) * p.D, tile.rows, d_packed, PITCH, d_query, PITCH, c > seen.first);
           float *d_key = sums + w * keys * wide + c * COLUMNS * D, *d_value = sums + w * keys * wide + keys * D + c * COLUMNS * Dv;
           std::atomic<Index> &turn = turns[w * blocks.columns + c];

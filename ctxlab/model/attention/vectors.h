@@ -21,7 +21,7 @@ constexpr float LOG2_E = 1.44269504088896340736f;
 // parts, and a polynomial in f, least in the largest relative error on [-ln 2 / 2, ln 2 / 2].
 inline Floats exponential(Floats x) {
   const Floats least(-87.f);
-  const Floats above = at::vec::maximum(x, least);
+  const Floats above = at::vec::clamp_min(x, least);
   const Floats whole = (above * Floats(LOG2_E)).round();
   const Floats f = at::vec::fmadd(whole, Floats(-1.42860682030941723e-6f), at::vec::fmadd(whole, Floats(-0.693145751953125f), above));
   Floats p(0.001381461275741458f);
@@ -34,6 +34,20 @@ inline Floats exponential(Floats x) {
   const Words exponent = at::vec::convert_to_int_of_same_size(whole) << Words(23);
   const Floats power = at::vec::cast<float>(at::vec::cast<int32_t>(p) + exponent);
   return Floats::blendv(power, Floats(0.f), x < least);
+}
+
+// 2^x to three millionths for x <= 127, for what is then rounded to bf16: exactly 0 from -127 down, where a hidden score is.
+// x = n + f: MIDDLE brings n to the last bits, the polynomial in f is 1 at 0, and n is added to its exponent.
+inline Floats power_of_two(Floats x) {
+  const Floats middle(12582912.f); // 1.5 * 2^23
+  const Floats above = at::vec::clamp_min(x, Floats(-127.f));
+  const Floats n = above + middle, f = above - (n - middle);
+  Floats p(0.009582852944731712f);
+  p = at::vec::fmadd(p, f, Floats(0.055906426161527634f));
+  p = at::vec::fmadd(p, f, Floats(0.24024099111557007f));
+  p = at::vec::fmadd(p, f, Floats(0.6931241750717163f));
+  p = at::vec::fmadd(p, f, Floats(1.f));
+  return at::vec::cast<float>(at::vec::cast<int32_t>(p) + (at::vec::cast<int32_t>(n) << Words(23)));
 }
 
 inline float total(Floats x) {

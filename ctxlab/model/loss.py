@@ -56,12 +56,17 @@ class _TokenNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden, weight, targets, dhidden, dweight = ctx.saved_tensors
-        if grad.stride() == (0,):  # one number for all tokens: the gradient of a sum
+        if _is_one_number(grad):  # the gradient of a sum
             dhidden, dweight = dhidden * grad[0].to(dhidden.dtype), dweight * grad[0]
         else:
             with torch.autocast(hidden.device.type, enabled=False):
                 _, _, dhidden, dweight = _sweep(hidden, weight, targets, ctx.chunk, ctx.smoothing, grad, True)
         return dhidden, dweight.to(weight.dtype), None, None, None, None
+
+
+def _is_one_number(grad: Tensor) -> bool:
+    """Whether all tokens have the same: a sum's says so by its stride, a mean's does not. On a GPU, looking would wait."""
+    return grad.stride() == (0,) or (type(grad) is Tensor and grad.is_cpu and bool((grad == grad[:1]).all()))
 
 
 def _sweep(

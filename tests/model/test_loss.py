@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +42,17 @@ def test_gradient_when_tokens_weigh_differently() -> None:
     found = torch.autograd.grad((token_nats(hidden, weight, targets, 8) * weights).sum(), (hidden, weight))
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("reduce", "products"), [(Tensor.sum, 15), (Tensor.mean, 15), (lambda x: x[:-1].sum(), 30)])
+def test_logits_are_computed_again_only_for_tokens_that_weigh_differently(
+    reduce: Callable[[Tensor], Tensor], products: int
+) -> None:
+    """Three products for each of five chunks, and once more where one weight does not do for all of them."""
+    hidden, weight, targets = case()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        reduce(token_nats(hidden, weight, targets, 8)).backward()
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::mm") == products
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])

@@ -193,6 +193,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "(self.sums >= self.last).all -> (self.sums > self.last).all",
     ): "sums that are at the last row exactly stay there when one tile more is looked at",
     (
+        "attention/flex.py",
+        "_added",
+        "max(n_own, S - bias.first) -> max(n_own, bias.first - S)",
+    ): "far distances that share one number instead of a copy each: the same sums, only all added in one place",
+    (
         "attention/bias.py",
         "no_bias",
         "0 if span.causal else 1 - span.T -> 0 if span.causal else 1 + span.T",

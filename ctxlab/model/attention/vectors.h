@@ -37,7 +37,7 @@ inline Floats exponential(Floats x) {
 }
 
 // 2^x to three millionths for x <= 127, for what is then rounded to bf16: exactly 0 from -127 down, where a hidden score is.
-// x = n + f: MIDDLE brings n to the last bits, the polynomial in f is 1 at 0, and n is added to its exponent.
+// x = n + f: `middle` brings n to the last bits, the polynomial in f is 1 at 0, and n is added to its exponent.
 inline Floats power_of_two(Floats x) {
   const Floats middle(12582912.f); // 1.5 * 2^23
   const Floats above = at::vec::clamp_min(x, Floats(-127.f));

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctxlab.model.attention.fused import fused_attention
+from ctxlab.model.attention.fused import _with_padding, fused_attention
 from tests.model.attention_kernels.reference import dense_attention, error, operands
 
 
@@ -45,6 +45,19 @@ def test_the_log_sum_exp_carries_a_gradient_where_asked(T: int, S: int, D: int, 
         b = torch.autograd.grad([expected[i] for i in outs], leaves, tops, retain_graph=True)
         for one, other in zip(a, b):
             torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
+def test_one_more_column_hides_padded_keys_and_nothing_else() -> None:
+    """What devices without a mask for it get: products with it are those without it, or lower than any other."""
+    q, k, _, _ = operands(2, 4, 2, 7, 13, 5, 5)
+    wide_q, wide_k = _with_padding(torch.tensor([13, 6]), q, k)
+    assert wide_q.shape == (2, 4, 7, 6)
+    assert wide_k.shape == (2, 2, 13, 6)
+    found = wide_q @ wide_k.repeat_interleave(2, 1).mT
+    scores = q @ k.repeat_interleave(2, 1).mT
+    torch.testing.assert_close(found[0], scores[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[1, ..., :6], scores[1, ..., :6], rtol=0, atol=1e-12)
+    assert (found[1, ..., 6:] < -1e8).all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.005)])

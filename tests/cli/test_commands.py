@@ -345,9 +345,9 @@ def test_profile_builds_the_kernel_before_it_measures_if_a_point_can_use_it(
 
 def test_what_no_kernel_can_compute_is_refused(place: Path) -> None:
     for command in ("train", "profile", "plan"):
-        done = ctxlab(command, "model=nano", "position=fox", "attention.kernel=native")
+        done = ctxlab(command, "model=nano", "position=cope_ctx", "attention.kernel=native")
         assert (done.code, done.errors) == (
-            2, ["attention.kernel: native cannot compute the bias of position=fox; use auto or torch"],
+            2, ["attention.kernel: native cannot compute the bias of position=cope_ctx; use auto or torch"],
         )  # fmt: skip
 
 

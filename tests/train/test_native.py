@@ -19,7 +19,7 @@ from tests.train.builders import settings
     ("position", "attention", "device", "built"),
     [
         ("rope", {"name": "full"}, "cpu", True), ("fire", {"name": "sliding_window", "size": 8}, "cpu", True),
-        ("nope", {"name": "linear"}, "cpu", False), ("fox", {"name": "full"}, "cpu", False),
+        ("nope", {"name": "linear"}, "cpu", False), ("fox", {"name": "full"}, "cpu", True),
         ("transformer_xl", {"name": "recurrent", "size": 8, "memory": 8}, "cpu", False),
         ("cope_ctx", {"name": "full"}, "cpu", False), ("rope", {"name": "full"}, "cuda", False),
     ],

@@ -150,6 +150,8 @@ class Compiled(NamedTuple):
     """Of what its backward fills in, for one row of the batch and one head."""
     gradients: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]]
     """From those, summed over the batch (H, ...), and the surplus, as in BiasTiles: the gradient of every tensor."""
+    by_row: bool = False
+    """They are not summed: rows of the batch have biases of their own (B,H,...)."""
 
 
 @runtime_checkable

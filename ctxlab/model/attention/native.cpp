@@ -73,6 +73,8 @@ struct Problem {
   const float *straight;       // (H, K + 1, 2): intercept and slope where so many knots are passed
   const float *bends;          // (H, K)
   int64_t K, pad;
+  // The bias f[i] - f[j], or null.
+  const double *f;           // (B, H, S)
   // Backward alone.
   const void *grad;
   const float *grad_lse;
@@ -81,6 +83,7 @@ struct Problem {
   float *d_line;             // (B, H, length), zeroed, or null
   float *d_psi, *d_inverse;  // (B, H, pad + S + pad), zeroed; (B, H, T)
   double *d_pieces;          // (B, H, 4, K + 1), zeroed: see Piecewise
+  float *d_later, *d_earlier; // (B, H, T) of f[i], (B, H, S) of -f[j], zeroed
 };
 }
 
@@ -372,7 +375,7 @@ class Diagonals {
 };
 
 // Where a tile lies, and its bias: `line`, from the distance of the first query to the first key on, times `gain` of the query
-// where there is one, and `level` added to all; none where there is no line.
+// where there is one, and `level` added to all; or a number of the query and one of the key; or none.
 struct Tile {
   Index b, h, x, c;
   Index rows, columns; // keys and queries, rounded up
@@ -380,6 +383,32 @@ struct Tile {
   const float *line = nullptr;
   const float *gain = nullptr; // (columns)
   float level = 0.f;
+  const float *later = nullptr, *earlier = nullptr; // (columns), (rows)
+
+  enum Bias { NONE, LINE, GAINED, SUM };
+  Bias bias() const { return gain ? GAINED : line ? LINE : later ? SUM : NONE; }
+};
+
+// FoX's bias f[i] - f[j]. Counted from the tile's first query on, numbers near the diagonal are small before they are rounded.
+class Difference {
+ public:
+  explicit Difference(const Problem &p) : p(p) {}
+
+  void enter(Tile &tile) {
+    const Index t0 = tile.x * ROWS, j0 = tile.c * COLUMNS;
+    const double *keys = p.f + (tile.b * p.H + tile.h) * p.S, *queries = keys + p.S - p.T + t0;
+    const double here = queries[0];
+    for (Index t = 0; t < tile.columns; t++) later_[t] = t0 + t < p.T ? static_cast<float>(queries[t] - here) : 0.f;
+    for (Index j = 0; j < tile.rows; j++) earlier_[j] = j0 + j < p.S ? static_cast<float>(here - keys[j0 + j]) : 0.f;
+    tile.later = later_, tile.earlier = earlier_;
+  }
+  void clear() { std::fill(d_later_, d_later_ + ROWS, 0.f); }
+  float *d_later() { return d_later_; }     // of a block of queries, so far
+  float *d_earlier() { return d_earlier_; } // of the last tile
+
+ private:
+  const Problem &p;
+  alignas(64) float later_[ROWS], earlier_[COLUMNS], d_later_[ROWS], d_earlier_[COLUMNS];
 };
 
 // FIRE's bias: psi times what belongs to the query, with the slope and the level of the piece where the tile's least u lies;
@@ -516,12 +545,14 @@ class Piecewise {
   float least_[ROWS / WIDTH], most_[ROWS / WIDTH]; // of a vector of the former
 };
 
-Tile tile_at(const Problem &p, const Blocks &blocks, Index b, Index h, Index x, Index c, Piecewise *piecewise) {
+Tile tile_at(const Problem &p, const Blocks &blocks, Index b, Index h, Index x, Index c, Piecewise *piecewise, Difference *difference) {
   Tile tile{b, h, x, c, blocks.width(c), round_up(blocks.row_stop(x) - x * ROWS, LINE), p.S - p.T + x * ROWS - c * COLUMNS};
   if (p.line != nullptr && tile.distance - (blocks.column_stop(c) - c * COLUMNS) + 1 < p.tail)
     tile.line = p.line + (p.line_heads == 1 ? 0 : h) * p.line_length + tile.distance - p.line_first;
   else if (piecewise != nullptr)
     piecewise->enter(tile);
+  else if (difference != nullptr)
+    difference->enter(tile);
   return tile;
 }
 
@@ -534,16 +565,18 @@ Index heads_together(const Problem &p, Index floats_a_head) {
 
 // P' from S', column by column: the running maximum (in the format's units) and sum go on, `decay` is what earlier sums
 // shrink by. P' takes the place of S', or its pairs of rows are written to `packed` where B is made of pairs.
-template <typename Format, bool biased>
+template <typename Format, Tile::Bias bias>
 bool soften(const Tile &tile, float scale, float *scores, uint32_t *packed, float *top, float *total, float *decay) {
-  const Floats factor(scale * Format::UNIT), level(tile.level * Format::UNIT);
+  const Floats factor(scale * Format::UNIT), unit(Format::UNIT);
   bool shrinks = false;
   for (Index t = 0; t < tile.columns; t += WIDTH) {
-    const Floats rate = (tile.gain ? Floats::loadu(tile.gain + t) : Floats(1.f)) / Floats(scale);
+    const Floats level = (bias == Tile::SUM ? Floats::loadu(tile.later + t) : Floats(tile.level)) * unit;
+    const Floats rate = (bias == Tile::GAINED ? Floats::loadu(tile.gain + t) : Floats(1.f)) / Floats(scale);
     const auto score = [&](Index j) { // over scale, without the level
       const Floats s = Floats::loadu(scores + j * PITCH + t);
-      if constexpr (biased) return at::vec::fmadd(Floats::loadu(tile.line - j + t), rate, s);
-      return s;
+      if constexpr (bias == Tile::SUM) return at::vec::fmadd(Floats(tile.earlier[j]), rate, s);
+      else if constexpr (bias != Tile::NONE) return at::vec::fmadd(Floats::loadu(tile.line - j + t), rate, s);
+      else return s;
     };
     Floats most(HIDDEN), other(HIDDEN);
     for (Index j = 0; j < tile.rows; j += 2) {
@@ -600,6 +633,7 @@ void forward(const Problem &p, const Format &format) {
       Buffer<float> scores(COLUMNS * PITCH), mean(p.Dv * PITCH), top(ROWS), total(ROWS), decay(ROWS);
       Buffer<Number> queries(round_up(p.D, 2) * PITCH), weights(Format::PAIR == 2 ? COLUMNS * PITCH : 0);
       std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
+      std::unique_ptr<Difference> difference(p.f ? new Difference(p) : nullptr);
       for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job % n, g = job / n % group, x = blocks.rows - 1 - job / (n * group); // the longest rows first
         const Index b = (first + w) / p.Hkv, kv = (first + w) % p.Hkv, h = kv * group + g;
@@ -609,7 +643,7 @@ void forward(const Problem &p, const Format &format) {
         std::fill(top + 0, top + ROWS, LOWEST);
         std::fill(total + 0, total + ROWS, 0.f);
         for (Index c = seen.first; c < seen.stop; c++) {
-          const Tile tile = tile_at(p, blocks, b, h, x, c, piecewise.get());
+          const Tile tile = tile_at(p, blocks, b, h, x, c, piecewise.get(), difference.get());
           Operand<Number> k{at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS), p.k_stride[2]};
           if (c == last && tile.rows != p.S - tail) k = {ends + w * COLUMNS * p.D, p.D};
           format.multiply(tile.rows, columns, p.D, k.data, k.stride, queries, PITCH, scores, PITCH, false);
@@ -617,8 +651,9 @@ void forward(const Problem &p, const Format &format) {
           if (!blocks.whole(b, x, c)) blocks.hide(scores, b, x, c);
           uint32_t *packed = reinterpret_cast<uint32_t *>(static_cast<Number *>(weights));
           constexpr bool pairs = Format::PAIR == 2;
-          const bool shrinks = tile.line ? soften<Format, true>(tile, p.scale, scores, packed, top, total, decay)
-                                       : soften<Format, false>(tile, p.scale, scores, packed, top, total, decay);
+          constexpr decltype(&soften<Format, Tile::NONE>) by_bias[] = {
+              soften<Format, Tile::NONE>, soften<Format, Tile::LINE>, soften<Format, Tile::GAINED>, soften<Format, Tile::SUM>};
+          const bool shrinks = by_bias[tile.bias()](tile, p.scale, scores, packed, top, total, decay);
           const bool adds = c > seen.first;
           if (adds && shrinks)
             for (Index d = 0; d < p.Dv; d++)
@@ -644,20 +679,22 @@ void forward(const Problem &p, const Format &format) {
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 // P' and dS' of a tile from S' and A': in place where B is made as A is, else as rows in the operands' dtype, dS' in pairs of
-// rows too, and in place where `keeps`. `norm` is the log-sum-exp in the format's units; diagonals are those of the line.
-template <typename Format, bool biased, bool gained>
+// rows too, and in place where `keeps`. `norm` is the log-sum-exp in the format's units; diagonals are those of the line, and
+// `difference` takes the sums of rows and columns.
+template <typename Format, Tile::Bias bias>
 void differentiate(const Tile &tile, float scale, float *scores, float *products, const float *norm, const float *delta,
-                   typename Format::Number *weights, typename Format::Number *gradient, uint32_t *packed, Diagonals *diagonals, bool keeps) {
+                   typename Format::Number *weights, typename Format::Number *gradient, uint32_t *packed, Diagonals *diagonals, Difference *difference, bool keeps) {
   constexpr bool pairs = Format::PAIR == 2;
   const Floats factor(scale * Format::UNIT), unit(Format::UNIT);
   alignas(64) float less[ROWS], gain[ROWS];
   for (Index t = 0; t < tile.columns; t += WIDTH) {
-    (Floats::loadu(norm + t) - Floats(tile.level) * unit).store(less + t);
-    if constexpr (gained) (Floats::loadu(tile.gain + t) * unit).store(gain + t);
+    (Floats::loadu(norm + t) - (bias == Tile::SUM ? Floats::loadu(tile.later + t) : Floats(tile.level)) * unit).store(less + t);
+    if constexpr (bias == Tile::GAINED) (Floats::loadu(tile.gain + t) * unit).store(gain + t);
   }
   const auto at = [&](Index j, Index t, Floats &weight) {
     Floats s = at::vec::fmsub(Floats::loadu(scores + j * PITCH + t), factor, Floats::loadu(less + t));
-    if constexpr (biased) s = at::vec::fmadd(Floats::loadu(tile.line - j + t), gained ? Floats::loadu(gain + t) : unit, s);
+    if constexpr (bias == Tile::SUM) s = at::vec::fmadd(Floats(tile.earlier[j]), unit, s);
+    else if constexpr (bias != Tile::NONE) s = at::vec::fmadd(Floats::loadu(tile.line - j + t), bias == Tile::GAINED ? Floats::loadu(gain + t) : unit, s);
     weight = Format::weight(s);
     const Floats ds = weight * (Floats::loadu(products + j * PITCH + t) - Floats::loadu(delta + t));
     if constexpr (!pairs) weight.store(scores + j * PITCH + t);
@@ -672,7 +709,7 @@ void differentiate(const Tile &tile, float scale, float *scores, float *products
           const Index j = r + t - shift;
           Floats weight[2];
           const Floats ds = at(j, t, weight[0]), other = at(j + 1, t, weight[1]);
-          if constexpr (gained) {
+          if constexpr (bias == Tile::GAINED) {
             even = at::vec::fmadd(ds, Floats::loadu(tile.gain + t), even);
             odd = at::vec::fmadd(other, Floats::loadu(tile.gain + t), odd);
           } else {
@@ -691,7 +728,8 @@ void differentiate(const Tile &tile, float scale, float *scores, float *products
         diagonals->put(r + 1, shift, odd);
       }
   } else {
-    for (Index j = 0; j < tile.rows; j += 2)
+    for (Index j = 0; j < tile.rows; j += 2) {
+      Floats along[2] = {Floats(0.f), Floats(0.f)};
       for (Index t = 0; t < tile.columns; t += 2 * WIDTH) {
         const bool more = t + WIDTH < tile.columns;
         Floats ds[2][2];
@@ -706,7 +744,17 @@ void differentiate(const Tile &tile, float scale, float *scores, float *products
         }
         if constexpr (pairs)
           for (Index i = 0; i < 2; i++) paired(ds[0][i], ds[1][i]).store(packed + j / 2 * PITCH + t + i * WIDTH);
+        if (bias == Tile::SUM && difference) {
+          for (Index r = 0; r < 2; r++) along[r] = along[r] + ds[r][0] + ds[r][1];
+          for (Index i = 0; i < 1 + more; i++) {
+            float *down = difference->d_later() + t + i * WIDTH;
+            (Floats::loadu(down) + ds[0][i] + ds[1][i]).store(down);
+          }
+        }
       }
+      if (bias == Tile::SUM && difference)
+        for (Index r = 0; r < 2; r++) difference->d_earlier()[j + r] = total(along[r]);
+    }
   }
 }
 
@@ -756,6 +804,7 @@ void backward(const Problem &p, const Format &format) {
       Buffer<Number> weights(pairs ? COLUMNS * PITCH : 0), gradient(pairs ? COLUMNS * PITCH : 0), packed(pairs ? COLUMNS * PITCH : 0);
       std::vector<float> line(p.d_line ? p.line_length : p.d_psi ? p.S + 2 * p.pad : 0);
       std::unique_ptr<Piecewise> piecewise(p.psi ? new Piecewise(p) : nullptr);
+      std::unique_ptr<Difference> difference(p.f ? new Difference(p) : nullptr);
       std::unique_ptr<Diagonals> diagonals(p.d_line || p.d_psi ? new Diagonals : nullptr);
       for (Index job; (job = shift.next()) >= 0;) {
         const Index w = job % n, g = job / n % group, x = blocks.rows - 1 - job / (n * group);
@@ -778,9 +827,10 @@ void backward(const Problem &p, const Format &format) {
           if (p.lse[along + t] != HIDDEN) norm[t] = p.lse[along + t] * Format::UNIT;
         }
         if (!line.empty()) std::fill(line.begin(), line.end(), 0.f);
+        if (difference) difference->clear();
         if (piecewise) std::fill(piecewise->sums().begin(), piecewise->sums().end(), 0.0);
         for (Index c = seen.first; c < seen.stop; c++) {
-          const Tile tile = tile_at(p, blocks, b, h, x, c, piecewise.get());
+          const Tile tile = tile_at(p, blocks, b, h, x, c, piecewise.get(), difference.get());
           Operand<Number> k{at_token<Number>(p.k, p.k_stride, b, kv, c * COLUMNS), p.k_stride[2]};
           Operand<Number> v{at_token<Number>(p.v, p.v_stride, b, kv, c * COLUMNS), p.v_stride[2]};
           if (c == last && rounded) k = {ends + w * COLUMNS * wide, p.D}, v = {ends + w * COLUMNS * wide + COLUMNS * p.D, p.Dv};
@@ -793,8 +843,10 @@ void backward(const Problem &p, const Format &format) {
           const Number *d_packed = packed;
           if constexpr (!pairs) lowered = scores, d_lowered = products, d_packed = products;
           uint32_t *words = reinterpret_cast<uint32_t *>(static_cast<Number *>(packed));
-          (tile.gain ? differentiate<Format, true, true> : tile.line ? differentiate<Format, true, false> : differentiate<Format, false, false>)(
-              tile, p.scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr, p.d_psi != nullptr);
+          constexpr decltype(&differentiate<Format, Tile::NONE>) by_bias[] = {
+              differentiate<Format, Tile::NONE>, differentiate<Format, Tile::LINE>, differentiate<Format, Tile::GAINED>, differentiate<Format, Tile::SUM>};
+          by_bias[tile.bias()](tile, p.scale, scores, products, norm, delta, lowered, d_lowered, words, learns ? diagonals.get() : nullptr,
+                               p.d_earlier ? difference.get() : nullptr, p.d_psi != nullptr);
           if (p.d_psi) piecewise->collect(tile, products, *diagonals, d_inverse);
           if (learns) diagonals->take(line.data() + tile.distance + (p.d_line ? -p.line_first : p.pad), tile.rows, columns);
           format.multiply(p.D, columns, tile.rows, turned + (w * keys + c * COLUMNS) * p.D, tile.rows, d_packed, PITCH, d_query, PITCH, c > seen.first);
@@ -803,6 +855,10 @@ void backward(const Problem &p, const Format &format) {
           shift.await(turn, (latest[w * blocks.columns + c] - x) * group + g);
           format.multiply(tile.rows, Dv, columns, lowered, PITCH, grad_rows, Dv, d_value, Dv, true);
           format.multiply(tile.rows, D, columns, d_lowered, PITCH, query_rows, D, d_key, D, true);
+          if (p.d_earlier) {
+            float *to = p.d_earlier + (b * p.H + h) * p.S + c * COLUMNS;
+            for (Index j = 0; j < blocks.column_stop(c) - c * COLUMNS; j++) to[j] += difference->d_earlier()[j];
+          }
           turn.fetch_add(1, std::memory_order_release);
         }
         const bool any = seen.first < seen.stop;
@@ -810,6 +866,7 @@ void backward(const Problem &p, const Format &format) {
           Number *dq = at_token<Number>(p.dq, p.dq_stride, b, h, t0 + t);
           for (Index d = 0; d < p.D; d++) dq[d] = static_cast<Number>(any ? d_query[d * PITCH + t] * p.scale : 0.f);
         }
+        if (p.d_later) std::copy(difference->d_later(), difference->d_later() + m, p.d_later + along);
         if (p.d_inverse)
           for (Index t = 0; t < m; t++) p.d_inverse[along + t] = d_inverse[t];
         if (!line.empty()) {

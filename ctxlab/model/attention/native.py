@@ -158,9 +158,10 @@ class _Problem(ctypes.Structure):
         + [(name, ctypes.c_int64) for name in ("line_heads", "line_length", "line_first", "tail")]
         + [(name, ctypes.c_void_p) for name in ("psi", "inverse", "knots", "straight", "bends")]
         + [(name, ctypes.c_int64) for name in ("K", "pad")]
+        + [("f", ctypes.c_void_p)]
         + [(name, ctypes.c_void_p) for name in ("grad", "grad_lse", "dq", "dk", "dv")]
         + [(f"{name}_stride", ctypes.c_int64 * 3) for name in ("grad", "dq", "dk", "dv")]
-        + [(name, ctypes.c_void_p) for name in ("d_line", "d_psi", "d_inverse", "d_pieces")]
+        + [(name, ctypes.c_void_p) for name in ("d_line", "d_psi", "d_inverse", "d_pieces", "d_later", "d_earlier")]
     )
 
 
@@ -202,7 +203,7 @@ class _Native(torch.autograd.Function):
         if not learned:
             return dq, dk, dv, *[None] * (5 + len(tensors))
         surplus = lse.new_zeros(q.shape[1]) if grad_lse is None else grad_lse.sum((0, 2))
-        grads = compiled.gradients({name: x.sum(0) for name, x in found.items()}, surplus)
+        grads = compiled.gradients(found if compiled.by_row else {name: x.sum(0) for name, x in found.items()}, surplus)
         wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[8:])]
         return dq, dk, dv, None, None, None, None, None, *wanted
 

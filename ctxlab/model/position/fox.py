@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Span, Tile
+from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Compiled, Span, Tile
 from ctxlab.model.config import ModelConfig
 from ctxlab.model.position.base import POSITIONS, Position
 
@@ -33,6 +33,7 @@ class FoX(Position):
     relative = True
     shared_across_layers = False
     bidirectional = False
+    compilable = True
 
     def __init__(self, config: Config, model: ModelConfig, context: int, *, causal: bool = True) -> None:
         super().__init__(config, model, context, causal=causal)
@@ -100,6 +101,17 @@ class Difference:
         if f.shape[-1] != span.S:
             raise ValueError(f"Difference: f has {f.shape[-1]} positions; needed: {span.S}")
         return _DifferenceTiles(f, span)
+
+    def compiled(self, tensors: tuple[Tensor, ...], span: Span, pad: int) -> Compiled:
+        (f,) = tensors
+
+        def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
+            grad = -found["d_earlier"]
+            grad[..., span.S - span.T :] += found["d_later"]
+            return (grad,)
+
+        shapes = {"d_later": (span.T,), "d_earlier": (span.S,)}
+        return Compiled({"f": f.double().contiguous()}, None, shapes, gradients, by_row=True)
 
 
 class _DifferenceTiles:

@@ -20,6 +20,7 @@ from ctxlab.model.attention.full import attend_to_all
 from ctxlab.model.attention.native import native_attention
 from ctxlab.model.attention.visible import Chunk, Remembered, Visible, Window
 from ctxlab.model.position.fire import PiecewiseLinear
+from ctxlab.model.position.fox import Difference
 from tests.model.attention_kernels.reference import dense_attention, error, operands, positions
 
 pytestmark = pytest.mark.usefixtures("native_kernel")
@@ -155,6 +156,24 @@ def test_fire_is_exact(T: int, S: int, dtype: torch.dtype) -> None:
     upstream = [low[3], normal(2, H, T, seed=2)]
     ours = torch.autograd.grad(found, [*low[:3], *leaves], upstream)
     theirs = torch.autograd.grad(expected, [*exact, *leaves], [x.double() for x in upstream])
+    for a, b in zip((*found, *ours), (*expected, *theirs)):
+        assert_near(a, b, TOLERANCE[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (200, 450), (1, 140)])
+def test_differences_of_sums_are_exact(T: int, S: int, causal: bool, dtype: torch.dtype) -> None:
+    """f falls from -100,000 on, where fp32 has steps of 0.008; rows of the batch have sums of their own."""
+    low = [x.detach().requires_grad_() for x in operands(2, 4, 2, T, S, 16, 16, dtype=dtype)]
+    f = -1e5 - torch.rand(2, 4, S, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).cumsum(2) / 20
+    f.requires_grad_()
+    exact = [x.detach().double().requires_grad_() for x in low[:3]]
+    found = native_attention(*low[:3], scale=0.3, causal=causal, bias=Difference(f), lengths=None, visible=None)
+    expected = dense_attention(*exact, scale=0.3, causal=causal, bias=f[:, :, S - T :, None] - f[:, :, None])
+    upstream = [low[3], normal(2, 4, T, seed=2)]
+    ours = torch.autograd.grad(found, [*low[:3], f], upstream)
+    theirs = torch.autograd.grad(expected, [*exact, f], [x.double() for x in upstream])
     for a, b in zip((*found, *ours), (*expected, *theirs)):
         assert_near(a, b, TOLERANCE[dtype])
 

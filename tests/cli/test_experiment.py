@@ -212,7 +212,7 @@ def test_the_list_and_the_help(here: Path) -> None:
     assert re.search(r"^mine +Does it\?\n +no results yet; takes a second; experiments/mine\n", out, re.MULTILINE)
     n_files = len(list((ROOT / "experiments/position_cost/results").iterdir()))
     assert re.search(
-        rf"^position_cost +What does a positional scheme cost\?\n +results: {n_files} files; takes three quarters",
+        rf"^position_cost +What does a positional scheme cost\?\n +results: {n_files} files; takes half an hour",
         out,
         re.MULTILINE,
     )

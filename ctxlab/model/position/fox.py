@@ -110,7 +110,7 @@ class Difference:
             grad[..., span.S - span.T :] += found["d_later"]
             return (grad,)
 
-        shapes = {"d_later": (span.T,), "d_earlier": (span.S,)}
+        shapes: dict[str, tuple[int, ...]] = {"d_later": (span.T,), "d_earlier": (span.S,)}
         return Compiled({"f": f.double().contiguous()}, None, shapes, gradients, by_row=True)
 
 

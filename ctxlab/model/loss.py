@@ -66,7 +66,9 @@ class _TokenNats(torch.autograd.Function):
 
 def _is_one_number(grad: Tensor) -> bool:
     """Whether all tokens have the same: a sum's says so by its stride, a mean's does not. On a GPU, looking would wait."""
-    return grad.stride() == (0,) or (type(grad) is Tensor and grad.is_cpu and bool((grad == grad[:1]).all()))
+    if not len(grad):
+        return False
+    return grad.stride() == (0,) or (type(grad) is Tensor and grad.is_cpu and bool((grad == grad[0]).all()))
 
 
 def _sweep(

@@ -309,7 +309,7 @@ def test_profile_measures_a_context(place: Path, at_hand: list[str]) -> None:
         (("profile.contexts=[64]", "profile.generation=true"), ["auto"]),
         (("profile.contexts=[1k]", "profile.generation=true", "attention.kernel=torch"), []),
         (("profile.contexts=[512]", "model.architecture=encoder", "profile.generation=auto"), ["auto"]),
-        (("profile.contexts=[64]", "position=t5"), ["auto"]), (("profile.contexts=[64]", "position=fox"), []),
+        (("profile.contexts=[64]", "position=t5"), ["auto"]), (("profile.contexts=[64]", "position=cope_ctx"), []),
         (("profile.contexts=[512]", "position=nope", "attention=linear"), []),
         (("profile.contexts=[64]", "attention.kernel=native"), ["native"]),
         (("profile.contexts=[512]", "model=lstm_nano"), []),

@@ -55,6 +55,13 @@ def test_logits_are_computed_again_only_for_tokens_that_weigh_differently(
     assert sum(event.count for event in profile.key_averages() if event.key == "aten::mm") == products
 
 
+def test_no_tokens_have_no_gradient() -> None:
+    hidden, weight, targets = case()
+    nats = token_nats(hidden[:0], weight, targets[:0], 8)
+    found = torch.autograd.grad(nats.sum(), (hidden, weight))
+    assert [x.abs().sum() for x in found] == [0, 0]
+
+
 @pytest.mark.parametrize("smoothing", [0.1, 0.5])
 @pytest.mark.parametrize("chunk", [8, 100])
 @pytest.mark.parametrize("weighed", [False, True])

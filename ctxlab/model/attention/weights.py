@@ -14,7 +14,10 @@ from torch import Tensor
 
 from ctxlab.model.attention.base import Attention
 from ctxlab.model.attention.bias import LOG2_E, Bias, Span, Tile
-from ctxlab.model.attention.blockwise import TILE_SCORES, autocast, check
+from ctxlab.model.attention.blockwise import autocast, check
+
+ROW_SCORES = 2**20
+"""Scores that exist at once, at most: some rows of all keys."""
 
 
 class HeadRows(NamedTuple):
@@ -35,7 +38,7 @@ def weight_rows(
     bias: Bias | None = None,
     lengths: Tensor | None = None,
     heads: Sequence[int] | None = None,
-    scores: int = TILE_SCORES,
+    scores: int = ROW_SCORES,
 ) -> Iterator[HeadRows]:
     """Yields p with out_i = sum_j p_ij v_j, out being what `mechanism.attend` makes of the same arguments for any v.
 

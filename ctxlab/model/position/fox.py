@@ -97,13 +97,10 @@ class Difference:
         return (self.f,)
 
     def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
-        (f,) = tensors
-        if f.shape[-1] != span.S:
-            raise ValueError(f"Difference: f has {f.shape[-1]} positions; needed: {span.S}")
-        return _DifferenceTiles(f, span)
+        return _DifferenceTiles(_covering(tensors, span), span)
 
     def compiled(self, tensors: tuple[Tensor, ...], span: Span, pad: int) -> Compiled:
-        (f,) = tensors
+        f = _covering(tensors, span)
 
         def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
             grad = -found["d_earlier"]
@@ -112,6 +109,13 @@ class Difference:
 
         shapes: dict[str, tuple[int, ...]] = {"d_later": (span.T,), "d_earlier": (span.S,)}
         return Compiled({"f": f.double().contiguous()}, None, shapes, gradients, by_row=True)
+
+
+def _covering(tensors: tuple[Tensor, ...], span: Span) -> Tensor:
+    (f,) = tensors
+    if f.shape[-1] != span.S:
+        raise ValueError(f"Difference: f has {f.shape[-1]} positions; needed: {span.S}")
+    return f
 
 
 class _DifferenceTiles:

@@ -178,6 +178,14 @@ def test_differences_of_sums_are_exact(T: int, S: int, causal: bool, dtype: torc
         assert_near(a, b, TOLERANCE[dtype])
 
 
+def test_sums_that_do_not_cover_the_keys_are_refused() -> None:
+    q, k, v, _ = operands(1, 2, 2, 40, 40, 8, 8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="f has 39 positions; needed: 40"):
+        native_attention(
+            q, k, v, scale=1.0, causal=True, bias=Difference(torch.zeros(1, 2, 39)), lengths=None, visible=None
+        )
+
+
 @dtypes
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_no_less_exact_than_torchs_own(spread: float, dtype: torch.dtype) -> None:

@@ -5,8 +5,7 @@ A row is a scheme: its step runs in turns with RoPE's, one step each, and the tw
     python experiments/position_cost/position_cost.py          every scheme at 512, 2,048 and 8,192 tokens
     python experiments/position_cost/position_cost.py long     memory of one step at 65,536 tokens, and at 32,768
 
-Words behind these measure less: names of schemes, and of the first line contexts (`alibi t5 8192`), where `kernel=torch`
-keeps attention, RoPE's too, off the native kernel.
+Words behind these measure less: names of schemes, and of the first line contexts (`alibi t5 8192`).
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ MODEL = {
 }  # fmt: skip
 
 
-def point(position: str, context: int, *, recompute: str = "none", kernel: str = "auto") -> Point:
+def point(position: str, context: int, *, recompute: str = "none") -> Point:
     device = resolve_device("auto")
     return Point(
         model=MODEL,
         position=POSITIONS.config({"name": position}).model_dump(mode="json"),
-        attention={"name": "full", "kernel": kernel},
+        attention={"name": "full"},
         optim={"name": "muon"},
         vocab_size=2048,
         context=context,
@@ -62,22 +61,20 @@ def peak(at: Point) -> int:
     return int(result["peak_memory_bytes"])
 
 
-def compare(schemes: Sequence[str], contexts: Sequence[int], kernel: str) -> None:
+def compare(schemes: Sequence[str], contexts: Sequence[int]) -> None:
     """Time in turns with RoPE and memory, relative to RoPE, at each context."""
     console, table = Console(), Table("position", *(f"{c:,}: time, memory" for c in contexts))
     cells: dict[str, list[str]] = {name: [] for name in schemes}
     for context in contexts:
-        base = point("rope", context, kernel=kernel)
-        base_peak = peak(base)
+        base, base_peak = point("rope", context), peak(point("rope", context))
         for name in schemes:
             # A learned table has as many rows as the trained context: here that is the context of the step.
-            at = point(name, context, kernel=kernel)
-            mine, theirs = steps_in_turns([at, base], ROUNDS)
-            used = peak(at)
+            mine, theirs = steps_in_turns([point(name, context), base], ROUNDS)
+            used = peak(point(name, context))
             ratio = statistics.median(a / b for a, b in zip(mine, theirs))
             cells[name].append(f"{ratio:5.2f} {used / base_peak:6.2f}")
             row = {
-                "position": name, "context": context, "precision": base.precision, "kernel": kernel, "time": ratio,
+                "position": name, "context": context, "precision": base.precision, "time": ratio,
                 "median_seconds": statistics.median(mine), "best_seconds": min(mine), "peak_bytes": used,
                 "rope_median_seconds": statistics.median(theirs), "rope_best_seconds": min(theirs), "rope_peak_bytes": base_peak,
             }  # fmt: skip
@@ -114,20 +111,17 @@ def growth(at: Point, whole: int, half: int) -> dict[str, float]:
 
 
 def main(words: Sequence[str]) -> None:
-    words, kernel = ([w for w in words if w != "kernel=torch"], "torch") if "kernel=torch" in words else (words, "auto")
     asks_for_long = words[:1] == ["long"]
     contexts = [int(word) for word in words if word.isdecimal()]
     names = [word for word in words[asks_for_long:] if not word.isdecimal()]
     for name in names:
         POSITIONS.get(name)  # says what there is, before anything is measured
-    if asks_for_long and (contexts or kernel == "torch"):
-        raise ConfigError(
-            f"position_cost: long takes names of schemes alone; got '{contexts[0] if contexts else 'kernel=torch'}'"
-        )
+    if asks_for_long and contexts:
+        raise ConfigError(f"position_cost: long has contexts of its own; got '{contexts[0]}'")
     if asks_for_long:
         longest(names or [*LONGEST, *(n for n in POSITIONS.names() if n not in LONGEST)])
     else:
-        compare(names or POSITIONS.names(), contexts or CONTEXTS, kernel)
+        compare(names or POSITIONS.names(), contexts or CONTEXTS)
 
 
 if __name__ == "__main__":

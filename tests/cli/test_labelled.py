@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctxlab.records.store import RunStore
+from ctxlab.train import precision
 from tests.cli.lines import alone, ctxlab, write_text
 from tests.data.labelled.builders import articles, lines, write_squad
 
@@ -42,10 +43,14 @@ def here(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["asked", "told"])
-def test_a_run_is_scored_again_the_same(name: str) -> None:
+def test_a_run_is_scored_again_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32, as it was trained, on a machine too where bf16 is fast."""
+    (tmp_path / "cpuinfo").write_text("flags : avx512_bf16\n", encoding="utf-8")
+    monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
     done = ctxlab("eval", name, "logger.mode=disabled", "--json")
     assert done.code == 0, done.err
     (again,) = json.loads(done.out)
+    assert again["provenance"]["precision"] == "fp32"
     found = {(m["name"], json.dumps(m["axes"])): m["value"] for m in again["measurements"]}
     run = RunStore(Path("runs")).resolve(name)
     before = {(m.name, json.dumps(m.axes)): m.value for m in run.measurements() if m.axes.get("baseline") != "untuned"}

@@ -35,13 +35,11 @@ def test_words_name_schemes_and_contexts(study: Any, monkeypatch: pytest.MonkeyP
     asked: list[Any] = []
     monkeypatch.setattr(study, "compare", lambda *what: asked.append(what))
     monkeypatch.setattr(study, "longest", lambda *what: asked.append(what))
-    for line in ("", "alibi 8192 t5", "8192 kernel=torch", "long", "long alibi"):
+    for line in ("", "alibi 8192 t5", "8192", "long", "long alibi"):
         study.main(line.split())
-    for word in ("8192", "kernel=torch"):
-        with pytest.raises(ConfigError, match=rf"long takes names of schemes alone; got '{word}'"):
-            study.main(["long", word])
+    with pytest.raises(ConfigError, match=r"long has contexts of its own; got '8192'"):
+        study.main(["long", "8192"])
     everything = study.POSITIONS.names()
-    assert asked[0] == (everything, (512, 2048, 8192), "auto")
-    assert asked[1:3] == [(["alibi", "t5"], [8192], "auto"), (everything, [8192], "torch")]
+    assert asked[:3] == [(everything, (512, 2048, 8192)), (["alibi", "t5"], [8192]), (everything, [8192])]
     assert sorted(asked[3][0]) == sorted(everything)
     assert asked[4] == (["alibi"],)

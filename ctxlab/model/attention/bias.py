@@ -149,9 +149,7 @@ class Compiled(NamedTuple):
     gradient_shapes: dict[str, tuple[int, ...]]
     """Of what its backward fills in, for one row of the batch and one head."""
     gradients: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]]
-    """From those, summed over the batch (H, ...), and the surplus, as in BiasTiles: the gradient of every tensor."""
-    by_row: bool = False
-    """They are not summed: rows of the batch have biases of their own (B,H,...)."""
+    """From those of all rows and heads (B,H,...), and the surplus, as in BiasTiles: the gradient of every tensor."""
 
 
 @runtime_checkable
@@ -198,7 +196,7 @@ class Toeplitz:
 
         def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
             grad = torch.zeros_like(values, dtype=torch.float32)
-            grad[:, own] = found["d_line"][:, pad : pad + n]
+            grad[:, own] = found["d_line"].sum(0)[:, pad : pad + n]
             if tail is not None:
                 grad[:, tail - self.first] = surplus - grad.sum(1)
             return (grad,)

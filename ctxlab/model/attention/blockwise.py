@@ -23,8 +23,8 @@ SIDE = 512
 """Queries and keys in a tile on a CPU."""
 
 TILE_SCORES = 2**21
-"""Scores in a tile over all its heads, at most, on a CPU: its buffers then take some 24 MiB; with half as many a step of
-Transformer-XL takes a fifth longer, in calls."""
+"""Scores in a tile over all its heads, at most, on a CPU: its buffers then take some 24 MiB. With fewer, calls cost more
+than what stays in the cache saves."""
 
 WIDE_SIDE, WIDE_TILE_SCORES = 2048, 2**24
 """The same on other devices, where a tile has to keep the whole chip busy for longer than it takes to launch its parts."""

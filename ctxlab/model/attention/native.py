@@ -203,7 +203,7 @@ class _Native(torch.autograd.Function):
         if not learned:
             return dq, dk, dv, *[None] * (5 + len(tensors))
         surplus = lse.new_zeros(q.shape[1]) if grad_lse is None else grad_lse.sum((0, 2))
-        grads = compiled.gradients(found if compiled.by_row else {name: x.sum(0) for name, x in found.items()}, surplus)
+        grads = compiled.gradients(found, surplus)
         wanted = [g.to(t.dtype) if n else None for g, t, n in zip(grads, tensors, ctx.needs_input_grad[8:])]
         return dq, dk, dv, None, None, None, None, None, *wanted
 

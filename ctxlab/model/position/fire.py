@@ -138,10 +138,10 @@ class PiecewiseLinear:
         }  # fmt: skip
 
         def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
-            total, moment, hinge, beyond = found["d_pieces"].unbind(1)  # (H,K+1) each
+            total, moment, hinge, beyond = found["d_pieces"].sum(0).unbind(1)  # (H,K+1) each
             d_psi = torch.zeros_like(psi)
-            d_psi[: span.S] = found["d_psi"].sum(0)[pad : pad + span.S]
-            d_normalizer = -found["d_inverse"].sum(0) / normalizer**2
+            d_psi[: span.S] = found["d_psi"].sum((0, 1))[pad : pad + span.S]
+            d_normalizer = -found["d_inverse"].sum((0, 1)) / normalizer**2
             # Of scores that have passed a knot, whatever their piece: the sums of all pieces behind it.
             behind, moments = (x.flip(1).cumsum(1).flip(1)[:, 1:] for x in (total, moment))  # (H,K)
             d_bends = hinge[:, :-1] + moments - behind * torch.where(reached, at, 0.0)

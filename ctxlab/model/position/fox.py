@@ -108,7 +108,7 @@ class Difference:
             return (grad,)
 
         shapes: dict[str, tuple[int, ...]] = {"d_later": (span.T,), "d_earlier": (span.S,)}
-        return Compiled({"f": f.double().contiguous()}, None, shapes, gradients, by_row=True)
+        return Compiled({"f": f.double().contiguous()}, None, shapes, gradients)
 
 
 def _covering(tensors: tuple[Tensor, ...], span: Span) -> Tensor:

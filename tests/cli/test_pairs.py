@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 import ctxlab as package
+from ctxlab.cli.commands import attention, generate
 from ctxlab.data.tokenizers.base import load_tokenizer
 from ctxlab.records.run import Run
 from ctxlab.records.store import RunStore
+from ctxlab.train import precision
 from ctxlab.train.checkpoint import load_run
 from tests.cli.lines import alone, ctxlab
 
@@ -46,6 +49,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         lines.append(" ".join(words) + "\t" + " ".join(WORDS[word] for word in reversed(words)))
     Path("pairs.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path
+
+
+def test_a_run_trained_in_fp32_writes_and_is_drawn_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine too where bf16 is fast, and `auto` would be bf16."""
+    (folder / "cpuinfo").write_text("flags : avx512_bf16\n", encoding="utf-8")
+    monkeypatch.setattr(precision, "_CPUINFO", folder / "cpuinfo")
+    assert ctxlab("train", *PAIRS, *NATIVE, "tokenizer=byte", "name=exact").code == 0
+    asked: list[str] = []
+    for command in (generate, attention):
+        monkeypatch.setattr(command, "autocast", lambda asks, _: asked.append(asks) or nullcontext())
+    words = "decoding.max_new_tokens=1", "trainer.precision=auto"
+    assert ctxlab("generate", "exact", "красный", *words).code == 0
+    assert ctxlab("attention", "exact", "красный", "target=red", words[1]).code == 0
+    assert asked
+    assert set(asked) == {"fp32"}
 
 
 def test_sources_have_tokens_of_their_own_in_every_command(folder: Path) -> None:

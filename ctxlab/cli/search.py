@@ -11,7 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from rich.text import Text
 
 from ctxlab.cli import console
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 from ctxlab.cli.main import INTERRUPTED, TERMINATED
 from ctxlab.cli.preflight import check
 from ctxlab.cli.start import record_fields, stem
@@ -41,7 +41,7 @@ def run_search(line: Line, *, share_threads: bool) -> int:
         settings, store = fixed.sweep, RunStore(prepared.runs)
         if share_threads:
             os.environ.pop("OMP_NUM_THREADS", None)
-        set_thread_defaults(share=settings.jobs)
+        set_process_defaults(share=settings.jobs)
         sweep_id = new_sweep_id(store.root, sweep_name(prepared))
         sweep = Sweep(
             id=sweep_id,

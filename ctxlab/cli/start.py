@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxlab.cli import console
-from ctxlab.cli.environment import set_cache, set_thread_defaults
+from ctxlab.cli.environment import set_cache, set_process_defaults
 from ctxlab.cli.invocation import Invocation
 from ctxlab.cli.preflight import check, check_cells
 from ctxlab.config.overrides import Line, key_of, split
@@ -28,7 +28,7 @@ def start(command: str, argv: list[str]) -> int:
     if line.multirun and command not in RECORDED:
         raise ConfigError(f"-m: ctxlab {command} makes no record, so there is nothing to sweep over")
     threads_are_given = "OMP_NUM_THREADS" in os.environ
-    set_thread_defaults()
+    set_process_defaults()
     from ctxlab.config.prepare import prepare
 
     if line.launcher:

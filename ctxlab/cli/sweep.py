@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctxlab.cli import console
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 from ctxlab.cli.main import DIED, DONE, INTERRUPTED, TERMINATED
 from ctxlab.cli.outcomes import explain_memory, show_log_ends, show_outcomes
 from ctxlab.cli.start import record_fields, stem
@@ -76,7 +76,7 @@ def run_sweep(prepared: Prepared, *, share_threads: bool) -> int:
         return _launched(prepared, sweep, store, [run.id for run in to_run], again)
     if share_threads:
         os.environ.pop("OMP_NUM_THREADS", None)
-    set_thread_defaults(share=min(settings.jobs, max(1, len(to_run))))
+    set_process_defaults(share=min(settings.jobs, max(1, len(to_run))))
     view = SweepView(console.stderr(), sweep, {run.id: run for run in runs})
     pool = Pool(
         jobs=settings.jobs,

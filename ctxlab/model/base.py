@@ -15,6 +15,7 @@ from ctxlab.model.attention.native import fewest_queries
 from ctxlab.model.config import SizesConfig
 from ctxlab.model.few import linear
 from ctxlab.model.heads import TaskHead
+from ctxlab.model.kernels import kernels_of
 from ctxlab.model.loss import chunk_for, smoothed_nats
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.recurrence import SegmentMemory
@@ -81,7 +82,7 @@ class Model(nn.Module):
         self.context = context
         self.recompute: Recompute = "none"  # what backward computes again instead of keeping it
         self.task_head: TaskHead | None = None  # what is trained in place of the head, where a task is fine-tuned
-        self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: what fits the cache
+        self.loss_chunk: int | None = None  # tokens whose logits exist at once in `nats`; None: by the device
 
     @classmethod
     def check_installed(cls) -> None:
@@ -200,7 +201,7 @@ class Model(nn.Module):
         if bias is not None:  # one more column of the matrix
             weight = torch.cat([weight, bias[:, None]], dim=1)
             hidden = torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1)
-        size = chunk_for(self.vocab_size) if self.loss_chunk is None else self.loss_chunk
+        size = self.loss_chunk or chunk_for(self.vocab_size, kernels_of(hidden.device))
         found = smoothed_nats(hidden.flatten(0, 1), weight, targets.flatten(), size, smoothing)
         return found[0].view(targets.shape), found[1].view(targets.shape)
 

@@ -166,10 +166,11 @@ def activation_bytes(
     attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
     attention has its tokens of memory (old, read and new), their keys and values besides, and what is kept of their norm.
     An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`. Two
-    BERTs, nothing of which is made again: as ours of their sizes.
+    BERTs, nothing of which is made again: as ours of their sizes. The logits of `loss_chunk` tokens exist at once (None: of as
+    many as on a CPU by default).
     """
     tokens = rows * context
-    chunk = min(tokens, chunk_for(vocab_size) if loss_chunk is None else loss_chunk)
+    chunk = min(tokens, loss_chunk or chunk_for(vocab_size, "cpu"))
     size = _BYTES[precision]
     logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
     if isinstance(config, LSTMConfig):

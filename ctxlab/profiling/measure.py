@@ -22,6 +22,7 @@ from ctxlab.fields import Bytes, Length, OrAuto, OrNone, Seconds
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import ARCHITECTURES, read_parts
 from ctxlab.model.count import chosen_recompute, flops_per_token, parameters, rows_at_once, standing_bytes
+from ctxlab.model.loss import chunk_for
 from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import RecomputeSetting
@@ -107,11 +108,16 @@ class Point:
             context=context,
             rows=rows,
             precision=self.precision,  # type: ignore[arg-type]
-            loss_chunk=self.loss_chunk,
+            loss_chunk=self.chunk,
             standing=self.standing(context),
             memory=self.memory,
         )
         return replace(self, context=context, recompute=policy)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose logits exist at once."""
+        return self.loss_chunk or chunk_for(self.vocab_size, self.device)
 
     def standing(self, context: int) -> int:
         """Bytes of weights, gradients and the optimizer's numbers, by closed form."""

@@ -16,7 +16,6 @@ from ctxlab.fields import Bytes, Length, OrAuto
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import ARCHITECTURES, read_parts
 from ctxlab.model.count import flops_per_token, kv_cache_bytes
-from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling.measure import Point
@@ -87,7 +86,7 @@ def changes(point: Point) -> Iterator[tuple[str, Point]]:
     if point.precision == "fp32":
         yield "trainer.precision=bf16", replace(point, precision="bf16")
         frugal, words = replace(frugal, precision="bf16"), [*words, "trainer.precision=bf16"]
-    if (chunk_for(point.vocab_size) if point.loss_chunk is None else point.loss_chunk) > _CHUNK:
+    if point.chunk > _CHUNK:
         yield f"trainer.loss_chunk={_CHUNK}", replace(point, loss_chunk=_CHUNK)
     if point.offload == "none" and point.device != "cpu":
         yield "trainer.offload=cpu", replace(point, offload="cpu")

@@ -40,7 +40,8 @@ from ctxlab.units import format_bytes
 
 MIN_SECONDS, MIN_STEPS = 0.5, 3
 DECODED = 16  # tokens that are decoded one by one
-SIZES = (256, 512, 1024, 2048)  # of the matrices whose product is timed, each twice the one before
+SIZES = (256, 512, 1024, 2048)  # of the matrices whose product is timed on a CPU, each twice the one before
+WIDE_SIZES = (2048, 4096, 8192)  # and elsewhere, where the smaller ones do not fill the chip
 LONG = 10  # times `enough_seconds` is too much even for a median of three steps
 _WARM = 256  # width of the warm-up: wide enough for every thread to take part
 _NO_ROOM = ("out of memory", "allocate", "alloc_failed")  # of torch, of the C library, of cuBLAS
@@ -69,6 +70,7 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
     torch.manual_seed(0)
     warm_up(optim, spec["precision"], device)
     idle = start_peak(device)
+    allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
     limit, context = spec["memory_limit"], spec["context"]
     with _limited(limit, idle, device):
@@ -116,7 +118,7 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
             step()  # the first that runs with all in place: optimizer state, kernels made to measure
             result = _used(limit, idle, device)
             if device.type == "cuda":
-                result["allocated_bytes"] = torch.cuda.max_memory_allocated(device)
+                result["allocated_bytes"] = torch.cuda.max_memory_allocated(device) - allocated
             return result
         seconds: list[float] = []
         if spec["what"] == "turns":
@@ -184,7 +186,7 @@ def _decoded_by(cache: Any) -> str:
 
 
 def matmul_rate(precision: Precision, device: torch.device, seconds: float) -> dict[str, Any]:
-    """The best rate of a square matmul over SIZES, 2 n^3 operations each: what a model's arithmetic is compared with.
+    """The best rate of a square matmul over SIZES, or WIDE_SIZES, 2 n^3 operations each: what a model's is compared with.
 
     Takes about `seconds`: a size whose one product would take as long by itself is left out, with those above it, which
     costs nothing where numbers are emulated (bf16 without its instructions) and the rate is the same at every size.
@@ -192,12 +194,13 @@ def matmul_rate(precision: Precision, device: torch.device, seconds: float) -> d
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     best, at = 0.0, 0
     soonest = 0.0  # seconds that a product of this size takes by the rate of the one before
-    for size in SIZES:
+    sizes = SIZES if device.type == "cpu" else WIDE_SIZES
+    for size in sizes:
         if soonest > seconds:
             break
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         spent, rounds = 0.0, 0
-        while rounds < MIN_STEPS or spent < seconds / len(SIZES):
+        while rounds < MIN_STEPS or spent < seconds / len(sizes):
             start = time.perf_counter()
             a @ b
             if device.type == "cuda":

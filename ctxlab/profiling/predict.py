@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 from ctxlab.model import count
 from ctxlab.model.base import read_parts
-from ctxlab.model.loss import chunk_for
 from ctxlab.profiling.measure import Point
 from ctxlab.profiling.trace import KINDS, asked_for_numbers, trace_step, trace_update
 from ctxlab.train.optim.base import OPTIMIZERS
@@ -146,17 +145,12 @@ class Predictor:
     def _loss(self, tokens: int) -> int:
         """Bytes that the loss of so many tokens holds once: a chunk's logits, in the compute dtype and fp32, and the gradient."""
         each = 8 if self.point.precision == "fp32" else 6
-        return self.point.vocab_size * (each * min(tokens, self._chunk) + 4 * self.point.model["d_model"])
+        return self.point.vocab_size * (each * min(tokens, self.point.chunk) + 4 * self.point.model["d_model"])
 
     @property
     def _start(self) -> int:
         """The context from which on memory goes on as lines: before it the logits, all at once, grow too."""
-        return max(LINE, self._chunk)
-
-    @property
-    def _chunk(self) -> int:
-        """Tokens whose logits exist at once."""
-        return chunk_for(self.point.vocab_size) if self.point.loss_chunk is None else self.point.loss_chunk
+        return max(LINE, self.point.chunk)
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)
@@ -175,7 +169,7 @@ class Predictor:
             context=context,
             precision=self.point.precision,  # type: ignore[arg-type]
             recompute=self.point.recompute,  # type: ignore[arg-type]
-            loss_chunk=self.point.loss_chunk,
+            loss_chunk=self.point.chunk,
         )
         states = OPTIMIZERS.get(self.point.optim["name"]).states
         gradients = trained if self.point.update == "step" else 0

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ctxlab.model.base import Model, build_model, read_parts
+from ctxlab.model.kernels import traced_for
 from ctxlab.model.offload import offloaded
 from ctxlab.train.optim.base import OPTIMIZERS, Optimizer
 from ctxlab.train.optim.early import EarlyUpdates
@@ -117,11 +118,11 @@ def trace_step(point: Point) -> list[dict[str, int]]:
     bytes grow as a line, so that the whole is the largest of some lines.
 
     The model and the loss are the real ones, run once over the context on torch's fake tensors: shapes and lifetimes without
-    memory or arithmetic. Kernels are those of a CPU, of which torch was built everywhere: where it was built without CUDA, a
-    backward pass over fake tensors of that device ends the process. Raises what `asked_for_numbers` knows where a component asks
-    for numbers.
+    memory or arithmetic. These stand on a CPU, since a backward pass over those of a GPU ends the process where torch was built
+    without it; the operations are those of the point's device. Raises what `asked_for_numbers` knows where a component asks for
+    numbers.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
+    with traced_for(point.device), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         model = _model(point)
         optimizer = _with_state(point, model, live)[1] if point.update == "backward" else None
 

@@ -44,6 +44,7 @@ from ctxlab.model.count import (
     rows_at_once,
     standing_bytes,
 )
+from ctxlab.model.loss import chunk_for
 from ctxlab.model.offload import require_elsewhere
 from ctxlab.model.position.base import Position
 from ctxlab.model.recurrence import SegmentMemory
@@ -156,7 +157,7 @@ def fit(
         leave_unread(model)
     trained = lora.n_trained(model)
     standing = standing_bytes(model.n_parameters(), trained, OPTIMIZERS.get(settings.optim.name).states)
-    model.recompute = chosen_policy(settings, vocab_size, precision, total_memory_bytes(device), standing)
+    model.recompute = chosen_policy(settings, vocab_size, precision, device, total_memory_bytes(device), standing)
 
     launched = _lightning(device, config, precision)
     budget, stream = plan(
@@ -408,13 +409,19 @@ def fitting_rows(
         vocab_size=vocab_size,
         precision=precision,
         recompute=recompute,
-        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
+        loss_chunk=loss_chunk(settings, vocab_size, device),
     )
     return max(1, int(min(ACTIVATION_SHARE * total, JUDGED_SHARE * total - standing) / row))
 
 
+def loss_chunk(settings: TrainSettings, vocab_size: int, device: torch.device) -> int:
+    """Tokens whose logits exist at once."""
+    asked = settings.trainer.loss_chunk
+    return chunk_for(vocab_size, device.type) if asked == "auto" else asked
+
+
 def chosen_policy(
-    settings: TrainSettings, vocab_size: int, precision: Precision, memory: int, standing: int
+    settings: TrainSettings, vocab_size: int, precision: Precision, device: torch.device, memory: int, standing: int
 ) -> Recompute:
     """What `trainer.recompute` is of a run that has `memory` bytes, of which `standing` are weights and what goes with them."""
     return chosen_recompute(
@@ -428,7 +435,7 @@ def chosen_policy(
             settings.trainer.micro_batch, settings.trainer.batch_tokens // settings.trainer.devices, settings.context
         ),
         precision=precision,
-        loss_chunk=None if settings.trainer.loss_chunk == "auto" else settings.trainer.loss_chunk,
+        loss_chunk=loss_chunk(settings, vocab_size, device),
         standing=standing,
         memory=memory,
     )

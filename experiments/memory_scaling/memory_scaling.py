@@ -3,6 +3,7 @@
     python experiments/memory_scaling/memory_scaling.py            prediction against measurement
     python experiments/memory_scaling/memory_scaling.py budget     the longest context that should fit, and 1.1 times that
     python experiments/memory_scaling/memory_scaling.py naive      attention that keeps its scores against attention that does not
+    python experiments/memory_scaling/memory_scaling.py cuda       prediction against measurement on a GPU, and with as much room
 
 Prints a JSON object a line. Words after the first name models (nano, tiny, mini): only those are measured.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 
-set_thread_defaults()  # before torch is imported
+set_process_defaults()  # before torch is imported
 
 import naive as _naive  # noqa: F401  registers attention=naive
 import yaml
@@ -30,7 +32,7 @@ from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import Recompute
 from ctxlab.profiling.fit import OTHERS, power_law
 from ctxlab.profiling.measure import Point, run_point
-from ctxlab.profiling.predict import Predictor
+from ctxlab.profiling.predict import Prediction, Predictor
 from ctxlab.study.script import results_folder, run_script
 
 MODELS = ("nano", "tiny", "mini")
@@ -38,6 +40,8 @@ POSITION_NAMES = ("rope", "alibi", "nope", "t5", "kerple", "fox")
 LARGE = 256e6  # bytes, from which on the error counts as a share
 BUDGETS = (("rope", 2**30), ("alibi", 2**30), ("t5", 2**30), ("rope", 2**32))
 TIMEOUT = 1800
+GPU_VOCAB, AT_ONCE = 32_768, 8  # points that share a GPU: each has its own peak
+HELD, ENOUGH, TOO_LITTLE = ("rope", "t5"), 1.03, 0.97  # which of them get how much of what is predicted
 
 
 def point(model: str, position: str, *, recompute: Recompute = "none", attention: str = "full") -> Point:
@@ -83,18 +87,9 @@ def grid(models: Sequence[str]) -> None:
         at = point(model, position, recompute=policy)
         predictor = Predictor(at)
         for context in contexts:
-            predicted = predictor.memory(context)
-            result = run_point(_at(at, context), "memory", TIMEOUT)
-            row = {
-                "model": model, "position": position, "recompute": policy, "context": context, "device": "cpu",
-                "precision": "fp32", "predicted_bytes": round(predicted.bytes), "way": predicted.way,
-                "measured_bytes": result.get("peak_memory_bytes"), "status": result["status"],
-            }  # fmt: skip
-            if result["status"] == "done":
-                row["error_bytes"] = row["predicted_bytes"] - row["measured_bytes"]
-                row["error"] = round(row["error_bytes"] / row["measured_bytes"], 5)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+            step = _at(at, context)
+            rows.append(_compared(predictor.memory(context), step, run_point(step, "memory", TIMEOUT)))
+            print(json.dumps(rows[-1]), flush=True)
     print(json.dumps(summary(rows)))
     save_errors(rows, LARGE, results_folder("memory_scaling") / "errors.png")
 
@@ -114,6 +109,67 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "n_small": len(small),
         "worst_bytes": max(small, default=None),
     }
+
+
+def gpu_points() -> Iterator[tuple[Point, tuple[int, ...]]]:
+    """Steps on a GPU and their contexts: those of a kind together. Schemes whose kernels torch compiles take the longest."""
+    for position in POSITION_NAMES:
+        for model, precision, policy, contexts in (
+            ("small", "bf16", "none", (1024, 3072)), ("small", "bf16", "block", (6144,)), ("mini", "fp32", "none", (2048,)),
+            ("mini", "bf16", "none", (512, 5120)), ("small", "bf16", "selective", (6144,)), ("medium", "bf16", "none", (2048,)),
+        ):  # fmt: skip
+            if position in ("rope", "alibi", "nope") or (model == "small" and policy != "selective"):
+                at = point(model, position, recompute=policy)  # type: ignore[arg-type]
+                yield replace(at, device="cuda", precision=precision, vocab_size=GPU_VOCAB), contexts
+    long = replace(point("small", "rope", recompute="block"), device="cuda", precision="bf16", vocab_size=GPU_VOCAB)
+    yield long, (65_536,)
+
+
+def cuda() -> None:
+    """As `grid`, several points at once; then whether steps run where they have a little more, and less, than is predicted."""
+    rows: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        steps = [_at(at, context) for at, contexts in gpu_points() for context in contexts]
+        found = [pool.submit(run_point, step, "memory", TIMEOUT) for step in steps]
+        for step, result in zip(steps, found):
+            rows.append(_compared(Predictor(step).memory(step.context), step, result.result()))
+            print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps(summary(rows)))
+        limited = []
+        for step, row in zip(steps, rows):
+            if row["status"] == "done" and step.position["name"] in HELD and step.context >= 3072:
+                for share in (ENOUGH, TOO_LITTLE):
+                    limit = round(share * row["predicted_bytes"]) + row["idle_bytes"]
+                    with_limit = replace(step, memory_limit=limit)
+                    limited.append((step, share, pool.submit(run_point, with_limit, "memory", TIMEOUT)))
+        for step, share, found in limited:
+            print(json.dumps({**_said(step), "room": share, "status": found.result()["status"]}), flush=True)
+
+
+def _compared(predicted: Prediction, step: Point, result: Mapping[str, Any]) -> dict[str, Any]:
+    """A row: the prediction, what was measured, and how far they are apart; on a GPU beside the idle process's own bytes what was
+    allocated, where what is measured is what the allocator took for that."""
+    row = {
+        **_said(step), "predicted_bytes": round(predicted.bytes), "way": predicted.way,
+        "measured_bytes": result.get("peak_memory_bytes"), "status": result["status"],
+    }  # fmt: skip
+    if result["status"] == "done":
+        row["error_bytes"] = row["predicted_bytes"] - row["measured_bytes"]
+        row["error"] = round(row["error_bytes"] / row["measured_bytes"], 5)
+        if "allocated_bytes" in result:
+            row["allocated_bytes"] = result["allocated_bytes"]
+            row["allocated_error"] = round(row["predicted_bytes"] / row["allocated_bytes"] - 1, 5)
+            row["idle_bytes"] = result["total_bytes"] - result["peak_memory_bytes"]
+    else:
+        row["reason"] = result.get("reason")
+    return row
+
+
+def _said(step: Point) -> dict[str, Any]:
+    return {
+        "model": step.model["name"], "position": step.position["name"], "recompute": step.recompute,
+        "context": step.context, "device": step.device, "precision": step.precision,
+    }  # fmt: skip
 
 
 def budget() -> None:
@@ -176,6 +232,8 @@ def main(words: Sequence[str]) -> None:
         budget()
     elif words[:1] == ["naive"]:
         naive()
+    elif words[:1] == ["cuda"]:
+        cuda()
     else:
         grid(words or MODELS)
 

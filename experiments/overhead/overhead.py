@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 
-set_thread_defaults()  # before torch is imported
+set_process_defaults()  # before torch is imported
 
 import torch
 from rich.console import Console

@@ -15,9 +15,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 
-set_thread_defaults()  # before torch is imported
+set_process_defaults()  # before torch is imported
 
 import torch
 from rich.console import Console

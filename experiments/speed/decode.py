@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 
-set_thread_defaults()  # before torch is imported
+set_process_defaults()  # before torch is imported
 
 import torch
 from contestants import N_LAYERS, VOCAB, new_llama, ours

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 
-set_thread_defaults()  # before torch is imported
+set_process_defaults()  # before torch is imported
 
 from contestants import CONTESTANTS, OURS, PEERS, SIZES, VOCAB
 

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctxlab.cli.environment import set_thread_defaults
+from ctxlab.cli.environment import set_process_defaults
 
-set_thread_defaults()  # before torch is imported
+set_process_defaults()  # before torch is imported
 
 import torch
 

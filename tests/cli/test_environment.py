@@ -53,19 +53,19 @@ def test_without_a_quota(machine: Path) -> None:
 
 
 def test_cores_are_shared_among_jobs(machine: Path) -> None:
-    environment.set_thread_defaults(share=3)
+    environment.set_process_defaults(share=3)
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("2", "passive")
 
 
 def test_more_jobs_than_cores_still_have_a_thread_each(machine: Path) -> None:
-    environment.set_thread_defaults(share=20)
+    environment.set_process_defaults(share=20)
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
 def test_the_users_own_settings_stay(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    environment.set_thread_defaults()
+    environment.set_process_defaults()
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("5", "active")
 
 

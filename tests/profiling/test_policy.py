@@ -71,7 +71,7 @@ def test_a_training_and_its_plan_choose_alike(trainer: dict[str, Any]) -> None:
     standing = standing_bytes(all_weights, trained, OPTIMIZERS.get(config.optim.name).states)
     found = []
     for memory in (standing + kib * 1024 for kib in range(0, 8192, 128)):
-        policy = chosen_policy(config, 300, "fp32", memory, standing)
+        policy = chosen_policy(config, 300, "fp32", torch.device("cpu"), memory, standing)
         assert replace(at, memory=memory).at(config.context).recompute == policy
         found.append(policy)
     assert found[0] == "block"

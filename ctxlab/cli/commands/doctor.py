@@ -37,10 +37,10 @@ def run(argv: list[str]) -> int:
     from rich.text import Text
 
     from ctxlab.cli import console
-    from ctxlab.cli.environment import set_thread_defaults
+    from ctxlab.cli.environment import set_process_defaults
 
     asked = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
-    set_thread_defaults()
+    set_process_defaults()
     table = Table(box=None, show_header=False, pad_edge=False)
     fine = True
     for what, found, good in (*_software(), *_machine(asked), *_speed(), *_folders(), *_mirror()):

@@ -12,7 +12,7 @@ def run(argv: list[str]) -> int:
     """Reads command and config from the folder's record, runs the command, returns its exit code."""
     if len(argv) != 1:
         raise ConfigError("_run: expected the folder of a run")
-    from ctxlab.cli.environment import set_cache, set_thread_defaults
+    from ctxlab.cli.environment import set_cache, set_process_defaults
     from ctxlab.cli.execute import execute, is_first_rank
     from ctxlab.cli.invocation import Invocation
     from ctxlab.cli.main import terminate
@@ -20,7 +20,7 @@ def run(argv: list[str]) -> int:
     from ctxlab.records.store import RunStore
 
     watch_parent()
-    set_thread_defaults()
+    set_process_defaults()
     signal.signal(signal.SIGTERM, terminate)
     folder = Path(argv[0])
     store = RunStore(folder.parent)

@@ -293,6 +293,70 @@ class _ToeplitzTiles:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """bias[b, h, i, j] = f[b, h, i] - f[b, h, j], f (B,H,S)."""
+
+    f: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.f,)
+
+    def open(self, tensors: tuple[Tensor, ...], span: Span) -> BiasTiles:
+        return _DifferenceTiles(covering(tensors[0], span.S), span)
+
+    def compiled(self, tensors: tuple[Tensor, ...], span: Span, pad: int) -> Compiled:
+        f = covering(tensors[0], span.S)
+
+        def gradients(found: dict[str, Tensor], surplus: Tensor) -> tuple[Tensor, ...]:
+            grad = -found["d_earlier"]
+            grad[..., span.S - span.T :] += found["d_later"]
+            return (grad,)
+
+        shapes: dict[str, tuple[int, ...]] = {"d_later": (span.T,), "d_earlier": (span.S,)}
+        return Compiled({"f": f.double().contiguous()}, None, shapes, gradients)
+
+
+def covering(f: Tensor, S: int) -> Tensor:
+    """f, of S positions. Raises ValueError where it has others."""
+    if f.shape[-1] != S:
+        raise ValueError(f"Difference: f has {f.shape[-1]} positions; needed: {S}")
+    return f
+
+
+class _DifferenceTiles:
+    reads_scores = False
+    hides_future = False
+    constant: Tensor | None = None
+
+    def __init__(self, f: Tensor, span: Span) -> None:
+        self.f, self.span = f * LOG2_E, span
+        self.grad = torch.zeros_like(f, dtype=span.dtype) if span.training else None
+
+    def block(self, tile: Tile) -> Tensor:
+        f = self.f[tile.batch, tile.heads]  # (b,h,S)
+        last, first = tile.queries[0], tile.queries[-1]
+        # Counted from the tile's first query on, numbers near the diagonal are small before they are rounded.
+        here = f[..., first, None]
+        rows = (f[..., first : last + 1].flip(-1) - here).to(self.span.dtype)  # (b,h,m)
+        columns = (here - f[..., tile.keys]).to(self.span.dtype)  # (b,h,n)
+        return rows.unsqueeze(-1) + columns.unsqueeze(-2)
+
+    def collect(self, tile: Tile, grad: Tensor) -> None:
+        # The rows of ds sum to 0 but for their rounding. Both sums are kept, of the same rounded numbers: what cancels in
+        # the gates' gradients, which are sums of these over all later tokens, then cancels exactly.
+        assert self.grad is not None
+        last, first = tile.queries[0], tile.queries[-1]
+        here = self.grad[tile.batch, tile.heads]
+        here[..., first : last + 1] += grad.sum(-1, dtype=self.span.dtype).flip(-1)
+        here[..., tile.keys] -= grad.sum(-2, dtype=self.span.dtype)
+
+    def gradients(self, surplus: Tensor) -> tuple[Tensor, ...]:
+        assert self.grad is not None
+        return (self.grad,)
+
+
+@dataclass(frozen=True)
 class BlockBias:
     """A bias that a python function gives tile by tile: bias = function(tile, *tensors), by autograd differentiable.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, ScoreTiles, Span, Tile, no_bias
 from ctxlab.model.attention.native import Kernel, native_attention, takes
 from ctxlab.model.attention.visible import Visible
+from ctxlab.model.kernels import kernels_of
 
 SIDE = 512
 """Queries and keys in a tile on a CPU."""
@@ -69,7 +70,7 @@ def blockwise_attention(
         raise ValueError(f"attention: lengths {tuple(lengths.shape)} is not one number for each of {q.shape[0]} rows")
     if takes(q, k, v, scale=scale, bias=bias, kernel=kernel):
         return native_attention(q, k, v, scale=scale, causal=causal, bias=bias, lengths=lengths, visible=visible)
-    if q.device.type == "cuda":
+    if kernels_of(q.device) == "cuda":
         from ctxlab.model.attention.flex import can_flex, flexible_attention  # brings torch's compiler with it
 
         if can_flex(q, v, bias):
@@ -104,14 +105,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> None:
 
 def side_of(device: torch.device) -> int:
     """Queries, and keys, in a tile where there are many of both."""
-    return SIDE if device.type == "cpu" else WIDE_SIDE
+    return SIDE if kernels_of(device) == "cpu" else WIDE_SIDE
 
 
 def _blocks(q: Tensor) -> tuple[int, int]:
     """Queries and keys in a tile: few queries, as in decoding, get the more keys where launches are what costs."""
     side = side_of(q.device)
     rows = min(q.shape[2], side)
-    return side, side if q.device.type == "cpu" else side * side // rows
+    return side, side if kernels_of(q.device) == "cpu" else side * side // rows
 
 
 class _Part(NamedTuple):
@@ -137,7 +138,7 @@ class _Plan(NamedTuple):
     def parts(self) -> Iterator[_Part]:
         """As many rows of the batch, or else heads, together as fit one tile's buffers."""
         span = self.span
-        most = TILE_SCORES if span.device.type == "cpu" else WIDE_TILE_SCORES
+        most = TILE_SCORES if kernels_of(span.device) == "cpu" else WIDE_TILE_SCORES
         fit = max(most // (self.G * min(span.rows, span.T) * min(self.n_cols, span.S)), 1)
         n_kv = -(-self.Hkv // -(-self.Hkv // fit))  # in equal shares, as few as fit
         n_rows = max(fit // self.Hkv, 1)
@@ -414,7 +415,7 @@ def add_product(scores: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     fp32 holds the products of bf16 numbers without loss, so oneDNN may multiply them as bf16 where that is faster; in
     fp32 too it is twice as fast as the default (MKL) on AMD.
     """
-    exact = a.dtype == torch.bfloat16 and a.device.type == "cpu"
+    exact = a.dtype == torch.bfloat16 and kernels_of(a.device) == "cpu"
     with _bf16_operands() if exact else nullcontext():
         scores.baddbmm_(a.to(scores.dtype), b.to(scores.dtype).mT, alpha=scale)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from ctxlab.model.attention.bias import Bias, Toeplitz
+from ctxlab.model.attention.bias import Bias, Difference, Toeplitz, covering
 from ctxlab.model.attention.visible import Visible
+from ctxlab.model.kernels import has_no_numbers, kernels_of
 
 BLOCK = 128
 """Queries and keys in a block that is visited or not."""
@@ -24,19 +25,24 @@ MOST_BLOCKS = 2048
 MASKS = 16
 """Lists of blocks that are kept: a model asks for the same one in every layer of every step."""
 
+COPIES = 16
+"""Copies of what a bias has learned, while it learns: gradients are added up where a number was read, one after the other, and
+neighbouring scores, which are computed together, read different ones."""
+
 COMPILATIONS = 128
 """Kinds of call in one process, at most; torch's own limit is 8, and what it does beyond needs T x S scores."""
 
 
 def can_flex(q: Tensor, v: Tensor, bias: Bias | None) -> bool:
-    """Whether FlexAttention takes a problem: on CUDA, in its dtypes and widths, under a bias of the distance alone.
+    """Whether FlexAttention takes a problem: on CUDA, in its dtypes and widths, under a bias of the distance alone or of one
+    number each of query and key.
 
     Biases with sums over tiles, or of higher precision than the scores, have no place in it. Fewer queries than a block has,
     as in decoding, are quicker in one tile than the list of blocks is made.
     """
-    simple = bias is None or isinstance(bias, Toeplitz)
+    simple = bias is None or isinstance(bias, Toeplitz | Difference)
     small = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 16 <= q.shape[3] == v.shape[3] <= 256
-    return q.device.type == "cuda" and simple and small and q.shape[2] >= BLOCK
+    return kernels_of(q.device) == "cuda" and simple and small and q.shape[2] >= BLOCK
 
 
 def flexible_attention(
@@ -58,8 +64,11 @@ def flexible_attention(
     torch compiles it anew for each kind of call (a rule, a length that it has learned to vary, with or without gradients).
     After a few of them it would go on with a formula that holds all scores; here there may be many, and too many is an error.
     """
-    assert bias is None or isinstance(bias, Toeplitz), "can_flex comes first"
+    assert bias is None or isinstance(bias, Toeplitz | Difference), "can_flex comes first"
     T, S = q.shape[2], k.shape[2]
+    added, read = (None, []) if bias is None else _added(bias, T, S)
+    if has_no_numbers(q):
+        return _Shapes.apply(q, k, v, *read)  # type: ignore[no-any-return]
     if lengths is None:
         mask = _kept_mask(T, S, causal, visible, q.device)
     else:
@@ -67,7 +76,7 @@ def flexible_attention(
     with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, fail_on_recompile_limit_hit=True):
         out, aux = _compiled()(
             q, k, v,
-            score_mod=None if bias is None else _added(bias, T, S),
+            score_mod=added,
             block_mask=mask,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
@@ -97,22 +106,69 @@ def _options(width: int) -> Any:  # torch's own type for it knows no pass
     return {"fwd_num_stages": 2, "fwd_BLOCK_N": 64, "bwd_num_stages": 1}
 
 
-def _added(bias: Toeplitz, T: int, S: int) -> Callable[..., Tensor]:
-    """The bias as FlexAttention asks for it, score by score.
+Added = tuple[Callable[..., Tensor], list[Tensor]]
+"""What FlexAttention adds to a score, and the tensors that it reads there."""
 
-    Every distance has a number of its own, those that share a value too: gradients are added up where they were read, one
-    at a time, and half of all scores may be beyond the last bucket.
-    """
+
+def _added(bias: Toeplitz | Difference, T: int, S: int) -> Added:
+    return _by_distance(bias, T, S) if isinstance(bias, Toeplitz) else _by_difference(bias, T, S)
+
+
+def _by_distance(bias: Toeplitz, T: int, S: int) -> Added:
+    """Every distance has a number of its own, those that share a value too: half of all scores may be beyond the last bucket."""
     values, before = bias.values.float(), S - T - bias.first
     n_own = values.shape[1] if bias.constant_from is None else bias.constant_from - bias.first + 1
     own = values[:, :n_own]
     n = max(n_own, S - bias.first)
-    line = torch.cat([own, own[:, -1:].expand(-1, n - n_own)], dim=1)  # (H,n)
+    lines = _copies(torch.cat([own, own[:, -1:].expand(-1, n - n_own)], dim=1))  # (copies,H,n)
+    copies = len(lines)
 
     def modified(score: Tensor, b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-        return score + line[h, (t + before - j).clamp(0, n - 1)]  # hidden pairs may lie outside; the mask hides them
+        # hidden pairs may lie outside; the mask hides them
+        return score + lines[t % copies, h, (t + before - j).clamp(0, n - 1)]
 
-    return modified
+    return modified, [lines]
+
+
+def _by_difference(bias: Difference, T: int, S: int) -> Added:
+    """f_i - f_j of two fp32 numbers each: what is left of f when it is rounded is small, and so is the difference of what is not
+    where i and j are near. Gradients go to the first, of query and of key apart."""
+    f, before = covering(bias.f, S), S - T
+    rounded = f.float()
+    rest = (f.detach() - rounded.detach()).float().contiguous()  # (B,H,S)
+    queries, keys = _copies(rounded), _copies(rounded)  # (copies,B,H,S)
+    copies = len(queries)
+
+    def modified(score: Tensor, b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+        i = (t + before).clamp(0, S - 1)
+        near = queries[j % copies, b, h, i] - keys[t % copies, b, h, j]
+        return score + near + (rest[b, h, i] - rest[b, h, j])
+
+    return modified, [queries, keys, rest]
+
+
+def _copies(x: Tensor) -> Tensor:
+    """COPIES of x, or one where nothing is learned; in front."""
+    n = COPIES if torch.is_grad_enabled() and x.requires_grad else 1
+    return x.expand(n, *x.shape).contiguous()
+
+
+class _Shapes(torch.autograd.Function):
+    """What is there in a trace, where tensors have no numbers: out and its log-sum-exp, and what the backward pass makes."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *read: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse, *read)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor):  # type: ignore[no-untyped-def]
+        q, k, v, _, lse, *read = ctx.saved_tensors
+        delta = torch.empty_like(lse)
+        found = [torch.empty_like(x) if wanted else None for x, wanted in zip((q, k, v, *read), ctx.needs_input_grad)]
+        del delta
+        return tuple(found)
 
 
 def _block_mask(

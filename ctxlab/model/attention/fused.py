@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctxlab.model.attention.blockwise import autocast, blockwise_attention, check
+from ctxlab.model.kernels import kernels_of
 
 _ops = torch.ops.aten
 
@@ -136,10 +137,11 @@ def _cuda_single(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, ma
 
 def _kernel(q: Tensor, width: int):  # type: ignore[no-untyped-def]
     """torch's fused kernel for q's device and dtype and a width, if there is one."""
-    if q.device.type == "cpu":
+    kind = kernels_of(q.device)
+    if kind == "cpu":
         return _cpu
-    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and width <= 256:
+    if kind == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and width <= 256:
         return _cuda_half
-    if q.device.type == "cuda" and q.dtype == torch.float32:
+    if kind == "cuda" and q.dtype == torch.float32:
         return _cuda_single
     return None

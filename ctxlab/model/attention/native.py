@@ -28,6 +28,7 @@ from torch._compile import _disable_dynamo
 from ctxlab.errors import ConfigError, DataError
 from ctxlab.model.attention.bias import Bias, Compilable, Compiled, Span
 from ctxlab.model.attention.visible import Visible
+from ctxlab.model.kernels import has_no_numbers, kernels_of
 
 Kernel = Literal["auto", "torch", "native"]
 
@@ -117,7 +118,7 @@ def may_read(x: Tensor) -> bool:
 
 def note(q: Tensor, ran: str) -> None:
     """Remembers what computed a call, for `ran`."""
-    if q.device.type == "cpu":
+    if kernels_of(q.device) == "cpu":
         _ran.add(ran)
 
 
@@ -134,8 +135,8 @@ def forget() -> None:
 
 
 def _unsuited(q: Tensor, scale: float, bias: Bias | None) -> str | None:
-    if q.device.type != "cpu":
-        return f"on {q.device.type}"
+    if (kind := kernels_of(q.device)) != "cpu":
+        return f"on {kind}"
     if q.dtype not in DTYPES:
         return f"in {str(q.dtype).removeprefix('torch.')}"
     if bias is not None and not isinstance(bias, Compilable):
@@ -235,8 +236,8 @@ def _run(
 ) -> None:
     B, H, T, D = q.shape
     Hkv, S = k.shape[1:3]
-    if not q.is_cpu or _is_fake(q):
-        return  # tensors without numbers: shapes are all there is
+    if not q.is_cpu or has_no_numbers(q):
+        return
     i = torch.arange(S - T, S)
     low = torch.zeros_like(i) if visible is None else visible.seen_by(i)[0]
     high = torch.full_like(i, S) if visible is None else visible.seen_by(i)[1].clamp(max=S)
@@ -263,10 +264,6 @@ def _run(
     kernel = library()
     if getattr(kernel, function)(ctypes.byref(problem)):
         raise RuntimeError(f"attention, native: {kernel.attention_problem().decode()}")
-
-
-def _is_fake(x: Tensor) -> bool:
-    return type(x).__name__ == "FakeTensor"
 
 
 # ---- building

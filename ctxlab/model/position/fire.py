@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Compiled, Diagonals, Span, Tile
 from ctxlab.model.config import ModelConfig
+from ctxlab.model.kernels import kernels_of
 from ctxlab.model.position.base import POSITIONS, Position
 
 _EPSILON = 1e-6  # added to the normalizer, as in the authors' code
@@ -246,7 +247,7 @@ class _PiecewiseTiles:
         )
 
     def _parts(self, u: Tensor, knots: Tensor) -> list[slice]:
-        most = _FEATURES if u.device.type == "cpu" else _WIDE_FEATURES
+        most = _FEATURES if kernels_of(u.device) == "cpu" else _WIDE_FEATURES
         step = max(1, most // ((1 + len(knots)) * u.shape[1]))
         return [slice(r, min(r + step, u.shape[0])) for r in range(0, u.shape[0], step)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from ctxlab.model.attention import flex
-from ctxlab.model.attention.bias import BlockBias, Toeplitz
+from ctxlab.model.attention.bias import Bias, BlockBias, Difference, Toeplitz
 from ctxlab.model.attention.blockwise import blockwise_attention
 from ctxlab.model.attention.flex import can_flex, flexible_attention
 from ctxlab.model.attention.visible import Chunk, Remembered, Visible, Window
@@ -43,14 +44,22 @@ def problem(
 def both(
     inputs: list[Tensor], values: Tensor, causal: bool, visible: Visible | None, lengths: Tensor | None, **how: Any
 ) -> None:
-    bias = Toeplitz(values, 0 if causal else 1 - inputs[1].shape[2], constant_from=how.pop("constant_from", None))
-    tolerance = how.pop("tolerance", 2e-5)
-    common: dict[str, Any] = {"scale": 0.25, "causal": causal, "bias": bias, "lengths": lengths, "visible": visible}
-    found = flexible_attention(*inputs, **common, **how)
-    expected = blockwise_attention(*(x.cpu() for x in inputs), **common | {
-        "bias": Toeplitz(values.cpu(), bias.first, bias.constant_from),
-        "lengths": None if lengths is None else lengths.cpu(),
-    })  # fmt: skip
+    first, constant_from = 0 if causal else 1 - inputs[1].shape[2], how.pop("constant_from", None)
+    compare(inputs, values, lambda x: Toeplitz(x, first, constant_from), causal, visible, lengths, **how)
+
+
+def compare(
+    inputs: list[Tensor], values: Tensor, bias: Callable[[Tensor], Bias], causal: bool, visible: Visible | None,
+    lengths: Tensor | None, tolerance: float = 2e-5,
+) -> None:  # fmt: skip
+    common: dict[str, Any] = {"scale": 0.25, "causal": causal, "visible": visible}
+    found = flexible_attention(*inputs, bias=bias(values), lengths=lengths, **common)
+    expected = blockwise_attention(
+        *(x.cpu() for x in inputs),
+        bias=bias(values.cpu()),
+        lengths=None if lengths is None else lengths.cpu(),
+        **common,
+    )
     for a, b in zip(found, expected):
         torch.testing.assert_close(a.cpu(), b, atol=tolerance, rtol=tolerance)
     upstream = [torch.randn(x.shape) for x in expected]
@@ -80,6 +89,39 @@ def test_equals_blockwise_with_gradients(rule: str, causal: bool, T: int, S: int
 def test_a_bias_that_is_constant_from_a_distance_on_gets_its_whole_gradient(causal: bool) -> None:
     inputs, values = problem(200, 200, bidirectional_bias=not causal, dtype=torch.float32)
     both(inputs, values, causal, None, None, constant_from=70)
+
+
+def sums(S: int, device: str = "cpu") -> Tensor:
+    """Of gates, (2,4,S) float64, that begin far from 0."""
+    gates = torch.nn.functional.logsigmoid(torch.randn(2, 4, S, dtype=torch.float64, device=device))
+    return (gates.cumsum(-1) - 1e5).requires_grad_()
+
+
+@pytest.mark.usefixtures("by_formula")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (130, 300), (1, 300)])
+def test_differences_equal_blockwise_with_gradients(rule: str, T: int, S: int) -> None:
+    inputs, _ = problem(T, S, bidirectional_bias=False, dtype=torch.float32)
+    compare(inputs, sums(S), Difference, True, RULES[rule], None)
+
+
+def test_sums_that_do_not_cover_the_keys_are_refused() -> None:
+    inputs, _ = problem(140, 140, bidirectional_bias=False, dtype=torch.float32)
+    with pytest.raises(ValueError, match="f has 139 positions; needed: 140"):
+        compare(inputs, sums(139), Difference, True, None, None)
+
+
+def test_copies_are_made_only_of_what_is_learned() -> None:
+    values = torch.randn(4, 300)
+    seen = []
+    for learned in (False, True):
+        _, read = flex._added(Toeplitz(values.requires_grad_(learned), 0), 300, 300)
+        seen.append(read[0].shape)
+        with torch.no_grad():
+            _, read = flex._added(Toeplitz(values, 0), 300, 300)
+        assert read[0].shape == (1, 4, 300)
+    assert seen == [(1, 4, 300), (flex.COPIES, 4, 300)]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -182,3 +224,10 @@ def test_what_it_cannot_state_goes_blockwise() -> None:
 def test_compiled_on_cuda_it_is_the_same_with_gradients(rule: str, causal: bool, T: int, S: int) -> None:
     inputs, values = problem(T, S, bidirectional_bias=not causal, dtype=torch.float32, device="cuda", width=64)
     both(inputs, values, causal, RULES[rule], None, tolerance=2e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("T", "S"), [(300, 300), (130, 300)])
+def test_compiled_on_cuda_differences_are_the_same_with_gradients(T: int, S: int) -> None:
+    inputs, _ = problem(T, S, bidirectional_bias=False, dtype=torch.float32, device="cuda", width=64)
+    compare(inputs, sums(S, "cuda"), Difference, True, None, None, tolerance=2e-3)

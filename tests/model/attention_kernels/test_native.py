@@ -14,13 +14,12 @@ from torch import Tensor
 
 from ctxlab.errors import ConfigError
 from ctxlab.model.attention import native
-from ctxlab.model.attention.bias import Bias, BlockBias, Toeplitz
+from ctxlab.model.attention.bias import Bias, BlockBias, Difference, Toeplitz
 from ctxlab.model.attention.blockwise import blockwise_attention
 from ctxlab.model.attention.full import attend_to_all
 from ctxlab.model.attention.native import native_attention
 from ctxlab.model.attention.visible import Chunk, Remembered, Visible, Window
 from ctxlab.model.position.fire import PiecewiseLinear
-from ctxlab.model.position.fox import Difference
 from tests.model.attention_kernels.reference import dense_attention, error, operands, positions
 
 pytestmark = pytest.mark.usefixtures("native_kernel")

@@ -148,9 +148,9 @@ def _by_difference(bias: Difference, T: int, S: int) -> Added:
 
 
 def _copies(x: Tensor) -> Tensor:
-    """COPIES of x, or one where nothing is learned; in front."""
+    """x as COPIES of itself in front, in the memory of one, or as one where nothing is learned: their gradients are apart."""
     n = COPIES if torch.is_grad_enabled() and x.requires_grad else 1
-    return x.expand(n, *x.shape).contiguous()
+    return x.contiguous().expand(n, *x.shape)
 
 
 class _Shapes(torch.autograd.Function):

@@ -197,10 +197,11 @@ def _next(low: int, high: int, fitting: Sequence[tuple[int, float]], budget: flo
         return context if context < high else (low + high) // 2
     (a, used), (b, more) = fitting[-2:]
     reach = b + (budget - more) * (b - a) / max(more - used, 1.0)
-    for share in (1 - 1 / 72, 1 + 1 / 72):
-        if low < (context := int(reach * share) // GRAIN * GRAIN) < high:
-            return context
-    return (low + high) // 2
+    below, above = (int(reach * share) // GRAIN * GRAIN for share in (1 - 1 / 72, 1 + 1 / 72))
+    if low < below < high:
+        return below
+    above = max(above, low + GRAIN)
+    return above if above < high else (low + high) // 2
 
 
 def our_point(precision: str, recompute: bool) -> Point:

@@ -202,6 +202,19 @@ def test_the_longest_context_is_found_to_a_thirty_second(
     assert len(asked) == len(set(asked)) <= most
 
 
+def test_nothing_far_beyond_the_line_is_tried(study: Callable[[str], Any]) -> None:
+    """Hugging Face's peaks at these contexts: the third that fits lies so near the budget that a little above it is itself."""
+    measured = {512: 331_304_960, 2048: 689_090_560, 3584: 1_042_845_696, 3648: 1_058_033_664, 3712: 1_072_844_800}
+    asked: list[int] = []
+
+    def peak(context: int) -> float:
+        asked.append(context)
+        return measured.get(context, 230_000.0 * context + 219e6)
+
+    assert study("speed").longest(peak, 2**30) == 3712
+    assert max(asked) == 3776
+
+
 def test_a_budget_too_small_for_the_shortest(study: Callable[[str], Any]) -> None:
     assert study("speed").longest(lambda context: 1e9 + context, 10**9) == 0
 

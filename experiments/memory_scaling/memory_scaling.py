@@ -99,6 +99,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     done = [row for row in rows if row["status"] == "done"]
     large = [abs(row["error"]) for row in done if row["measured_bytes"] >= LARGE]
     small = [abs(row["error_bytes"]) for row in done if row["measured_bytes"] < LARGE]
+    allocated = [abs(row["allocated_error"]) for row in done if "allocated_error" in row]
     return {
         "summary": "all",
         "n_points": len(rows),
@@ -108,6 +109,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "worst_error": max(large, default=None),
         "n_small": len(small),
         "worst_bytes": max(small, default=None),
+        **({"worst_allocated_error": max(allocated)} if allocated else {}),
     }
 
 

@@ -35,7 +35,7 @@ def test_a_plan_is_a_record_and_a_screen(here: Path) -> None:
     # 2 tensors of 4 layers x 128 tokens x 128 numbers in fp32, and the operations of a step with the seconds of a matmul.
     assert any(line.split()[:1] == ["128"] and line.rstrip().endswith("512 KiB") and "FLOP" in line for line in lines)
     assert any(line.startswith("at least: ") and "unmeasured" in line for line in lines)
-    assert not any("CPU's kernels" in line or "trainer.recompute=auto" in line for line in lines)
+    assert not any("allocator" in line or "trainer.recompute=auto" in line for line in lines)
 
 
 def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
@@ -45,8 +45,8 @@ def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
     done = ctxlab(*SMALL, "trainer.accelerator=gpu", "plan.memory=8GiB")
     assert done.code == 0, done.err
     assert "bf16 on cuda" in done.out
-    assert "known error on cuda in bf16: unmeasured" in done.out
-    assert "traced with the CPU's kernels" in done.out
+    assert "known error on cuda in bf16: median 0.9%, worst 4.0%" in done.out
+    assert "with what torch's allocator holds free" in done.out
     assert "at least" not in done.out  # a rate that could be taken here is another device's
     refused = ctxlab(*SMALL, "trainer.accelerator=gpu")
     assert (refused.code, refused.errors) == (

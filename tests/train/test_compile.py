@@ -5,24 +5,30 @@ from __future__ import annotations
 import io
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctxlab.errors import ConfigError, IncompatibleError
+from ctxlab.model.kernels import traced_for
 from ctxlab.train.compiling import check_compiled, decide
+from tests.model.builders import build
 from tests.train.builders import computed, dataset, settings, train
 
 
-def test_without_a_compiler_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_it_is_refused(tmp_path: Path) -> None:
     from torch._inductor import config, cpp_builder
 
     cpp_builder.cpp_compiler_search.cache_clear()
-    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-compiler"),))
-    with pytest.raises(ConfigError, match=r"^trainer.compile: there is no C\+\+ compiler here \(g\+\+\); use "):
+    refused = pytest.raises(ConfigError, match=r"^trainer.compile: there is no C\+\+ compiler here \(g\+\+\); use ")
+    with config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}), refused:
         train(tmp_path, dataset(tmp_path), settings(compile=True))
+    cpp_builder.cpp_compiler_search.cache_clear()
 
 
 def test_auto_compiles_nothing_on_a_cpu_says_so_and_runs_without_a_compiler(
@@ -64,6 +70,29 @@ def test_what_cannot_be_compiled_auto_leaves_alone() -> None:
         check_compiled(recompute.model, recompute.trainer)
     assert decide("auto", torch.device("cuda"), 1e30, math.inf, str(refused.value)) == (False, str(refused.value))
     assert decide(False, torch.device("cuda"), 1e30, math.inf) == (False, "")
+
+
+@pytest.mark.parametrize(
+    "position",
+    ["rope", "alibi", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nope", "learned", "xpos", "pope"))],
+)
+def test_on_a_gpu_all_of_a_block_is_one_graph(position: str) -> None:
+    """A call that torch's compiler has to step out for would leave the rest of the block as it is."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with traced_for("cuda"), FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
+        model = build(position, context=64, n_layers=1)
+        model.blocks[0].compile(fullgraph=True, backend=keep)
+        model.hidden(torch.zeros(1, 64, dtype=torch.int64)).float().sum().backward()
+    (graph,) = graphs
+    called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert torch.ops.aten._scaled_dot_product_flash_attention in called
+    assert sum(target is torch._C._nn.linear for target in called) == 7
 
 
 @pytest.mark.slow

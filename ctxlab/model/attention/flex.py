@@ -68,7 +68,7 @@ def flexible_attention(
     T, S = q.shape[2], k.shape[2]
     added, read = (None, []) if bias is None else _added(bias, T, S)
     if has_no_numbers(q):
-        return _Shapes.apply(q, k, v, *read)  # type: ignore[no-any-return]
+        return _Shapes.apply(q, k, v, *read)
     if lengths is None:
         mask = _kept_mask(T, S, causal, visible, q.device)
     else:

@@ -84,6 +84,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Bias | None, k
     if kernel == "auto" and q.shape[2] < FEWEST_QUERIES and not torch.compiler.is_compiling():
         note(q, "torch")  # a decoded token has no time for more
         return False
+    if kernel != "native" and kernels_of(q.device) != "cpu":
+        return False  # at once: what torch's compiler has to step out for cuts a block into pieces
     return _takes(q, scale, bias, kernel)
 
 

@@ -48,17 +48,15 @@ class KnownError:
     worst_bytes: float  # over smaller points
 
 
-def known_error(file: Path, device: str, precision: str, ways: Collection[str]) -> KnownError | None:
-    """The error over a file's measured points, an object a line, that are like a plan: of its device and precision, and traced,
+def known_error(files: Iterable[Path], device: str, precision: str, ways: Collection[str]) -> KnownError | None:
+    """The error over the measured points of files, an object a line, that are like a plan: of its device and precision, and traced,
     in part at least, or not, as it is. None where there is none: unmeasured."""
     is_traced = CLOSED_FORM not in ways
-    if not file.is_file():
-        return None
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
     rows = [
         row
-        for row in rows
-        if row.get("status") == "done"
+        for row in map(json.loads, lines)
+        if "error" in row
         and (row["device"], row["precision"]) == (device, precision)
         and (row["way"] != CLOSED_FORM) == is_traced
     ]

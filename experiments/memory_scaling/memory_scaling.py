@@ -5,7 +5,7 @@
     python experiments/memory_scaling/memory_scaling.py naive      attention that keeps its scores against attention that does not
     python experiments/memory_scaling/memory_scaling.py cuda       prediction against measurement on a GPU, and with as much room
 
-Prints a JSON object a line. Words after the first name models (nano, tiny, mini): only those are measured.
+Prints a JSON object a line. In the first words are models (nano, tiny, mini), only those are measured, and bf16 in place of fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ GPU_VOCAB, AT_ONCE = 32_768, 8  # points that share a GPU: each has its own peak
 HELD, ENOUGH, TOO_LITTLE = ("rope", "t5"), 1.03, 0.97  # which of them get how much of what is predicted
 
 
-def point(model: str, position: str, *, recompute: Recompute = "none", attention: str = "full") -> Point:
+def point(
+    model: str, position: str, *, recompute: Recompute = "none", attention: str = "full", precision: str = "fp32"
+) -> Point:
     sizes = yaml.safe_load((conf_dir() / "model" / f"{model}.yaml").read_text())
     return Point(
         model=ModelConfig.model_validate_json(json.dumps(sizes)).model_dump(mode="json"),
@@ -53,7 +55,7 @@ def point(model: str, position: str, *, recompute: Recompute = "none", attention
         optim={"name": "muon"},
         vocab_size=2048,
         context=256,
-        precision="fp32",
+        precision=precision,
         device="cpu",
         recompute=recompute,
     )
@@ -78,20 +80,21 @@ def points(models: Sequence[str]) -> Iterator[tuple[str, str, Recompute, tuple[i
         yield "mini", "rope", "none", (8192,)
 
 
-def grid(models: Sequence[str]) -> None:
+def grid(models: Sequence[str], precision: str) -> None:
     """One row a point, then what all of them say together."""
     rows: list[dict[str, Any]] = []
     for model, position, policy, contexts in points(models):
         if model not in models:
             continue
-        at = point(model, position, recompute=policy)
+        at = point(model, position, recompute=policy, precision=precision)
         predictor = Predictor(at)
         for context in contexts:
             step = _at(at, context)
             rows.append(_compared(predictor.memory(context), step, run_point(step, "memory", TIMEOUT)))
             print(json.dumps(rows[-1]), flush=True)
     print(json.dumps(summary(rows)))
-    save_errors(rows, LARGE, results_folder("memory_scaling") / "errors.png")
+    name = "errors.png" if precision == "fp32" else f"errors-{precision}.png"
+    save_errors(rows, LARGE, results_folder("memory_scaling") / name)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -121,10 +124,10 @@ def gpu_points() -> Iterator[tuple[Point, tuple[int, ...]]]:
             ("mini", "bf16", "none", (512, 5120)), ("small", "bf16", "selective", (6144,)), ("medium", "bf16", "none", (2048,)),
         ):  # fmt: skip
             if position in ("rope", "alibi", "nope") or (model == "small" and policy != "selective"):
-                at = point(model, position, recompute=policy)  # type: ignore[arg-type]
-                yield replace(at, device="cuda", precision=precision, vocab_size=GPU_VOCAB), contexts
-    long = replace(point("small", "rope", recompute="block"), device="cuda", precision="bf16", vocab_size=GPU_VOCAB)
-    yield long, (65_536,)
+                at = point(model, position, recompute=policy, precision=precision)  # type: ignore[arg-type]
+                yield replace(at, device="cuda", vocab_size=GPU_VOCAB), contexts
+    long = point("small", "rope", recompute="block", precision="bf16")
+    yield replace(long, device="cuda", vocab_size=GPU_VOCAB), (65_536,)
 
 
 def cuda() -> None:
@@ -237,7 +240,8 @@ def main(words: Sequence[str]) -> None:
     elif words[:1] == ["cuda"]:
         cuda()
     else:
-        grid(words or MODELS)
+        precision = "bf16" if "bf16" in words else "fp32"
+        grid([word for word in words if word != precision] or MODELS, precision)
 
 
 if __name__ == "__main__":

@@ -17,22 +17,24 @@ def test_known_errors_are_those_of_the_files_points_that_are_like_the_plan(tmp_p
         {"device": "cpu", "status": "done", "measured_bytes": 3e8, "error": 0.01, "error_bytes": 3e6},
         {"device": "cpu", "status": "done", "measured_bytes": 1e8, "error": -0.3, "error_bytes": -3e7},
         {"device": "cpu", "status": "timed_out", "measured_bytes": None},
+        {"device": "cpu", "status": "done", "room": 1.03},
         {"summary": "all"},
     ]
     rows = [{**traced, **row} if "device" in row else row for row in rows]
     rows += [{**rows[0], "precision": "bf16", "error": 0.5}, {**rows[0], "way": "closed form", "error": 0.2}]
-    file = tmp_path / "rows.txt"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = known_error(file, "cpu", "fp32", {"traced", "continued from traces"})
+    files = [tmp_path / "some.txt", tmp_path / "others.txt"]
+    for file, some in zip(files, (rows[:2], rows[2:])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    found = known_error(files, "cpu", "fp32", {"traced", "continued from traces"})
     assert found is not None
     assert (found.n_points, found.median, found.worst, found.worst_bytes) == (4, 0.02, 0.08, 3e7)
     for precision, way, error in (("bf16", "traced", 0.5), ("fp32", "closed form", 0.2)):
-        other = known_error(file, "cpu", precision, {way})
+        other = known_error(files, "cpu", precision, {way})
         assert other is not None
         assert (other.n_points, other.median) == (1, error)
-    assert known_error(file, "cpu", "bf16", {"closed form"}) is None
-    assert known_error(file, "cuda", "fp32", {"traced"}) is None
-    assert known_error(tmp_path / "none", "cpu", "fp32", {"traced"}) is None
+    assert known_error(files, "cpu", "bf16", {"closed form"}) is None
+    assert known_error(files, "cuda", "fp32", {"traced"}) is None
+    assert known_error([], "cpu", "fp32", {"traced"}) is None
 
 
 def test_what_could_be_changed_is_what_is_not_set_yet() -> None:

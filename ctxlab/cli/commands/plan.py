@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -69,7 +68,8 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
             native.forget()
             rows = planned(point, contexts, memory, others=others, rate=rate, advance=lambda _: advance(1))
         ways = {str(row.facts["way"]) for row in rows if row.name == "peak_memory_bytes"}
-        error = known_error(_measured_on(device.type), device.type, precision, ways)
+        measured = catalog.conf_dir().parent / "experiments" / MEASURED / "results"
+        error = known_error(sorted(measured.glob(f"{MEASURED}*.txt")), device.type, precision, ways)
         provenance = run.record.provenance
         known = {"known_error": None if error is None else asdict(error), **_kernel(point, max(contexts))}
         run.update(provenance=provenance.model_copy(update={"resolved": {**provenance.resolved, **known}}))
@@ -78,12 +78,6 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
     if not invocation.is_child:
         show_plan(run, invocation.stdout_console)
     return DONE
-
-
-def _measured_on(device: str) -> Path:
-    """What the study has printed of a kind of device."""
-    name = MEASURED if device == "cpu" else f"{MEASURED}-{device}"
-    return catalog.conf_dir().parent / "experiments" / MEASURED / "results" / f"{name}.txt"
 
 
 def _kernel(point: Point, longest: int) -> dict[str, str]:

@@ -49,8 +49,8 @@ class KnownError:
 
 
 def known_error(files: Iterable[Path], device: str, precision: str, ways: Collection[str]) -> KnownError | None:
-    """The error over the measured points of files, an object a line, that are like a plan: of its device and precision, and traced,
-    in part at least, or not, as it is. None where there is none: unmeasured."""
+    """The error over the measured points of files, an object a line, that are like a plan: of its device and precision, and
+    traced, in part at least, or not, as it is. None where there is none: unmeasured."""
     is_traced = CLOSED_FORM not in ways
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
     rows = [

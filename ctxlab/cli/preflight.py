@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check(config: Any, progress: Progress) -> None:
     """Raises ConfigError or DataError where this machine lacks what a config asks for; fetches its text."""
-    from ctxlab.data.prepare import default_cache
+    from ctxlab.cache import default_cache
     from ctxlab.data.source import SOURCES
     from ctxlab.evaluation.harness import check_harness
     from ctxlab.model.offload import require_elsewhere

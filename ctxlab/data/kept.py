@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ctxlab.cache import default_cache
 from ctxlab.data.lock import locked, made_whole
-from ctxlab.data.prepare import default_cache
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.sides import Tokenizers
 from ctxlab.errors import DataError

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
-import platformdirs
 
+from ctxlab.cache import default_cache
 from ctxlab.data.corpora.base import Corpus, Document
 from ctxlab.data.lock import locked, made_whole
 from ctxlab.data.progress import Progress, silent
@@ -47,12 +47,6 @@ class TextDataset:
     def rows(self, context: int, *, seed: int, packed: bool) -> Rows:
         """Training rows of one context. Raises DataError where no document is that long."""
         return (Packed if packed else Windows)(self.splits["train"], context, seed)
-
-
-def default_cache() -> Path:
-    """The user's cache folder; CTXLAB_CACHE sets it."""
-    said = os.environ.get("CTXLAB_CACHE")
-    return Path(said).expanduser() if said else Path(platformdirs.user_cache_dir("ctxlab", appauthor=False))
 
 
 def prepare(

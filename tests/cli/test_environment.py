@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ctxlab import cores
+from ctxlab.cache import default_cache
 from ctxlab.cli import environment
-from ctxlab.data.prepare import default_cache
 from tests.cli.lines import ctxlab
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from ctxlab.cache import default_cache
 from ctxlab.data.corpora import stdlib
 from ctxlab.data.corpora.base import Corpus
 from ctxlab.data.corpora.shakespeare import SHA256, WHEEL, Shakespeare
 from ctxlab.data.corpora.stdlib import Stdlib
 from ctxlab.data.corpora.text import Text
-from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import silent
 from ctxlab.errors import DataError
 

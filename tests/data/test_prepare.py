@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ctxlab.cache import default_cache
 from ctxlab.data import prepare as module
 from ctxlab.data.corpora.text import Text
-from ctxlab.data.prepare import TextDataset, default_cache, prepare
+from ctxlab.data.prepare import TextDataset, prepare
 from ctxlab.data.splits import SPLITS
 from ctxlab.data.tokenizers.base import Tokenizer
 from ctxlab.data.tokenizers.bpe import BPE

@@ -32,7 +32,7 @@ def run(argv: list[str]) -> int:
         raise RecordError(f"dashboard: there is no folder {root}")
     import uvicorn
 
-    from ctxlab.data.prepare import default_cache
+    from ctxlab.cache import default_cache
     from ctxlab.report.dashboard import Dashboard
     from ctxlab.report.vega import bundle
 

@@ -133,7 +133,7 @@ def _speed() -> Iterator[Check]:
 
 
 def _folders() -> Iterator[Check]:
-    from ctxlab.data.prepare import default_cache
+    from ctxlab.cache import default_cache
 
     runs = Path(os.environ.get("CTXLAB_RUNS") or "runs").expanduser().absolute()
     for what, folder in (("runs", runs), ("cache", default_cache())):

@@ -35,7 +35,7 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"--output: expected a name that ends in .html, got '{given.output}'")
     if not output.parent.is_dir():
         raise ConfigError(f"--output: there is no folder {output.parent}")
-    from ctxlab.data.prepare import default_cache
+    from ctxlab.cache import default_cache
     from ctxlab.records.store import RunStore
     from ctxlab.report.figures import figures, save_figures
     from ctxlab.report.page import page, summary, tell

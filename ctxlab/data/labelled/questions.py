@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ctxlab.cache import default_cache
 from ctxlab.data.kept import damaged, kept
 from ctxlab.data.labelled.split import held_out, learned
 from ctxlab.data.labelled.squad import Asked, Passage, Squad
 from ctxlab.data.pairs.parallel import HeldOut, sentence_hash
-from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.sides import Side, SideWriter, read_side
 from ctxlab.data.splits import SPLITS

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from ctxlab.cache import default_cache
 from ctxlab.data.kept import damaged, kept
 from ctxlab.data.labelled.classification import Classification, Labelled
 from ctxlab.data.labelled.split import held_out, learned
 from ctxlab.data.pairs.parallel import HeldOut
-from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.sides import Side, SideWriter, read_side
 from ctxlab.data.splits import SPLITS

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctxlab.cache import default_cache
 from ctxlab.data.kept import damaged, kept
 from ctxlab.data.pairs.parallel import Pair, Parallel, held_out
-from ctxlab.data.prepare import default_cache
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.sides import Side, SideWriter, read_side
 from ctxlab.data.splits import SPLITS

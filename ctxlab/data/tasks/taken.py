@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ctxlab.cache import default_cache
 from ctxlab.data.corpora.base import Corpus, Document
 from ctxlab.data.lock import locked
-from ctxlab.data.prepare import default_cache, training_text
+from ctxlab.data.prepare import training_text
 from ctxlab.data.progress import Progress, silent
 from ctxlab.data.tasks import words
 from ctxlab.data.tasks.base import held_out

@@ -391,7 +391,7 @@ def _instructions() -> str:
 
 
 def _file() -> Path:
-    from ctxlab.data.prepare import default_cache
+    from ctxlab.cache import default_cache
 
     return default_cache() / "native" / f"attention-{_key()}.so"
 

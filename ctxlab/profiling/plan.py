@@ -16,6 +16,7 @@ from ctxlab.fields import Bytes, Length, OrAuto
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.base import ARCHITECTURES, read_parts
 from ctxlab.model.count import flops_per_token, kv_cache_bytes
+from ctxlab.model.offload import OffloadSetting
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import POLICIES
 from ctxlab.profiling.measure import Point
@@ -86,8 +87,9 @@ def changes(point: Point) -> Iterator[tuple[str, Point]]:
         frugal, words = replace(frugal, precision="bf16"), [*words, "trainer.precision=bf16"]
     if point.chunk > _CHUNK:
         yield f"trainer.loss_chunk={_CHUNK}", replace(point, loss_chunk=_CHUNK)
-    if point.offload == "none" and point.device != "cpu":
-        yield "trainer.offload=cpu", replace(point, offload="cpu")
+    if point.offload == "none":
+        where: OffloadSetting = "disk" if point.device == "cpu" else "cpu"
+        yield f"trainer.offload={where}", replace(point, offload=where)
     if point.update == "step":
         unclipped = replace(point, update="backward", optim={**point.optim, "clip": 0.0})
         yield f"trainer.update=backward{' optim.clip=0' if point.optim['clip'] else ''}", unclipped

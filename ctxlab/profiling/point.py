@@ -28,7 +28,7 @@ import torch._dynamo  # the first optimizer of a process imports it, 70 MB; that
 from ctxlab.errors import CtxlabError, UndefinedBeyondTraining
 from ctxlab.model.attention import native
 from ctxlab.model.base import ARCHITECTURES, Model, build_model, read_parts
-from ctxlab.model.offload import offloaded
+from ctxlab.model.offload import offloading
 from ctxlab.profiling import READY
 from ctxlab.registry import import_file
 from ctxlab.train.memory import peak_memory_bytes
@@ -93,7 +93,7 @@ def _measure(spec: dict[str, Any], say: Callable[[str], None], device: torch.dev
         def step() -> None:
             with autocast(spec["precision"], device):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                with offloaded(model.parameters()) if spec["offload"] == "cpu" else contextlib.nullcontext():
+                with offloading(spec["offload"], model.parameters()):
                     hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
                 nats = model.nats(hidden, tokens[:, 1:])
                 del hidden

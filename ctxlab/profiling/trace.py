@@ -144,7 +144,7 @@ def trace_step(point: Point) -> list[dict[str, int]]:
         with autocast(point.precision, torch.device("cpu")):  # type: ignore[arg-type]
             with live.counting("activations"):
                 source: Any = {"source": tokens[:, :-1]} if model.reads_source else {}
-                with offloaded(model.parameters(), move=_elsewhere) if point.offload == "cpu" else nullcontext():
+                with offloaded(model.parameters(), move=_elsewhere) if point.offload != "none" else nullcontext():
                     hidden = model.hidden(tokens[:, :-1], memory=memory, **source)
             live.mark()
             with live.counting("logits"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning
@@ -12,7 +12,7 @@ from torch import Tensor
 from ctxlab.data.stream import Batch, Stream
 from ctxlab.data.windows import IGNORED
 from ctxlab.model.base import Model
-from ctxlab.model.offload import OffloadSetting, offloaded
+from ctxlab.model.offload import OffloadSetting, offloading
 from ctxlab.model.recurrence import SegmentMemory
 from ctxlab.train.budget import Budget
 from ctxlab.train.objectives.prefix import prefix_lengths
@@ -117,7 +117,7 @@ class LanguageModel(lightning.LightningModule):
 
     def _kept(self) -> AbstractContextManager[None]:
         """Where what backward needs is kept until then."""
-        return nullcontext() if self.offload == "none" else offloaded(self.model.parameters())
+        return offloading(self.offload, self.model.parameters())
 
     def _memory(self, batch: Batch) -> SegmentMemory | None:
         """What the rows of a micro-batch remember: nothing where they begin something new."""

@@ -71,7 +71,8 @@ class TrainerConfig(ComponentConfig):
         "whole blocks; auto: the least that fits the machine",
     )
     offload: OffloadSetting = Field(
-        "none", description="cpu: what backward needs waits in the host's memory, pinned, and not in the GPU's"
+        "none",
+        description="where what backward needs waits: cpu, the host's memory, pinned, and not the GPU's; disk, the cache folder",
     )
     loss_chunk: OrAuto | int = Field("auto", description="tokens whose logits exist at once in the loss")
     update: Update = Field(

@@ -236,7 +236,7 @@ MISTAKES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # machine and mirror
     "no host beside the device": (
         (*TRAIN, "trainer.accelerator=cpu", "trainer.offload=cpu", "data.path=nowhere.txt"),  # before any text is read
-        (r"trainer.offload: on a CPU what backward needs is in its memory already; use none",),
+        (r"trainer.offload: on a CPU what backward needs is in its memory already; use none or disk",),
     ),
     "no GPU": ((*TRAIN, "trainer.accelerator=gpu"), (r"trainer.accelerator: no CUDA device is available here",)),
     "online without a key": (

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from ctxlab.errors import ConfigError
-from ctxlab.model.offload import offloaded, require_elsewhere, to_host
+from ctxlab.errors import ConfigError, RunError
+from ctxlab.model.offload import Move, ToDisk, offloaded, require_elsewhere, to_host
 from ctxlab.model.remake import POLICIES, Recompute
 from tests.model.builders import build, tokens
 
@@ -17,15 +21,16 @@ TEXT = tokens(2, 65)
 
 
 class Moves:
-    """Moves to memory of its own, and keeps what went and how much came back."""
+    """Moves to memory of its own, or as it is told, and keeps what went and how much came back."""
 
-    def __init__(self) -> None:
+    def __init__(self, move: Move = to_host) -> None:
+        self.move = move
         self.went: list[int] = []  # bytes
         self.n_back = 0
 
     def __call__(self, kept: Tensor) -> Callable[[], Tensor]:
         self.went.append(kept.untyped_storage().nbytes())
-        back = to_host(kept)
+        back = self.move(kept)
 
         def come() -> Tensor:
             self.n_back += 1
@@ -58,6 +63,57 @@ def test_gradients_are_the_same_bits(position: str, recompute: Recompute, bf16: 
     for name, gradient in kept.items():
         assert torch.equal(moved[name], gradient), name
     assert len(moves.went) >= moves.n_back > 0  # nothing comes twice
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", POLICIES)
+def test_through_a_file_they_are_the_same_bits_too(
+    recompute: Recompute, bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little the system writes and reads at once."""
+    write, read = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, part, at: write(file, part[:1000], at))
+    monkeypatch.setattr(os, "preadv", lambda file, parts, at: read(file, [part[:999] for part in parts], at))
+    moves = Moves(ToDisk(tmp_path / "made"))
+    kept, moved = gradients("rope", recompute, None, bf16=bf16), gradients("rope", recompute, moves, bf16=bf16)
+    for name, gradient in kept.items():
+        assert torch.equal(moved[name], gradient), name
+    assert moves.n_back > 0
+    assert list((tmp_path / "made").iterdir()) == []  # the file has no name
+
+
+def test_a_file_goes_with_the_last_that_could_be_read_from_it(tmp_path: Path) -> None:
+    move = ToDisk(tmp_path)
+    file = weakref.ref(move.file)
+    backs = [move(torch.arange(n).view(1, n)) for n in (3, 0, 5)]
+    del move
+    assert [back().view(torch.int64).tolist() for back in backs] == [[0, 1, 2], [], [0, 1, 2, 3, 4]]
+    del backs[0], backs[0]
+    assert file() is not None
+    del backs[0]
+    assert file() is None
+
+
+def test_what_cannot_be_written_or_read_again_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        RunError, match=r"^trainer.offload: \S+/file/x cannot be written: Not a directory; use another paths"
+    ):
+        ToDisk(tmp_path / "file" / "x")
+    move = ToDisk(tmp_path)
+    back = move(torch.ones(100))
+    move.file.truncate(399)
+    with pytest.raises(RunError, match=r"^trainer.offload: what was kept in \S+ is not there any more$"):
+        back()
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(
+        RunError, match=r"^trainer.offload: \S+ cannot be written: No space left on device; use another paths"
+    ):
+        move(torch.ones(100))
 
 
 def test_of_blocks_that_are_run_again_only_inputs_go() -> None:
@@ -112,6 +168,7 @@ def test_on_a_cpu_it_is_refused() -> None:
     require_elsewhere("none", torch.device("cpu"))
     require_elsewhere("cpu", torch.device("cuda"))
     with pytest.raises(
-        ConfigError, match=r"^trainer.offload: on a CPU what backward needs is in its memory already; use none$"
+        ConfigError, match=r"^trainer.offload: on a CPU what backward needs is in its memory already; use none or disk$"
     ):
         require_elsewhere("cpu", torch.device("cpu"))
+    require_elsewhere("disk", torch.device("cpu"))

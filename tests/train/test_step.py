@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ctxlab.data.tasks.mqar import MQAR
 from ctxlab.data.tokenizers.ids import Ids
 from ctxlab.errors import ConfigError
 from ctxlab.model.base import Model, Parts, build_model
-from ctxlab.model.offload import offloaded, to_host
+from ctxlab.model.offload import Move, offloaded
 from ctxlab.train.loop import TrainSettings
 from tests.train.builders import computed, dataset, settings, train
 
@@ -196,21 +196,27 @@ def test_recomputed_activations_give_the_same_bits_under_dropout(
         assert torch.equal(weight, again.weights[name]), name
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_what_waits_elsewhere_for_backward_changes_no_bit(
-    tmp_path: Path, data: TextDataset | TaskDataset, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: TextDataset | TaskDataset, monkeypatch: pytest.MonkeyPatch, where: Any
 ) -> None:
     moved: list[int] = []
 
-    def move(kept: Tensor) -> Callable[[], Tensor]:
-        moved.append(kept.numel())
-        return to_host(kept)
+    def counted(parameters: Iterable[Tensor], *, move: Move) -> AbstractContextManager[None]:
+        def counting(kept: Tensor) -> Callable[[], Tensor]:
+            moved.append(kept.numel())
+            return move(kept)
+
+        return offloaded(parameters, smallest=1, move=counting)
 
     config: dict[str, Any] = {"max_steps": 3, "model": {"dropout": 0.2}, "micro_batch": 4, "recompute": "block"}
     kept = train(tmp_path, data, settings(**config), "kept")
     monkeypatch.setattr("ctxlab.train.loop.require_elsewhere", lambda *_: None)
-    monkeypatch.setattr("ctxlab.train.module.offloaded", functools.partial(offloaded, smallest=1, move=move))
-    away = train(tmp_path, data, settings(**config, offload="cpu"), "away")
+    monkeypatch.setattr("ctxlab.model.offload.offloaded", counted)
+    monkeypatch.setenv("CTXLAB_CACHE", str(tmp_path / "cache"))
+    away = train(tmp_path, data, settings(**config, offload=where), "away")
     assert moved
+    assert (tmp_path / "cache" / "offload").exists() == (where == "disk")
     assert computed(away.rows.rows) == computed(kept.rows.rows)
     for name, weight in kept.weights.items():
         assert torch.equal(weight, away.weights[name]), name

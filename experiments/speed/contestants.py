@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import ModelConfig
+from ctxlab.model.offload import OffloadSetting, offloading
 from ctxlab.model.position.base import POSITIONS
 from ctxlab.model.remake import Recompute
 from ctxlab.model.transformer import Transformer
@@ -30,11 +31,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(tokens, targets), both (B,T), to the mean nats of a target."""
 
 
-def ours(position: str, context: int, *, recompute: Recompute = "none") -> tuple[Transformer, Loss]:
+def ours(
+    position: str, context: int, *, recompute: Recompute = "none", offload: OffloadSetting = "none"
+) -> tuple[Transformer, Loss]:
     scheme, mechanism = POSITIONS.config({"name": position}), ATTENTIONS.config({"name": "full"})
     model = Transformer(SIZES, scheme, mechanism, vocab_size=VOCAB, context=context)
     model.recompute = recompute
-    return model, lambda tokens, targets: model.nats(model.hidden(tokens), targets).mean()
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        with offloading(offload, model.parameters()):
+            hidden = model.hidden(tokens)
+        return model.nats(hidden, targets).mean()
+
+    return model, loss
 
 
 class GPT2Block(nn.Module):
@@ -142,7 +151,12 @@ PEERS: dict[str, Build] = {
     **{f"x-transformers {name}": partial(x_transformers, name) for name in ("rope", "alibi", "t5")},
 }
 CONTESTANTS = {**OURS, **PEERS}
-RECOMPUTING: dict[str, Build] = {
-    "ctxlab rope": partial(ours, "rope", recompute="block"),
-    "HF Llama": partial(llama, checkpoints=True),
+WAYS: dict[str, dict[str, Build]] = {
+    "none": CONTESTANTS,
+    "recompute": {
+        "ctxlab rope": partial(ours, "rope", recompute="block"),
+        "HF Llama": partial(llama, checkpoints=True),
+    },
+    "disk": {"ctxlab rope": partial(ours, "rope", offload="disk")},
 }
+"""As they are; with blocks that are made again; with what backward needs in a file. And who can."""

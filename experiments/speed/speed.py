@@ -7,8 +7,8 @@ Every point is a process of its own under a limit of address space: one that nee
     python experiments/speed/speed.py memory [fp32|bf16] [WORD...]     peaks, and at 32,768 tokens too
     python experiments/speed/speed.py longest [fp32|bf16] [WORD...]    the longest row whose step takes at most 4GiB
 
-Without a precision it is the machine's own. Words are contexts, names of contestants ('ctxlab rope'), rounds=3, budget=1GiB:
-those only, so many, so much. Prints a JSON object a line.
+Without a precision it is the machine's own. Words are contexts, names of contestants ('ctxlab rope'), ways (none, recompute,
+disk), rounds=3, budget=1GiB: those only, so many, so much. Prints a JSON object a line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ctxlab.cli.environment import set_process_defaults
 
 set_process_defaults()  # before torch is imported
 
-from contestants import CONTESTANTS, OURS, PEERS, SIZES, VOCAB
+from contestants import CONTESTANTS, OURS, PEERS, SIZES, VOCAB, WAYS
 
 from ctxlab.errors import ConfigError
 from ctxlab.model.attention import native
@@ -50,10 +50,10 @@ RIVALS: dict[str, tuple[str, ...]] = {
 Row = dict[str, Any]
 
 
-def ask(contestant: str, context: int, what: str, precision: str, *, rows: int, recompute: bool = False) -> Row:
+def ask(contestant: str, context: int, what: str, precision: str, *, rows: int, way: str = "none") -> Row:
     """The row of one point, with its status and, where that is not `done`, the reason."""
     here = {"contestant": contestant, "context": context, "precision": precision}
-    spec = {**here, "what": what, "rows": rows, "recompute": recompute, "memory_limit": ADDRESS_SPACE}
+    spec = {**here, "what": what, "rows": rows, "way": way, "memory_limit": ADDRESS_SPACE}
     child = start_child([str(Path(__file__).with_name("step.py"))], exact=what == "memory")
     return {**here, **answer_of(child, json.dumps(spec) + "\n", TIMEOUT)}
 
@@ -69,18 +69,21 @@ class Asked:
 
     contexts: tuple[int, ...] = ()
     names: tuple[str, ...] = (*OURS, *PEERS)
+    ways: tuple[str, ...] = tuple(WAYS)
     rounds: int = ROUNDS
     budget: int = BUDGET
 
     @classmethod
     def of(cls, words: Iterable[str]) -> Asked:
         """Raises ConfigError on a word that is none of these."""
-        contexts, names, more = [], [], {}
+        contexts, names, ways, more = [], [], [], {}
         for word in words:
             key, _, value = word.partition("=")
             try:
                 if word in CONTESTANTS:
                     names.append(word)
+                elif word in WAYS:
+                    ways.append(word)
                 elif key == "rounds" and value.isdecimal() and int(value):
                     more["rounds"] = int(value)
                 elif key == "budget":
@@ -88,9 +91,9 @@ class Asked:
                 else:
                     contexts.append(parse_length(word))
             except ValueError as error:
-                known = f"a context, rounds=N, budget=BYTES or one of {', '.join(CONTESTANTS)}"
+                known = f"a context, rounds=N, budget=BYTES or one of {', '.join([*CONTESTANTS, *WAYS])}"
                 raise ConfigError(f"speed: expected {known}; got '{word}'") from error
-        return cls(tuple(contexts), tuple(names) or cls.names, **more)
+        return cls(tuple(contexts), tuple(names) or cls.names, tuple(ways) or cls.ways, **more)
 
 
 def time_steps(asked: Asked, precision: str, ask: Callable[..., Row] = ask) -> None:
@@ -149,23 +152,27 @@ def compared_peaks(ours: str, peaks: Mapping[str, float]) -> Row:
     return {"rival": rival, "peak_ratio": peaks[ours] / peaks[rival]}
 
 
-def longest_of_all(asked: Asked, precision: str) -> None:
-    """Ours with RoPE and all peers, without recomputation; then those two that can be compared with it."""
+def longest_of_all(asked: Asked, precision: str, ask: Callable[..., Row] = ask) -> None:
+    """Of ours with RoPE and of all peers, as they are; of those two that can, with recomputation; and of ours with a disk.
+
+    Where contexts are given, the longest of them that fits.
+    """
     budget = asked.budget
-    for name, recompute in [(n, False) for n in ("ctxlab rope", *PEERS)] + [("ctxlab rope", True), ("HF Llama", True)]:
-        if name not in asked.names:
+    for way, name in [(w, n) for w in WAYS for n in ("ctxlab rope", *PEERS) if n in WAYS[w]]:
+        if name not in asked.names or way not in asked.ways:
             continue
         points: list[Row] = []
 
-        def peak(context: int, name: str = name, recompute: bool = recompute, points: list[Row] = points) -> float:
-            points.append(ask(name, context, "memory", precision, rows=1, recompute=recompute))
+        def peak(context: int, name: str = name, way: str = way, points: list[Row] = points) -> float:
+            points.append(ask(name, context, "memory", precision, rows=1, way=way))
             return points[-1].get("peak_bytes", float("inf"))
 
-        found = longest(peak, budget)
-        row: Row = {"longest": name, "recompute": recompute, "precision": precision, "budget": budget, "context": found}
+        fitting = (context for context in asked.contexts if peak(context) <= budget)
+        found = max(fitting, default=0) if asked.contexts else longest(peak, budget)
+        row: Row = {"longest": name, "way": way, "precision": precision, "budget": budget, "context": found}
         row["peaks"] = [(point["context"], point.get("peak_bytes", point.get("reason"))) for point in points]
         if name in OURS:
-            row["predicted"] = Predictor(our_point(precision, recompute)).longest(budget)
+            row["predicted"] = Predictor(our_point(precision, way)).longest(budget)
         show(row)
 
 
@@ -204,11 +211,11 @@ def _next(low: int, high: int, fitting: Sequence[tuple[int, float]], budget: flo
     return above if above < high else (low + high) // 2
 
 
-def our_point(precision: str, recompute: bool) -> Point:
+def our_point(precision: str, way: str) -> Point:
     return Point(
         model=SIZES.model_dump(mode="json"), position={"name": "rope"}, attention={"name": "full"},
         optim={"name": "adamw"}, vocab_size=VOCAB, context=SHORTEST, precision=precision, device="cpu",
-        recompute="block" if recompute else "none",
+        recompute="block" if way == "recompute" else "none", offload="disk" if way == "disk" else "none",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS, RECOMPUTING, VOCAB
+from contestants import VOCAB, WAYS
 
 from ctxlab.model.attention import native
 from ctxlab.profiling.point import serve, start_peak, warm_up
@@ -31,7 +31,7 @@ def measure(spec: dict[str, Any], _: object) -> dict[str, Any]:
     device, precision = torch.device("cpu"), spec["precision"]
     torch.manual_seed(0)
     warm_up(OPTIMIZERS.get("adamw")(OPTIMIZERS.config({"name": "adamw"})), precision, device)
-    build = (RECOMPUTING if spec["recompute"] else CONTESTANTS)[spec["contestant"]]
+    build = WAYS[spec["way"]][spec["contestant"]]
     try:
         build(SHORT)  # what it imports is not the step's
     except ModuleNotFoundError as error:

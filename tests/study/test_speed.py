@@ -170,6 +170,23 @@ def test_words_say_what_is_measured(study: Callable[[str], Any], capsys: pytest.
     assert (nothing.contexts, set(nothing.names), nothing.rounds) == ((), set(speed.CONTESTANTS), 5)
 
 
+def test_the_longest_of_the_contexts_that_are_asked_for_in_the_ways_that_are(
+    study: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = study("speed")
+
+    def ask(contestant: str, context: int, what: str, precision: str, *, rows: int, way: str) -> dict[str, Any]:
+        assert (what, precision, rows) == ("memory", "fp32", 1)
+        return {"context": context, "peak_bytes": context * {"none": 4.0, "recompute": 2.0, "disk": 1.0}[way]}
+
+    words = ["disk", "none", "512", "1k", "2k", "budget=2KiB", "ctxlab rope", "HF Llama"]
+    speed.longest_of_all(speed.Asked.of(words), "fp32", ask)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = [(row["longest"], row["way"], row["context"], len(row["peaks"])) for row in rows]
+    assert found == [("ctxlab rope", "none", 512, 3), ("HF Llama", "none", 512, 3), ("ctxlab rope", "disk", 2048, 3)]
+    assert ["predicted" in row for row in rows] == [True, False, True]
+
+
 @pytest.mark.parametrize("word", ["rounds=0", "rounds=few", "litgtp", "budget=much"])
 def test_a_word_that_means_nothing_is_refused(study: Callable[[str], Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word.partition("=")[2] or word):

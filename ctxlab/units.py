@@ -92,6 +92,15 @@ def format_count(n: float) -> str:
     return f"{n:.3g}T"
 
 
+def format_operations(n: float) -> str:
+    """Floating-point operations: `3.82e13` -> `38.2 TFLOP`."""
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if abs(n) < 999.5:
+            return f"{n:.3g} {unit}FLOP"
+        n /= 1000
+    return f"{n:.3g} EFLOP"
+
+
 def format_length(n: int) -> str:
     """A context length: `256`, `2k`, `128k`; lengths that are no multiple of 1024 stay whole."""
     if n >= 1024 and n % 1024 == 0:

@@ -46,7 +46,7 @@ class KnownError:
     n_points: int
     median: float  # shares of the measured bytes, over points of at least LARGE
     worst: float
-    worst_bytes: float  # over smaller points
+    worst_bytes: float | None  # over smaller points, where there are any
 
 
 def known_error(files: Iterable[Path], device: str, precision: str, ways: Collection[str]) -> KnownError | None:
@@ -65,7 +65,7 @@ def known_error(files: Iterable[Path], device: str, precision: str, ways: Collec
     small = [abs(row["error_bytes"]) for row in rows if row["measured_bytes"] < LARGE]
     if not large:
         return None
-    return KnownError(len(rows), statistics.median(large), max(large), max(small, default=0.0))
+    return KnownError(len(rows), statistics.median(large), max(large), max(small, default=None))
 
 
 def changes(point: Point) -> Iterator[tuple[str, Point]]:

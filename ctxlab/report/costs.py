@@ -15,7 +15,7 @@ from ctxlab.report.grid import Grid
 from ctxlab.report.plots import curve, memory_chart, save, scaling_figure, time_chart
 from ctxlab.report.results import by_context, cell, labels, title
 from ctxlab.report.tables import COSTS, footnotes, show_beside, show_heading, show_next
-from ctxlab.units import format_bytes, format_count, format_length, format_seconds
+from ctxlab.units import format_bytes, format_length, format_operations, format_seconds
 
 # Columns: a metric, or one of the facts beside it, in bytes, under a title of its own.
 STEP = (
@@ -72,7 +72,7 @@ def show_profile(run: Run, console: Console) -> None:
         lines.append("total: memory and the idle process together")
     if peak is not None:
         lines.append(
-            f"of matmul peak: a step's operations against the best matmul measured here, {format_count(peak)}FLOP/s"
+            f"of matmul peak: a step's operations against the best matmul measured here, {format_operations(peak)}/s"
         )
     lines += kernel_lines(measurements)
     for line in lines:
@@ -212,7 +212,7 @@ def work_table(measurements: Sequence[Measurement]) -> Grid:
     for m in peaks:
         seconds = [format_seconds(m.facts["least_seconds"])] if timed else []
         grid.add(
-            [format_length(m.context or 0), f"{format_count(m.facts['flops'])}FLOP", *seconds, cell(caches[m.context])]
+            [format_length(m.context or 0), format_operations(m.facts["flops"]), *seconds, cell(caches[m.context])]
         )
     return grid
 
@@ -259,9 +259,12 @@ def known_error_lines(run: Run) -> list[str]:
     error: dict[str, Any] | None = where.resolved.get("known_error")
     if error is None:
         return [f"known error on {where.device} in {where.precision}: unmeasured"]
+    small = (
+        "" if error["worst_bytes"] is None else f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}; "
+    )
     return [
         f"known error on {where.device} in {where.precision}: median {error['median']:.1%}, worst {error['worst']:.1%};",
-        f"of steps under 256 MB at most {format_bytes(error['worst_bytes'])}; over {error['n_points']} measured points",
+        f"{small}over {error['n_points']} measured points",
     ]
 
 

@@ -13,7 +13,7 @@ from ctxlab.evaluation.intervals import paired_interval
 from ctxlab.records.index import flatten
 from ctxlab.records.run import Run
 from ctxlab.records.schema import WAY_AXES, DocumentSums, Measurement
-from ctxlab.units import format_bytes, format_count, format_length, format_seconds
+from ctxlab.units import format_bytes, format_count, format_length, format_operations, format_seconds
 
 ByContext = dict[int, dict[str, Measurement]]
 
@@ -47,8 +47,10 @@ def number(value: float, unit: str, *, name: str = "") -> str:
         return format_bytes(value)
     if unit in ("s", "s/token"):
         return format_seconds(value)
-    if unit in ("tokens/s", "FLOP/s"):
+    if unit == "tokens/s":
         return format_count(value)
+    if unit == "FLOP/s":
+        return format_operations(value).removesuffix("FLOP").strip()
     if unit == "rows":
         return f"{value:,.0f}"
     if unit == "tokens":

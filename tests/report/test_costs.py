@@ -71,12 +71,12 @@ def test_a_profile_shows_totals_beside_peaks_and_what_ran(profiled: Run, width: 
     at = next(n for n, line in enumerate(lines) if line.startswith("context "))
     assert [line.split() for line in lines[at : at + 3]] == [
         ["context", "memory", "total", "step", "tokens/s", "FLOP/s", "of", "matmul", "peak"],
-        ["1k", "60", "MiB", "390", "MiB", "250", "ms", "4.1k", "57.3B", "60%"],
+        ["1k", "60", "MiB", "390", "MiB", "250", "ms", "4.1k", "57.3", "G", "60%"],
         ["64k", "out", "of", "memory", "-", "-", "-", "-", "-"],
     ]
     assert "total: memory and the idle process together" in lines
     text = " ".join(lines)
-    assert "of matmul peak: a step's operations against the best matmul measured here, 95.5BFLOP/s" in text
+    assert "of matmul peak: a step's operations against the best matmul measured here, 95.5 GFLOP/s" in text
     assert "MFU" not in text
     assert "attention kernel: native" in lines
     assert "decoding kernel: native" in lines

@@ -41,9 +41,8 @@ class Sandwich(Position):
     def distance_bias(self, distances: Tensor, state: Any) -> Tensor:
         assert isinstance(self.config, Sandwich.Config)
         width, H = self.model.head_dim if self.config.width == "auto" else self.config.width, self.model.n_heads
-        exponents = torch.arange(2, width + 1, 2, dtype=torch.float64, device=distances.device) / width
         total = torch.zeros(len(distances), dtype=torch.float64, device=distances.device)
-        for frequency in (10_000.0**-exponents).tolist():  # one at a time: n x w/2 numbers would be most of the memory
-            total += torch.cos(distances.to(torch.float64) * frequency)
+        for m in range(2, width + 1, 2):  # one at a time: n x w/2 numbers would be most of the memory
+            total += torch.cos(distances.to(torch.float64) * 10_000.0 ** (-m / width))
         steepness = 8 * torch.arange(1, H + 1, dtype=torch.float64, device=distances.device) / H
         return (total - width / 2)[None, :] / steepness[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import logging
 import math
@@ -81,6 +82,7 @@ Dataset = TextDataset | TaskDataset | PairDataset | QuestionDataset | LabelDatas
 VALIDATIONS_IN_A_RUN = 5
 CHECKPOINTS_IN_A_RUN = 10
 ACTIVATION_SHARE = 0.4  # of the machine's memory, for one micro-batch: weights, optimizer and the caches need the rest
+MOST_ROWS = 2**20  # of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -400,18 +402,22 @@ def fitting_rows(
     """How many rows of `context` tokens fit at once, by closed form from total (not free) memory: always the same. They have
     ACTIVATION_SHARE of it, or what is left beside the bytes that are `standing`."""
     total = total_memory_bytes(device)
-    row = activation_bytes(
-        settings.model,
-        settings.position,
-        settings.attention,
-        context=context,
-        rows=1,
-        vocab_size=vocab_size,
-        precision=precision,
-        recompute=recompute,
-        loss_chunk=loss_chunk(settings, vocab_size, device),
-    )
-    return max(1, int(min(ACTIVATION_SHARE * total, JUDGED_SHARE * total - standing) / row))
+
+    def needed(rows: int) -> int:
+        return activation_bytes(
+            settings.model,
+            settings.position,
+            settings.attention,
+            context=context,
+            rows=rows,
+            vocab_size=vocab_size,
+            precision=precision,
+            recompute=recompute,
+            loss_chunk=loss_chunk(settings, vocab_size, device),
+        )
+
+    room = min(ACTIVATION_SHARE * total, JUDGED_SHARE * total - standing)
+    return max(1, bisect.bisect_right(range(1, MOST_ROWS + 1), room, key=needed))
 
 
 def loss_chunk(settings: TrainSettings, vocab_size: int, device: torch.device) -> int:

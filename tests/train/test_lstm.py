@@ -77,8 +77,17 @@ def test_rows_that_fit_are_counted_for_it(monkeypatch: pytest.MonkeyPatch) -> No
 
     config = recurrent()
     cpu = torch.device("cpu")
-    row = activation_bytes(config.model, "none", "none", vocab_size=260, context=CONTEXT)
-    monkeypatch.setattr("ctxlab.train.loop.total_memory_bytes", lambda _: int(10 * row / 0.4) + 1)
+
+    def rows(n: int) -> int:
+        return activation_bytes(config.model, "none", "none", vocab_size=260, context=CONTEXT, rows=n)
+
+    total = int(rows(10) / 0.4) + 1
+    monkeypatch.setattr("ctxlab.train.loop.total_memory_bytes", lambda _: total)
     assert fitting_rows(config, 260, "fp32", cpu, CONTEXT, recompute="none", standing=0) == 10
-    standing = int(6.5 * row / 0.4)  # of memory for 10 / 0.4 rows: 0.9 of it is for 22.5, of which 16.25 stand
+    standing = int(0.9 * total) - rows(6) - 2
     assert fitting_rows(config, 260, "fp32", cpu, CONTEXT, recompute="none", standing=standing) == 6
+    assert fitting_rows(config, 260, "fp32", cpu, CONTEXT, recompute="none", standing=total) == 1
+    narrow = activation_bytes(config.model, "none", "none", vocab_size=260, context=CONTEXT, rows=10, loss_chunk=64)
+    monkeypatch.setattr("ctxlab.train.loop.total_memory_bytes", lambda _: int(narrow / 0.4) + 1)
+    fewer = fitting_rows(config, 260, "fp32", cpu, CONTEXT, recompute="none", standing=0)
+    assert rows(fewer) <= narrow < rows(fewer + 1)  # the logits of a chunk are there once, however many rows there are

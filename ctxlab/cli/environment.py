@@ -14,10 +14,8 @@ from pathlib import Path
 
 from ctxlab.cores import available_cores
 
-_CUDA_ALLOCATOR = (
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "PYTORCH_ALLOC_CONF",
-)  # the older name, which all versions know, and the newer
+_CUDA_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The older name, which all versions know, the newer one, and that of AMD's GPUs."""
 
 
 def set_process_defaults(share: int = 1) -> None:

@@ -126,7 +126,7 @@ def _score(
     with autocast(precision, device):
         hidden = model.hidden(torch.from_numpy(block).to(device), lengths=lengths)  # (B,T,d)
         picked = hidden.flatten(0, 1)[torch.from_numpy(np.concatenate(places)).to(device)]  # (n,d)
-        size = chunk_for(model.vocab_size, device.type)
+        size = chunk_for(model.vocab_size, device.type, model.loss_chunk)
         scored = [_choice(model.logits(h), t) for h, t in zip(picked.split(size), wanted.split(size), strict=True)]
     return (
         torch.cat([nats for nats, _ in scored]).double().cpu().numpy(),

@@ -201,7 +201,7 @@ class Model(nn.Module):
         if bias is not None:  # one more column of the matrix
             weight = torch.cat([weight, bias[:, None]], dim=1)
             hidden = torch.cat([hidden, hidden.new_ones(*hidden.shape[:-1], 1)], dim=-1)
-        size = self.loss_chunk or chunk_for(self.vocab_size, kernels_of(hidden.device))
+        size = chunk_for(self.vocab_size, kernels_of(hidden.device), self.loss_chunk)
         found = smoothed_nats(hidden.flatten(0, 1), weight, targets.flatten(), size, smoothing)
         return found[0].view(targets.shape), found[1].view(targets.shape)
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 from ctxlab.model.attention.base import ATTENTIONS
 from ctxlab.model.config import Bert2BertConfig, LSTMConfig, ModelConfig, SizesConfig
-from ctxlab.model.loss import chunk_for
 from ctxlab.model.position.base import POSITIONS, Position
 from ctxlab.model.remake import POLICIES, Recompute, RecomputeSetting
 
@@ -154,7 +153,7 @@ def activation_bytes(
     rows: int = 1,
     precision: Precision = "fp32",
     recompute: Recompute | None = "none",
-    loss_chunk: int | None = None,
+    loss_chunk: int,
     source: int | None = None,
 ) -> int:
     """Bytes that one micro-batch of rows x context tokens needs in a training step, beyond weights, gradients and optimizer.
@@ -166,11 +165,10 @@ def activation_bytes(
     attention that keeps no scores, and an activation function that keeps its inputs only. A row of a model with recurrent
     attention has its tokens of memory (old, read and new), their keys and values besides, and what is kept of their norm.
     An encoder-decoder has `source` tokens a row besides (None: `context` of them). An LSTM: `_recurrent_activations`. Two
-    BERTs, nothing of which is made again: as ours of their sizes. The logits of `loss_chunk` tokens exist at once (None: of as
-    many as on a CPU by default).
+    BERTs, nothing of which is made again: as ours of their sizes. The logits of `loss_chunk` tokens exist at once.
     """
     tokens = rows * context
-    chunk = min(tokens, loss_chunk or chunk_for(vocab_size, "cpu"))
+    chunk = min(tokens, loss_chunk)
     size = _BYTES[precision]
     logits = chunk * vocab_size * (size + 4) + vocab_size * config.d_model * (4 + size)
     if isinstance(config, LSTMConfig):
@@ -228,7 +226,7 @@ def chosen_recompute(
     context: int,
     rows: int,
     precision: Precision,
-    loss_chunk: int | None,
+    loss_chunk: int,
     standing: int,
     memory: float,
 ) -> Recompute:

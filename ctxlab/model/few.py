@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ctxlab.model.kernels import kernels_of
+
 FEW = 64  # rows; with more, the arithmetic is what costs
 _LARGE = 1 << 20  # numbers of a matrix; to wake the other cores takes as long as to read a smaller one
 
@@ -24,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         are_few(x)
         and weight.numel() >= _LARGE
         and x.dtype == weight.dtype == torch.float32
-        and x.device.type == "cpu"
+        and kernels_of(x.device) == "cpu"
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()

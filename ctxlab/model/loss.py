@@ -10,12 +10,18 @@ from torch import Tensor
 IGNORED = -100  # a target that is not scored
 _LOGITS = 2**21  # numbers in one chunk's logits on a CPU: what stays in cache
 _WIDE_LOGITS = 2**26  # on other devices: enough for the whole chip; with the smaller ones half of a step was spent here
+_MOST = 4096  # tokens there: products of more are no quicker
 
 
-def chunk_for(vocab_size: int, device: str) -> int:
-    """Tokens whose logits exist at once, by default: about 2M numbers on a CPU and 64M on other kinds of device, at least 64
-    tokens to keep the products efficient."""
-    return max(64, (_LOGITS if device == "cpu" else _WIDE_LOGITS) // vocab_size)
+def chunk_for(vocab_size: int, device: str, asked: int | None = None) -> int:
+    """Tokens whose logits exist at once: as many as are asked for, or by the kind of device.
+
+    About 2M numbers on a CPU and 64M, but of no more than 4,096 tokens, elsewhere; at least 64 tokens to keep the products
+    efficient.
+    """
+    if asked is not None:
+        return asked
+    return max(64, _LOGITS // vocab_size if device == "cpu" else min(_WIDE_LOGITS // vocab_size, _MOST))
 
 
 def token_nats(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:

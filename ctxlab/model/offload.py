@@ -71,6 +71,7 @@ class ToDisk:
             self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  it stays open as long as this
         except OSError as error:
             raise self._full(error) from error
+        weakref.finalize(self, self.file.close)
 
     def __call__(self, kept: Tensor) -> Callable[[], Tensor]:
         stored, device, start = _bytes(kept), kept.device, self.end

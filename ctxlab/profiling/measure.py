@@ -117,7 +117,7 @@ class Point:
     @property
     def chunk(self) -> int:
         """Tokens whose logits exist at once."""
-        return self.loss_chunk or chunk_for(self.vocab_size, self.device)
+        return chunk_for(self.vocab_size, self.device, self.loss_chunk)
 
     def standing(self, context: int) -> int:
         """Bytes of weights, gradients and the optimizer's numbers, by closed form."""

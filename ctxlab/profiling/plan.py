@@ -54,13 +54,14 @@ def known_error(files: Iterable[Path], device: str, precision: str, ways: Collec
     traced, in part at least, or not, as it is. None where there is none: unmeasured."""
     is_traced = CLOSED_FORM not in ways
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
-    rows = [
-        row
+    points = {
+        (row["model"], row["position"], row["recompute"], row["context"]): row  # measured twice, the last counts
         for row in map(json.loads, lines)
         if "error" in row
         and (row["device"], row["precision"]) == (device, precision)
         and (row["way"] != CLOSED_FORM) == is_traced
-    ]
+    }
+    rows = list(points.values())
     large = [abs(row["error"]) for row in rows if row["measured_bytes"] >= LARGE]
     small = [abs(row["error_bytes"]) for row in rows if row["measured_bytes"] < LARGE]
     if not large:

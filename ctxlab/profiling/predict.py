@@ -12,8 +12,8 @@ from ctxlab.profiling.measure import Point
 from ctxlab.profiling.trace import KINDS, asked_for_numbers, trace_step, trace_update
 from ctxlab.train.optim.base import OPTIMIZERS
 
-LINE = 1024
-"""Shortest context from which on memory goes on as lines: no scheme or mechanism holds more than a line."""
+LINE = {"cpu": 1024, "cuda": 2048}
+"""Shortest context from which on memory goes on as lines: no scheme or mechanism holds more than a line, and tiles are full."""
 
 CONTINUED = "continued from traces"
 
@@ -25,8 +25,9 @@ was measured.
 """
 
 
-ROOM = 0.03
-"""Share of a prediction that has to be free besides, where a context is said to fit: what predictions may be short by."""
+ROOM = {"cpu": 0.03, "cuda": 0.05}
+"""Share of a prediction that has to be free besides, where a context is said to fit: what predictions may be short by. On a GPU
+most of it is room between blocks, which the allocator gives back before it fails."""
 
 
 _STANDING = ("weights", "gradients", "optimizer", "process")  # what is there once, however many rows there are
@@ -89,7 +90,7 @@ class Predictor:
 
     def fits(self, context: int, memory: float) -> bool:
         """Whether a step is predicted to fit, with ROOM."""
-        return self.memory(context).bytes * (1 + ROOM) <= memory
+        return self.memory(context).bytes * (1 + self.room) <= memory
 
     def longest(self, memory: float) -> int:
         """The longest context, in whole multiples of 64 tokens, whose step, with ROOM, is predicted to fit `memory` bytes.
@@ -131,13 +132,13 @@ class Predictor:
         0 where one does not.
         """
         low, high = 0, 1
-        while self.rows_bytes(context, high) * (1 + ROOM) <= memory:
+        while self.rows_bytes(context, high) * (1 + self.room) <= memory:
             low, high = high, 2 * high
             if high > 2**40:
                 break
         while high - low > 1:
             middle = (low + high) // 2
-            if self.rows_bytes(context, middle) * (1 + ROOM) <= memory:
+            if self.rows_bytes(context, middle) * (1 + self.room) <= memory:
                 low = middle
             else:
                 high = middle
@@ -149,9 +150,13 @@ class Predictor:
         return self.point.vocab_size * (each * min(tokens, self.point.chunk) + 4 * self.point.model["d_model"])
 
     @property
+    def room(self) -> float:
+        return ROOM[self.point.device]
+
+    @property
     def _start(self) -> int:
         """The context from which on memory goes on as lines: before it the logits, all at once, grow too."""
-        return max(LINE, self.point.chunk)
+        return max(LINE[self.point.device], self.point.chunk)
 
     def _moments(self, context: int) -> Sequence[Mapping[str, float]]:
         point = replace(self.point, context=context)

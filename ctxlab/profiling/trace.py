@@ -119,7 +119,8 @@ def trace_step(point: Point) -> list[dict[str, int]]:
 
     The model and the loss are the real ones, run once over the context on torch's fake tensors: shapes and lifetimes without
     memory or arithmetic. These stand on a CPU, since a backward pass over those of a GPU ends the process where torch was built
-    without it; the operations are those of the point's device. Raises what `asked_for_numbers` knows where a component asks for
+    without it; the operations are those of the point's device where a model is made of this package's parts, under the CPU's
+    autocast, which for them is that of a GPU. Raises what `asked_for_numbers` knows where a component asks for
     numbers.
     """
     with traced_for(point.device), FakeTensorMode(allow_non_fake_inputs=True), Live() as live:

@@ -38,7 +38,7 @@ def show_plan(run: Run, console: Console) -> None:
     console.print(plan_table(measurements))
     peaks = [m for m in measurements if m.name == "peak_memory_bytes"]
     for line in (
-        *_ways(peaks, run.record.provenance.device),
+        *_ways(peaks, run.record.provenance.device, resolved.get("operations_of", "cpu")),
         *_traced_kernel(resolved),
         *policy_lines(run, peaks),
         *known_error_lines(run),
@@ -285,8 +285,8 @@ def _traced_kernel(resolved: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _ways(peaks: Sequence[Measurement], device: str | None) -> list[str]:
-    """How the peaks were found, a line a way."""
+def _ways(peaks: Sequence[Measurement], device: str | None, operations_of: str) -> list[str]:
+    """How the peaks were found, a line a way; traces ran the operations of a kind of device."""
     found: dict[str, list[int]] = {}
     for m in peaks:
         found.setdefault(str(m.facts.get("way")), []).append(m.context or 0)
@@ -297,8 +297,11 @@ def _ways(peaks: Sequence[Measurement], device: str | None) -> list[str]:
     ]
     if CLOSED_FORM in found:
         lines.append(f"a {CLOSED_FORM} adds up parts that are never there together, and says rather too much")
-    if device != "cpu":
-        lines.append("what is allocated: with what torch's allocator holds free it is a few per cent more")
+    if device != "cpu" and set(found) != {CLOSED_FORM}:
+        if operations_of == device:
+            lines.append("what is allocated: with what torch's allocator holds free it is a few per cent more")
+        else:
+            lines.append(f"traced with the CPU's operations: those of {device} may keep more or less")
     return lines
 
 

@@ -413,17 +413,16 @@ def fitting_rows(
             vocab_size=vocab_size,
             precision=precision,
             recompute=recompute,
-            loss_chunk=loss_chunk(settings, vocab_size, device),
+            loss_chunk=_chunk(settings.trainer, vocab_size, device),
         )
 
     room = min(ACTIVATION_SHARE * total, JUDGED_SHARE * total - standing)
     return max(1, bisect.bisect_right(range(1, MOST_ROWS + 1), room, key=needed))
 
 
-def loss_chunk(settings: TrainSettings, vocab_size: int, device: torch.device) -> int:
+def _chunk(trainer: TrainerConfig, vocab_size: int, device: torch.device) -> int:
     """Tokens whose logits exist at once."""
-    asked = settings.trainer.loss_chunk
-    return chunk_for(vocab_size, device.type) if asked == "auto" else asked
+    return chunk_for(vocab_size, device.type, None if trainer.loss_chunk == "auto" else trainer.loss_chunk)
 
 
 def chosen_policy(
@@ -441,7 +440,7 @@ def chosen_policy(
             settings.trainer.micro_batch, settings.trainer.batch_tokens // settings.trainer.devices, settings.context
         ),
         precision=precision,
-        loss_chunk=loss_chunk(settings, vocab_size, device),
+        loss_chunk=_chunk(settings.trainer, vocab_size, device),
         standing=standing,
         memory=memory,
     )

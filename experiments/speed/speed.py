@@ -158,9 +158,11 @@ def longest_of_all(asked: Asked, precision: str, ask: Callable[..., Row] = ask) 
     Where contexts are given, the longest of them that fits.
     """
     budget = asked.budget
-    for way, name in [(w, n) for w in WAYS for n in ("ctxlab rope", *PEERS) if n in WAYS[w]]:
-        if name not in asked.names or way not in asked.ways:
-            continue
+    every = [(way, name) for way in WAYS for name in ("ctxlab rope", *PEERS) if name in WAYS[way]]
+    wanted = [(way, name) for way, name in every if name in asked.names and way in asked.ways]
+    if not wanted:
+        raise ConfigError(f"speed: none of {', '.join(asked.names)} goes in the way {' or '.join(asked.ways)}")
+    for way, name in wanted:
         points: list[Row] = []
 
         def peak(context: int, name: str = name, way: str = way, points: list[Row] = points) -> float:
@@ -224,12 +226,15 @@ def main(words: Sequence[str]) -> None:
     asked = more.pop(0) if more and more[0] in ("fp32", "bf16") else "auto"
     precision = resolve_precision(asked, resolve_device("cpu"))
     native.library()  # built once, before anything is timed
+    words = Asked.of(more)
+    if what != "longest" and words.ways != Asked.ways:
+        raise ConfigError(f"speed: {words.ways[0]} says nothing of {what}; use it with longest")
     if what == "time":
-        time_steps(Asked.of(more), precision)
+        time_steps(words, precision)
     elif what == "memory":
-        weigh(Asked.of(more), precision)
+        weigh(words, precision)
     elif what == "longest":
-        longest_of_all(Asked.of(more), precision)
+        longest_of_all(words, precision)
     else:
         raise ConfigError(f"speed: expected time, memory or longest, got '{what}'")
 

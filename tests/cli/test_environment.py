@@ -19,7 +19,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(cores, "_CGROUP_V2", tmp_path / "cpu.max")
     monkeypatch.setattr(cores, "_CGROUP_V1", (tmp_path / "quota", tmp_path / "period"))
-    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", *environment._CUDA_ALLOCATOR):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return tmp_path
@@ -69,7 +69,7 @@ def test_the_users_own_settings_stay(machine: Path, monkeypatch: pytest.MonkeyPa
     assert (os.environ["OMP_NUM_THREADS"], os.environ["OMP_WAIT_POLICY"]) == ("5", "active")
 
 
-@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
 def test_a_gpus_memory_is_given_out_in_segments_that_grow_unless_the_user_says_how(
     machine: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

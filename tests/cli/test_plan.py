@@ -54,6 +54,19 @@ def test_a_gpu_that_is_not_here_is_planned_for_where_its_memory_is_given(
         ["plan.memory: there is no GPU here whose memory auto could take; give it, e.g. 24GiB"],
     )
     assert [run.record.command for run in RunStore(here / "runs").runs()] == ["plan"]
+    native = ctxlab(*SMALL, "trainer.accelerator=gpu", "plan.memory=8GiB", "attention.kernel=native")
+    assert (native.code, native.errors) == (
+        2,
+        ["attention.kernel: native runs on a CPU, not on cuda; use auto or torch"],
+    )
+
+
+def test_of_layers_that_are_torchs_own_a_gpus_operations_are_not_known(here: Path) -> None:
+    done = ctxlab("plan", "model=lstm_nano", "context=64", "trainer.accelerator=gpu", "plan.memory=1GiB")
+    assert done.code == 0, done.err
+    assert "traced with the CPU's operations: those of cuda may keep more or less" in done.out
+    assert "known error on cuda in bf16: unmeasured" in done.out
+    assert "allocator" not in done.out
 
 
 def test_auto_is_said_by_context_and_what_is_frozen_is_no_gradient(here: Path) -> None:

@@ -54,8 +54,8 @@ def test_in_bf16_it_is_what_it_is_in_float64_but_for_rounding(
 
 
 @pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("position", ["t5", "kerple", "sandwich"])
-def test_biases_of_the_distance_train_in_bf16_at_real_widths(position: str, width: int) -> None:
+@pytest.mark.parametrize("position", ["t5", "kerple", "sandwich", "fox"])
+def test_biases_train_in_bf16_at_real_widths(position: str, width: int) -> None:
     """Here torch's own sizes of a kernel's blocks found no room in the chip's shared memory."""
     exact = build(position, context=600, head_dim=width).double()
     ours = build(position, context=600, head_dim=width).to(DEVICE)

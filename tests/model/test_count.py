@@ -288,13 +288,13 @@ def chosen(memory: float, *, rows: int = 1, standing: int = 0, setting: Any = "a
     """What `auto` becomes for `rows` of 64 tokens of a small model where `memory` bytes may be needed."""
     return count.chosen_recompute(
         setting, small(d_model=64, d_ff=96), POSITIONS.get("nope").Config(name="nope"), Full.Config(), vocab_size=64,
-        context=64, rows=rows, precision="fp32", loss_chunk=None, standing=standing, memory=memory / count.JUDGED_SHARE,
+        context=64, rows=rows, precision="fp32", loss_chunk=64, standing=standing, memory=memory / count.JUDGED_SHARE,
     )  # fmt: skip
 
 
 def needed(policy: Recompute, rows: int = 1) -> int:
     nope = POSITIONS.get("nope").Config(name="nope")
-    sizes: Any = {"vocab_size": 64, "context": 64, "rows": rows, "recompute": policy}
+    sizes: Any = {"vocab_size": 64, "context": 64, "rows": rows, "recompute": policy, "loss_chunk": 64}
     return count.activation_bytes(small(d_model=64, d_ff=96), nope, Full.Config(), **sizes)
 
 

@@ -143,7 +143,8 @@ def test_never_holds_all_logits() -> None:
 
 @pytest.mark.parametrize(
     ("vocab_size", "device", "chunk"),
-    [(2048, "cpu", 1024), (8192, "cpu", 256), (128_256, "cpu", 64), (8192, "cuda", 8192), (50_257, "cuda", 1335)],
+    [(2048, "cpu", 1024), (8192, "cpu", 256), (128_256, "cpu", 64), (8192, "cuda", 4096), (50_257, "cuda", 1335)],
 )
 def test_default_chunk(vocab_size: int, device: str, chunk: int) -> None:
     assert chunk_for(vocab_size, device) == chunk
+    assert chunk_for(vocab_size, device, 7) == 7

@@ -53,5 +53,5 @@ def closed(point: Point) -> Closed:
     parts = read_parts(point.__dict__)
     sizes = {"vocab_size": point.vocab_size, "context": point.context}
     weights = 4 * count.parameters(*parts, **sizes).total
-    activations = count.activation_bytes(*parts, recompute=point.recompute, loss_chunk=point.loss_chunk, **sizes)
+    activations = count.activation_bytes(*parts, recompute=point.recompute, loss_chunk=point.chunk, **sizes)
     return Closed(weights, weights, 2 * weights, activations)

@@ -20,7 +20,12 @@ def test_known_errors_are_those_of_the_files_points_that_are_like_the_plan(tmp_p
         {"device": "cpu", "status": "done", "room": 1.03},
         {"summary": "all"},
     ]
-    rows = [{**traced, **row} if "device" in row else row for row in rows]
+    rows = [
+        {**traced, **row, "model": "nano", "position": "rope", "recompute": "none", "context": n}
+        if "device" in row
+        else row
+        for n, row in enumerate(rows)
+    ]
     rows += [{**rows[0], "precision": "bf16", "error": 0.5}, {**rows[0], "way": "closed form", "error": 0.2}]
     files = [tmp_path / "some.txt", tmp_path / "others.txt"]
     for file, some in zip(files, (rows[:2], rows[2:])):
@@ -28,6 +33,7 @@ def test_known_errors_are_those_of_the_files_points_that_are_like_the_plan(tmp_p
     found = known_error(files, "cpu", "fp32", {"traced", "continued from traces"})
     assert found is not None
     assert (found.n_points, found.median, found.worst, found.worst_bytes) == (4, 0.02, 0.08, 3e7)
+    assert known_error(files * 2, "cpu", "fp32", {"traced"}) == found  # nothing counts twice
     for precision, way, error in (("bf16", "traced", 0.5), ("fp32", "closed form", 0.2)):
         other = known_error(files, "cpu", precision, {way})
         assert other is not None
@@ -45,6 +51,12 @@ def test_what_could_be_changed_is_what_is_not_set_yet() -> None:
     set_already = [word for word, _ in changes(point("nano", 64, recompute="block", precision="bf16"))]
     assert not any("recompute" in word or "precision" in word for word in set_already)
     assert next(word for word, _ in changes(point("lstm_nano", 64, "none"))) == "trainer.precision=bf16"
+
+
+def test_what_backward_needs_could_wait_where_there_is_another_place() -> None:
+    assert "trainer.offload=disk" in [word for word, _ in changes(point("nano", 64))]
+    assert ("trainer.offload=cpu", "cpu") in [(w, p.offload) for w, p in changes(point("nano", 64, device="cuda"))]
+    assert not any("offload" in word for word, _ in changes(point("nano", 64, offload="disk")))
 
 
 def test_a_plan_has_a_row_for_everything_and_recomputation_goes_further() -> None:

@@ -187,6 +187,14 @@ def test_the_longest_of_the_contexts_that_are_asked_for_in_the_ways_that_are(
     assert ["predicted" in row for row in rows] == [True, False, True]
 
 
+def test_a_way_that_nobody_goes_is_refused(study: Callable[[str], Any]) -> None:
+    speed = study("speed")
+    with pytest.raises(ConfigError, match=r"^speed: none of litgpt goes in the way recompute or disk$"):
+        speed.longest_of_all(speed.Asked.of(["litgpt", "recompute", "disk"]), "fp32")
+    with pytest.raises(ConfigError, match=r"^speed: disk says nothing of memory; use it with longest$"):
+        speed.main(["memory", "fp32", "disk"])
+
+
 @pytest.mark.parametrize("word", ["rounds=0", "rounds=few", "litgtp", "budget=much"])
 def test_a_word_that_means_nothing_is_refused(study: Callable[[str], Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word.partition("=")[2] or word):

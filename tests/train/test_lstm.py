@@ -79,7 +79,7 @@ def test_rows_that_fit_are_counted_for_it(monkeypatch: pytest.MonkeyPatch) -> No
     cpu = torch.device("cpu")
 
     def rows(n: int) -> int:
-        return activation_bytes(config.model, "none", "none", vocab_size=260, context=CONTEXT, rows=n)
+        return activation_bytes(config.model, "none", "none", vocab_size=260, context=CONTEXT, rows=n, loss_chunk=8065)
 
     total = int(rows(10) / 0.4) + 1
     monkeypatch.setattr("ctxlab.train.loop.total_memory_bytes", lambda _: total)

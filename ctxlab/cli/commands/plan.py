@@ -15,7 +15,7 @@ from ctxlab.config import catalog
 from ctxlab.errors import ConfigError
 from ctxlab.evaluation.perplexity import auto_lengths
 from ctxlab.model.attention import native
-from ctxlab.model.base import native_from, read_parts
+from ctxlab.model.base import ARCHITECTURES, native_from, read_parts
 from ctxlab.profiling.plan import changes, known_error, planned
 from ctxlab.profiling.point import matmul_rate
 from ctxlab.records.provenance import collect
@@ -40,6 +40,8 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
     precision = resolve_precision(config.trainer.precision, device) if here else "bf16"
     if not here and config.trainer.precision == "fp32":
         precision = "fp32"
+    if device.type != "cpu" and config.attention != "none" and config.attention.kernel == "native":
+        raise ConfigError(f"attention.kernel: native runs on a CPU, not on {device.type}; use auto or torch")
     if config.plan.memory != "auto":
         memory = config.plan.memory
     elif here:
@@ -69,9 +71,16 @@ def run(config: PlanConfig, run: Run, invocation: Invocation) -> int:
             rows = planned(point, contexts, memory, others=others, rate=rate, advance=lambda _: advance(1))
         ways = {str(row.facts["way"]) for row in rows if row.name == "peak_memory_bytes"}
         measured = catalog.conf_dir().parent / "experiments" / MEASURED / "results"
-        error = known_error(sorted(measured.glob(f"{MEASURED}*.txt")), device.type, precision, ways)
+        # Recurrent and borrowed models call torch's own layers, which a trace on a CPU runs as a CPU does.
+        operations = device.type if "attention" in ARCHITECTURES.get(config.model.architecture).parts else "cpu"
+        error = None
+        if operations == device.type:
+            error = known_error(sorted(measured.glob(f"{MEASURED}*.txt")), device.type, precision, ways)
         provenance = run.record.provenance
-        known = {"known_error": None if error is None else asdict(error), **_kernel(point, max(contexts))}
+        known = {
+            "known_error": None if error is None else asdict(error), "operations_of": operations,
+            **_kernel(point, max(contexts)),
+        }  # fmt: skip
         run.update(provenance=provenance.model_copy(update={"resolved": {**provenance.resolved, **known}}))
         opened.sink.measure(rows)
         run.finish("done")

@@ -37,8 +37,8 @@ def can_flex(q: Tensor, v: Tensor, bias: Bias | None) -> bool:
     """Whether FlexAttention takes a problem: on CUDA, in its dtypes and widths, under a bias of the distance alone or of one
     number each of query and key.
 
-    Biases with sums over tiles, or of higher precision than the scores, have no place in it. Fewer queries than a block has,
-    as in decoding, are quicker in one tile than the list of blocks is made.
+    Biases with sums over tiles have no place in it. What the others learn gets its gradient by additions in any order. Fewer
+    queries than a block has, as in decoding, are quicker in one tile than the list of blocks is made.
     """
     simple = bias is None or isinstance(bias, Toeplitz | Difference)
     small = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and 16 <= q.shape[3] == v.shape[3] <= 256

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ctxlab.model.attention.bias import LOG2_E, Bias, BiasTiles, Compiled, Diagonals, Span, Tile
 from ctxlab.model.config import ModelConfig
-from ctxlab.model.kernels import kernels_of
+from ctxlab.model.kernels import has_no_numbers, kernels_of
 from ctxlab.model.position.base import POSITIONS, Position
 
 _EPSILON = 1e-6  # added to the normalizer, as in the authors' code
@@ -166,8 +166,8 @@ class _PiecewiseTiles:
         self.span, self.high = span, span.dtype
         self.psi, self.inverse = psi, (1.0 / normalizer).to(self.high)
         self.coefficients, self.knots = coefficients, knots
-        # Which knots lie within a tile is decided on the host.
-        self.bounds = psi.cpu().numpy(), normalizer.cpu().numpy(), knots.cpu().numpy()
+        # Which knots lie within a tile is decided on the host; in a trace, where nobody knows, all of them do.
+        self.bounds = None if has_no_numbers(psi) else tuple(x.cpu().numpy() for x in (psi, normalizer, knots))
         reach = min(span.rows, span.T) - 1
         self.distances = torch.arange(span.S - 1, -reach - 1, -1, device=span.device).clamp(min=0)  # (L,)
         self.line = psi.to(self.high)[self.distances]
@@ -230,6 +230,9 @@ class _PiecewiseTiles:
 
     def _reached(self, tile: Tile) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
         """(intercept, slope, delta of the knots inside) (h, 2 + k), those knots, and which are inside and which are passed."""
+        if self.bounds is None:
+            c = self.coefficients[tile.heads].to(self.high)
+            return c, self.knots.to(self.high), np.arange(len(self.knots)), np.arange(0)
         psi, normalizer, knots = self.bounds
         rows = normalizer[self.span.rows_of(tile)]
         low = psi[max(tile.nearest, 0)] / rows.max()

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from ctxlab.model import count
 from ctxlab.model.base import read_parts
 from ctxlab.profiling.measure import Point
@@ -17,11 +19,13 @@ LINE = {"cpu": 1024, "cuda": 2048}
 
 CONTINUED = "continued from traces"
 
-PROCESS_BYTES = {"fp32": 15 * 2**20, "bf16": 30 * 2**20}
-"""What a first step brings into a process besides tensors, on a CPU: code of kernels, their scratch, small blocks of the heap.
+PROCESS_BYTES = 15 * 2**20
+WIDE_PROCESS_BYTES = {"fp32": 26 * 2**20, "bf16": 30 * 2**20}
+"""What a first step brings into a process besides tensors, on a CPU: code of kernels, their scratch, small blocks of the heap. On
+one with AVX512 kernels are larger.
 
-Set by hand from twelve points (bf16: thirteen, on AMX) at contexts of 384, 1,536, 3,072 and 6,144 tokens, before anything else
-was measured.
+Set by hand from twelve points (with AVX512 thirteen in each precision) at contexts of 384, 1,536, 3,072 and 6,144 tokens, before
+anything else was measured.
 """
 
 
@@ -71,7 +75,7 @@ class Predictor:
 
     def _stretches(self, context: int) -> tuple[Sequence[Mapping[str, float]], str]:
         """The splits at the worst moment of each stretch of a step, and how they were found."""
-        process = PROCESS_BYTES[self.point.precision] if self.point.device == "cpu" else 0
+        process = _process_bytes(self.point)
         start = self._start
         try:
             if context <= 2 * start:
@@ -183,3 +187,10 @@ class Predictor:
             "weights": 4 * total, "gradients": 4 * gradients, "optimizer": 4 * states * trained, "activations": activations,
         }  # fmt: skip
         return {kind: float(found.get(kind, 0)) for kind in KINDS}
+
+
+def _process_bytes(point: Point) -> int:
+    if point.device != "cpu":
+        return 0
+    is_wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return WIDE_PROCESS_BYTES[point.precision] if is_wide else PROCESS_BYTES

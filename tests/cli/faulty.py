@@ -38,7 +38,7 @@ class Faulty(Position):
         super().__init__(config, model, context, causal=causal)
         self.fault = _fault(config)
         if self.fault == "hoards":
-            self.table = nn.Parameter(torch.empty(_ROWS, model.d_model))
+            self.hoard = nn.Parameter(torch.empty(_ROWS, model.d_model))
 
     @classmethod
     def n_parameters(cls, config: Any, model: ModelConfig, context: int) -> int:
@@ -52,7 +52,7 @@ class Faulty(Position):
         if self.fault == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "hoards":
-            for part in self.table.detach().split(1 << 17):  # slowly: a limit is looked at twice a second
+            for part in self.hoard.detach().split(1 << 17):  # slowly: a limit is looked at twice a second
                 part.fill_(1.0)
                 time.sleep(0.1)
 

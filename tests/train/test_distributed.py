@@ -116,7 +116,8 @@ def test_from_the_line_two_devices_are_one_quiet_run_with_one_record_and_one_mir
     assert scores[0].keys() == scores[1].keys()
     assert scores[0]["nats_per_token", 32] is not None
     for name, value in scores[0].items():
-        assert scores[1][name] == (None if value is None else pytest.approx(value, rel=1e-5)), name
+        small = 1e-6 if "in_context_score" in name else None  # a difference of nats of some 5, in fp32
+        assert scores[1][name] == (None if value is None else pytest.approx(value, rel=1e-5, abs=small)), name
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import ctxlab
 PACKAGE = Path(ctxlab.__file__).parent
 # Each layer may import itself and the ones before it.
 LAYERS = (
-    "errors", "registry", "units", "fields", "cores", "cache", "records", "data", "model", "train", "evaluation", "profiling", "interop",
-    "config", "report", "launch", "study", "cli",
+    "errors", "registry", "units", "fields", "cores", "cache", "records", "data", "model", "train", "evaluation", "profiling",
+    "interop", "config", "report", "launch", "study", "cli",
 )  # fmt: skip
 WITHOUT_TORCH = ("errors", "registry", "units", "fields", "cores", "cache", "records", "report", "launch", "study")
 HEAVY = {"torch", "lightning", "transformers"}

@@ -102,14 +102,14 @@ CLASSICS = [
     ),
     # FoX forgets the near and keeps the far; XL's distances, and the sums of Sandwich, begin one off.
     Classic(
-        "position/fox.py", "_DifferenceTiles.block",
+        "attention/bias.py", "_DifferenceTiles.block",
         "rows.unsqueeze(-1) + columns.unsqueeze(-2)", "-rows.unsqueeze(-1) - columns.unsqueeze(-2)",
     ),
     Classic(
         "position/transformer_xl.py", "TransformerXL.bias",
         "torch.arange(n_keys, device=q.device)", "torch.arange(1, n_keys + 1, device=q.device)",
     ),
-    Classic("position/sandwich.py", "Sandwich.distance_bias", "10000.0 ** (-exponents)", "10000.0 ** exponents"),
+    Classic("position/sandwich.py", "Sandwich.distance_bias", "10000.0 ** (-m / width)", "10000.0 ** (m / width)"),
     # The cached past forgotten: queries counted from the first key; torch's kernel with its other corner.
     Classic("attention/blockwise.py", "_Plan.tiles", "self.span.S - self.span.T", "0"),
     Classic("attention/fused.py", "fused_attention", "causal and T < S", "causal and T > S"),
@@ -184,8 +184,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         "position/sandwich.py",
         "Sandwich.distance_bias",
-        "torch.arange(2, width + 1, 2, dtype=torch.float64, device=distances.device) -> "
-        "torch.arange(2, width + 2, 2, dtype=torch.float64, device=distances.device)",
+        "range(2, width + 1, 2) -> range(2, width + 2, 2)",
     ): "the width is even, so the last of the numbers is the width either way",
     (
         "position/cope_ctx.py",
@@ -194,7 +193,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "sums that are at the last row exactly stay there when one tile more is looked at",
     (
         "attention/flex.py",
-        "_added",
+        "_by_distance",
         "max(n_own, S - bias.first) -> max(n_own, bias.first - S)",
     ): "far distances that share one number instead of a copy each: the same sums, only all added in one place",
     (

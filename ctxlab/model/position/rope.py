@@ -97,13 +97,15 @@ def _turn(x: Tensor, turns: Tensor, layout: Layout) -> Tensor:
         return torch.cat([_turn(x[..., :width], turns, layout), x[..., width:]], dim=-1)
     high = torch.float64 if turns.dtype == torch.complex128 else torch.float32
     same = x if x.dtype == high else x.to(high)
-    if layout == "interleaved" and torch.compiler.is_compiling():  # which knows no code for complex numbers
-        first, second = same.view(*x.shape[:-1], -1, 2).unbind(-1)  # (B,H,T,D/2) each
-        real, imaginary = turns.real, turns.imag
-        out = torch.stack([first * real - second * imaginary, first * imaginary + second * real], dim=-1).view(x.shape)
-    elif layout == "interleaved":
-        pairs = torch.view_as_complex(same.view(*x.shape[:-1], -1, 2))  # (B,H,T,D/2)
-        out = torch.view_as_real(pairs * turns).view(x.shape)
+    if layout == "interleaved":
+        pairs = same.view(*x.shape[:-1], -1, 2)
+        if torch.compiler.is_compiling():  # which knows no code for complex numbers
+            first, second = pairs.unbind(-1)  # (B,H,T,D/2) each
+            real, imaginary = turns.real, turns.imag
+            out = torch.stack([first * real - second * imaginary, first * imaginary + second * real], dim=-1)
+        else:
+            out = torch.view_as_real(torch.view_as_complex(pairs) * turns)
+        out = out.view(x.shape)
     else:
         first, second = same.chunk(2, dim=-1)  # (B,H,T,D/2) each
         out = torch.empty_like(same)

@@ -11,7 +11,7 @@ one part share one cast.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,7 +107,8 @@ class FeedForward(nn.Module):
         up = self.up(x)
         hidden = self._hidden(gate, up)
         remakes = remakes and self.activation != "relu"
-        return _within(remade(hidden, lambda: self._hidden(gate, up)) if remakes else None, self.down, hidden)
+        with remade(hidden, lambda: self._hidden(gate, up)) if remakes else nullcontext():
+            return self.down(hidden)
 
     def _hidden(self, gate: Tensor | None, up: Tensor) -> Tensor:
         return activated(up, self.activation) if gate is None else gated(gate, up, self.activation)  # type: ignore[arg-type]
@@ -303,12 +304,14 @@ class Block(nn.Module):
         )
         seen = x if past is None else torch.cat([past, x], dim=1)  # (B,S,d)
         read, kept = self._read(self.attention_norm, seen, frame, remakes)
-        attended = _within(kept, self.attention, read, position, frame, cache, 0 if past is None else past.shape[1])
+        with kept:
+            attended = self.attention(read, position, frame, cache, 0 if past is None else past.shape[1])
         x = self._add(self.attention_norm, x, attended)
         if self.cross_attention is not None and self.cross_attention_norm is not None:
             assert frame.encoded is not None
             read, kept = self._read(self.cross_attention_norm, x, frame, remakes)
-            crossed = _within(kept, self.cross_attention, read, frame.encoded, cache)
+            with kept:
+                crossed = self.cross_attention(read, frame.encoded, cache)
             x = self._add(self.cross_attention_norm, x, crossed)
         if recompute == "selective" and torch.is_grad_enabled():
             mapped = checkpoint(self._mapped, x, frame, False, use_reentrant=False)
@@ -331,7 +334,8 @@ class Block(nn.Module):
     def _mapped(self, x: Tensor, frame: Frame, remakes: bool) -> Tensor:
         """What the feed-forward layer says to the residual stream x."""
         read, kept = self._read(self.feed_forward_norm, x, frame, remakes)
-        return _within(kept, self.feed_forward, read, remakes)
+        with kept:
+            return self.feed_forward(read, remakes)
 
     @property
     def last_matrices(self) -> list[nn.Linear]:
@@ -339,12 +343,12 @@ class Block(nn.Module):
         crossing = [] if self.cross_attention is None else [self.cross_attention.out]
         return [self.attention.out, *crossing, self.feed_forward.down]
 
-    def _read(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> tuple[Tensor, Kept]:
+    def _read(self, norm: Norm, x: Tensor, frame: Frame, remakes: bool) -> tuple[Tensor, AbstractContextManager[None]]:
         """What a part reads of the residual stream, and what to read it in: there it is not kept for the backward pass."""
         if self.post_norm:
-            return x.to(frame.dtype), None
+            return x.to(frame.dtype), nullcontext()
         if not remakes:
-            return norm(x, frame.dtype), None
+            return norm(x, frame.dtype), nullcontext()
         made = norm.of(x, frame.dtype)
         once = made()
         return once, remade(once, made)
@@ -352,18 +356,6 @@ class Block(nn.Module):
     def _add(self, norm: Norm, x: Tensor, new: Tensor) -> Tensor:
         x = x + (self.dropout(new) if self.training else new)
         return norm(x, x.dtype) if self.post_norm else x
-
-
-Kept = AbstractContextManager[None] | None
-"""Where what is read is kept in another way, if it is."""
-
-
-def _within(kept: Kept, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """What a part makes of its inputs. Not in a context that does nothing: torch's compiler cannot stop and go on within one."""
-    if kept is None:
-        return part(*inputs)
-    with kept:
-        return part(*inputs)
 
 
 class HeadLayer(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 IGNORED = -100  # a target that is not scored
 _LOGITS = 2**21  # numbers in one chunk's logits on a CPU: what stays in cache
-_WIDE_LOGITS = 2**26  # on other devices: enough for the whole chip; with the smaller ones half of a step was spent here
+_WIDE_LOGITS = 2**26  # on other devices: enough for the whole chip, where smaller ones are mostly launches
 _MOST = 4096  # tokens there: products of more are no quicker
 
 

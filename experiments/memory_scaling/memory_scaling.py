@@ -5,7 +5,7 @@
     python experiments/memory_scaling/memory_scaling.py naive      attention that keeps its scores against attention that does not
     python experiments/memory_scaling/memory_scaling.py cuda       prediction against measurement on a GPU, and with as much room
 
-Prints a JSON object a line. In the first words are models (nano, tiny, mini), only those are measured, and bf16 in place of fp32.
+Prints a JSON object a line. Words of the first may be models (nano, tiny, mini), only those are measured, and bf16 for fp32.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def cuda() -> None:
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         steps = [_at(at, context) for at, contexts in gpu_points() for context in contexts]
-        found = [pool.submit(run_point, step, "memory", TIMEOUT) for step in steps]
-        for step, result in zip(steps, found):
+        running = [pool.submit(run_point, step, "memory", TIMEOUT) for step in steps]
+        for step, result in zip(steps, running):
             rows.append(_compared(Predictor(step).memory(step.context), step, result.result()))
             print(json.dumps(rows[-1]), flush=True)
         print(json.dumps(summary(rows)))

@@ -226,15 +226,15 @@ def main(words: Sequence[str]) -> None:
     asked = more.pop(0) if more and more[0] in ("fp32", "bf16") else "auto"
     precision = resolve_precision(asked, resolve_device("cpu"))
     native.library()  # built once, before anything is timed
-    words = Asked.of(more)
-    if what != "longest" and words.ways != Asked.ways:
-        raise ConfigError(f"speed: {words.ways[0]} says nothing of {what}; use it with longest")
+    wanted = Asked.of(more)
+    if what != "longest" and wanted.ways != Asked.ways:
+        raise ConfigError(f"speed: {wanted.ways[0]} says nothing of {what}; use it with longest")
     if what == "time":
-        time_steps(words, precision)
+        time_steps(wanted, precision)
     elif what == "memory":
-        weigh(words, precision)
+        weigh(wanted, precision)
     elif what == "longest":
-        longest_of_all(words, precision)
+        longest_of_all(wanted, precision)
     else:
         raise ConfigError(f"speed: expected time, memory or longest, got '{what}'")
 

@@ -82,6 +82,7 @@ def test_through_a_file_they_are_the_same_bits_too(
     assert list((tmp_path / "made").iterdir()) == []  # the file has no name
 
 
+@pytest.mark.filterwarnings("error::ResourceWarning")
 def test_a_file_goes_with_the_last_that_could_be_read_from_it(tmp_path: Path) -> None:
     move = ToDisk(tmp_path)
     file = weakref.ref(move.file)

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ctxlab.errors import ConfigError, IncompatibleError
 from ctxlab.model.kernels import traced_for
+from ctxlab.model.position.rope import rotate
 from ctxlab.train.compiling import check_compiled, decide
 from tests.model.builders import build
 from tests.train.builders import computed, dataset, settings, train
@@ -93,6 +94,19 @@ def test_on_a_gpu_all_of_a_block_is_one_graph(position: str) -> None:
     called = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert torch.ops.aten._scaled_dot_product_flash_attention in called
     assert sum(target is torch._C._nn.linear for target in called) == 7
+
+
+def test_what_a_compiled_block_turns_is_turned_as_complex_numbers_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    turns = torch.polar(torch.ones(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64))
+    expected = torch.view_as_real(torch.view_as_complex(x.view(2, 3, 5, 4, 2)) * turns).view(x.shape)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = rotate(x, turns, "interleaved")
+    torch.testing.assert_close(found, expected, atol=1e-15, rtol=1e-15)
+    upstream = torch.randn_like(x)
+    ours, theirs = (torch.autograd.grad(y, x, upstream)[0] for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, atol=1e-15, rtol=1e-15)
 
 
 @pytest.mark.slow

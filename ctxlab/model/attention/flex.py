@@ -165,7 +165,7 @@ class _Shapes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, _, lse, *read = ctx.saved_tensors
-        delta = torch.empty_like(lse)
+        delta = torch.empty_like(lse)  # the sums over out and its gradient, there while the others are made
         found = [torch.empty_like(x) if wanted else None for x, wanted in zip((q, k, v, *read), ctx.needs_input_grad)]
         del delta
         return tuple(found)
